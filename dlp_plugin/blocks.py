@@ -1,0 +1,78 @@
+"""Which blocks a model has and which Linears lie in them, by full name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.utils import match_named_modules
+
+__all__ = ["Block", "find_blocks", "group_by_block", "outer_block"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder (or encoder) layer and those of its Linears that are to be pruned.
+
+    :param name: full name in the model, e.g. ``model.layers.3``
+    :param linears: full name to Linear, in the model's order
+    """
+
+    name: str
+    linears: Mapping[str, torch.nn.Linear]
+
+    @property
+    def weights(self) -> int:
+        """Number of prunable weights; each weight [out, in] counts ``out * in``."""
+        return sum(linear.out_features * linear.in_features for linear in self.linears.values())
+
+    def without(self, names: Collection[str]) -> Block:
+        """Return the block less some of its Linears."""
+        kept = {name: lin for name, lin in self.linears.items() if name not in names}
+        return Block(self.name, kept)
+
+
+def find_blocks(model: torch.nn.Module, sequential_targets: str | Iterable[str]) -> list[str]:
+    """Full names of the model's blocks, in the model's order.
+
+    :param sequential_targets: class names, names or ``re:`` patterns, as
+        llm-compressor infers them; where matches nest, the outermost is the block
+    """
+    if isinstance(sequential_targets, str):
+        sequential_targets = [sequential_targets]
+    names: list[str] = []
+    for name, _ in match_named_modules(model, sequential_targets):
+        if outer_block(name, names) is None:
+            names.append(name)
+    return names
+
+
+def outer_block(name: str, blocks: Iterable[str]) -> str | None:
+    """Return the block that module ``name`` is, or lies in; None if outside all."""
+    parents = name.split(".")
+    prefixes = {".".join(parents[: end + 1]) for end in range(len(parents))}
+    return next((block for block in blocks if block in prefixes), None)
+
+
+def group_by_block(
+    linears: Mapping[str, torch.nn.Linear], blocks: Iterable[str]
+) -> tuple[list[Block], list[str]]:
+    """Sort Linears into their blocks.
+
+    A module that the model reaches by several names counts once, by its first name.
+
+    :param linears: full name to Linear
+    :param blocks: full names of the blocks, in the model's order
+    :return: the blocks that hold at least one of the Linears, and the names of the
+        Linears outside every block
+    """
+    members: dict[str, dict[str, torch.nn.Linear]] = {name: {} for name in blocks}
+    outside: list[str] = []
+    for name, linear in linears.items():
+        block = outer_block(name, members)
+        if block is None:
+            outside.append(name)
+        else:
+            members[block][name] = linear
+    return [Block(name, held) for name, held in members.items() if held], outside

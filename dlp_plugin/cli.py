@@ -1,0 +1,296 @@
+"""The terminal command ``dlp-plugin``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from loguru import logger
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dlp_plugin.checkpoint import Checkpoint
+
+app = typer.Typer(
+    help=(
+        "Prune language models with a sparsity for every block (DLP), inside "
+        "llm-compressor.\n\n"
+        "A run in three steps: `dlp-plugin oneshot` prunes a model by a recipe and "
+        "saves it, `dlp-plugin inspect` shows what zeros were written, `dlp-plugin ppl` "
+        "measures what they cost. `score` and `show` make and look at a plan only."
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="A model id on the hub, or a local folder.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A text file, or a dataset as `datasets.load_dataset` knows it.", show_default=False
+    ),
+]
+Config = Annotated[
+    str | None, typer.Option(help="The dataset's configuration, e.g. `wikitext-2-raw-v1`.")
+]
+Split = Annotated[str, typer.Option(help="The dataset's split.")]
+Column = Annotated[str, typer.Option(help="The dataset's text column.")]
+Samples = Annotated[
+    int, typer.Option(min=1, help="Calibration samples, spread evenly over the text.")
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens per sample or window; by default what the model can take, at most 2048.",
+    ),
+]
+
+
+@app.command()
+def oneshot(
+    model: Model,
+    recipe: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A YAML recipe.")],
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder to save the model in; new or empty.")],
+    config: Config = None,
+    split: Split = "train",
+    column: Column = "text",
+    samples: Samples = 128,
+    length: Length = None,
+) -> None:
+    """Prune (and quantize) a model by a recipe and save it.
+
+    Example: `dlp-plugin oneshot MODEL --recipe recipes/dlp_wanda.yaml --data text.txt
+    --output MODEL-pruned`
+    """
+    from llmcompressor import oneshot as run
+
+    from dlp_plugin import last_plans
+    from dlp_plugin.checkpoint import inspect_checkpoint
+    from dlp_plugin.files import replacing
+
+    with _told():
+        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+            raise ValueError(f"output {output} exists and is not an empty folder: choose another")
+        length = length or _default_length(model)
+        with replacing(output) as beside:
+            run(
+                model=model,
+                recipe=str(recipe),
+                output_dir=str(beside),
+                **_calibration(model, data, config, split, column, length, samples),
+            )
+        for plan in last_plans():
+            console.print(plan.table())
+        with _progress("Reading the checkpoint", 1) as advance:
+            found = inspect_checkpoint(output, advance)
+        console.print(_zeros_table(found))
+
+
+@app.command()
+def score(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="JSON file to write the plan to.")],
+    sparsity: Annotated[float, typer.Option(help="Target over all blocks.")] = 0.7,
+    alpha: Annotated[float, typer.Option(help="Half the range of the sparsities.")] = 0.15,
+    statistic: Annotated[str, typer.Option(help="`median` (paper) or `mean` (its code).")] = (
+        "median"
+    ),
+    config: Config = None,
+    split: Split = "train",
+    column: Column = "text",
+    samples: Samples = 128,
+    length: Length = None,
+) -> None:
+    """Score a model's blocks and write the plan; the model stays as it is.
+
+    A recipe prunes from it with `DLPModifier: {from_plan: plan.json}`, at this or
+    another sparsity and alpha, without scoring again.
+    """
+    from llmcompressor import oneshot as run
+
+    from dlp_plugin import DLPModifier
+
+    with _told():
+        modifier = DLPModifier(
+            sparsity=sparsity,
+            alpha=alpha,
+            statistic=statistic,
+            plan_path=str(output),
+        )
+        length = length or _default_length(model)
+        run(
+            model=model,
+            recipe=modifier,
+            **_calibration(model, data, config, split, column, length, samples),
+        )
+        assert modifier.plan is not None
+        console.print(modifier.plan.table())
+
+
+@app.command()
+def show(
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw, e.g. plan.png.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Look at it at another target.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Look at it at another alpha.")] = None,
+) -> None:
+    """Show a plan as a table, and as a picture."""
+    from dlp_plugin.plan import Plan
+
+    with _told():
+        found = Plan.load(plan).at(target=sparsity, alpha=alpha)
+        console.print(found.table())
+        if plot is not None:
+            found.plot(plot)
+            console.print(f"drawn: {plot}")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    linears: Annotated[bool, typer.Option(help="One row per Linear, not per block.")] = False,
+) -> None:
+    """Count the zeros that a checkpoint really holds, block by block.
+
+    Reads the safetensors files and builds no model. Packed 4-bit weights count as
+    what they dequantize to.
+    """
+    from dlp_plugin.checkpoint import inspect_checkpoint
+
+    with _told():
+        with _progress("Reading the checkpoint", 1) as advance:
+            found = inspect_checkpoint(folder, advance)
+        console.print(_zeros_table(found, linears))
+
+
+@app.command()
+def ppl(
+    model: Model,
+    data: Data,
+    config: Config = None,
+    split: Split = "test",
+    column: Column = "text",
+    length: Length = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+) -> None:
+    """Measure a model's perplexity on a text or dataset.
+
+    Windows do not overlap, and every token after a window's first counts once.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dlp_plugin.evaluate import perplexity
+    from dlp_plugin.text import read_tokens, token_windows
+
+    with _told():
+        length = length or _default_length(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokens = read_tokens(data, tokenizer, config=config, split=split, column=column)
+        windows = token_windows(tokens, length)
+        loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is not None:
+            loaded = loaded.to(device)
+        with _progress("Measuring", len(windows)) as advance:
+            value = perplexity(loaded, windows, batch_size, advance)
+        console.print(
+            f"perplexity {value:.4f} ({len(tokens):,} tokens in {len(windows):,} windows "
+            f"of {length})"
+        )
+
+
+def _calibration(
+    model: str,
+    data: str,
+    config: str | None,
+    split: str,
+    column: str,
+    length: int,
+    samples: int,
+) -> dict[str, Any]:
+    """Arguments of llm-compressor's ``oneshot()`` that say what to calibrate on."""
+    from transformers import AutoTokenizer
+
+    from dlp_plugin.text import calibration_set, read_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # A file is read whole, so that its samples spread over it; a dataset as far as needed.
+    limit = None if Path(data).is_file() else samples * length
+    tokens = read_tokens(data, tokenizer, config=config, split=split, column=column, limit=limit)
+    dataset = calibration_set(tokens, length, samples)
+    return {
+        "tokenizer": tokenizer,
+        "dataset": dataset,
+        "num_calibration_samples": len(dataset),
+        "max_seq_length": length,
+        "shuffle_calibration_samples": False,
+    }
+
+
+def _default_length(model: str) -> int:
+    from transformers import AutoConfig
+
+    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    return min(2048, getattr(text_config, "max_position_embeddings", None) or 2048)
+
+
+def _zeros_table(found: Checkpoint, linears: bool = False) -> Table:
+    table = Table(title=f"Zeros in {found.folder}")
+    for column in ("linear" if linears else "block", "weights", "zeros", "sparsity"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    blocks = found.blocks
+
+    def add(name: str, zeros: Any) -> None:
+        table.add_row(name, f"{zeros.weights:,}", f"{zeros.zeros:,}", f"{zeros.sparsity:.4f}")
+
+    for name, zeros in (found.linears if linears else blocks).items():
+        if not linears or name not in found.outside:
+            add(name, zeros)
+    if blocks:
+        table.add_section()
+        first, *rest = blocks.values()
+        add("all blocks", sum(rest, start=first))
+    for name, zeros in found.outside.items():
+        add(name, zeros)
+    table.caption = (
+        f"{found.bytes_on_disk / 1e6:,.1f} MB on disk, {found.quantization or 'not quantized'}"
+    )
+    return table
+
+
+@contextmanager
+def _progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Show a mistake of the user's as one message, and of the host's log the warnings."""
+    logger.disable("llmcompressor.utils.metric_logging")
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error

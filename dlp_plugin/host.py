@@ -1,0 +1,140 @@
+"""All that depends on how llm-compressor works inside, in one place.
+
+What it relies on, each point held by a test in ``tests/test_host.py``:
+
+- while modifiers are initialized, and outside their epochs, the session's recipe lists
+  all of them in order; during an epoch of the independent pipeline it lists one;
+- a SparseGPT or Wanda stage matches ``targets`` in the model, prunes the modules of
+  ``PRUNABLE_LAYER_TYPES`` below each match, and asks ``ignore`` about the name
+  ``<match>.<name below it>``, which ends in a dot where the match is the module;
+- it reads ``sparsity`` (a list has one entry per match) when its epoch starts;
+- a recipe is saved as stage -> group -> modifier type -> fields.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from compressed_tensors.utils import match_named_modules, match_targets
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
+    PRUNABLE_LAYER_TYPES,
+    SparsityModifierBase,
+)
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
+
+from dlp_plugin.blocks import find_blocks
+
+__all__ = [
+    "PruningStage",
+    "block_names",
+    "current_modifiers",
+    "keep_all_modifiers_when_saved",
+    "leave_dense",
+    "stage_name",
+    "stage_targets",
+    "stages_after",
+]
+
+PruningStage = SparsityModifierBase
+
+
+def current_modifiers() -> list[Modifier]:
+    """Modifiers that take part in what runs now: all, or one during its epoch."""
+    modifiers: list[Modifier] = active_session().lifecycle.recipe.modifiers
+    return modifiers
+
+
+def stages_after(modifier: Modifier) -> list[PruningStage]:
+    """SparseGPT and Wanda stages that follow, up to the next modifier of its type."""
+    modifiers = current_modifiers()
+    place = next(i for i, other in enumerate(modifiers) if other is modifier)
+    stages = []
+    for other in modifiers[place + 1 :]:
+        if isinstance(other, type(modifier)):
+            break
+        if isinstance(other, PruningStage):
+            stages.append(other)
+    return stages
+
+
+def stage_name(stage: Modifier) -> str:
+    """Name a stage the way its recipe does."""
+    return type(stage).__name__
+
+
+def stage_targets(
+    model: torch.nn.Module, stage: PruningStage
+) -> dict[str, dict[str, torch.nn.Module]]:
+    """What a pruning stage is about to prune.
+
+    :return: for every module that the stage's ``targets`` match, in the order of the
+        stage's sparsity list, the modules below it to be pruned, by full name
+    """
+    return {
+        target: dict(_prunable(target, layer, stage))
+        for target, layer in match_named_modules(model, stage.targets)
+    }
+
+
+def _prunable(
+    target: str, layer: torch.nn.Module, stage: PruningStage
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES):
+        host_name = f"{target}.{name}"
+        if not match_targets(host_name, module, stage.ignore):
+            yield host_name.strip("."), module
+
+
+def leave_dense(stage: PruningStage, names: list[str]) -> None:
+    """Add modules, by full name, to what a stage ignores."""
+    patterns = [f"re:\\.?{re.escape(name)}\\.?$" for name in names]
+    stage.ignore = [*stage.ignore, *patterns]
+
+
+def block_names(model: torch.nn.Module, sequential_targets: list[str] | None) -> list[str]:
+    """Full names of the model's blocks, as llm-compressor infers or is told them.
+
+    :raises ValueError: if there are none
+    """
+    try:
+        names = find_blocks(model, infer_sequential_targets(model, sequential_targets))
+    except TypeError:  # transformers declares no blocks for this architecture
+        names = []
+    if not names:
+        raise ValueError(
+            f"no blocks found in {type(model).__name__}"
+            + (f" by sequential_targets={sequential_targets}" if sequential_targets else "")
+            + ": name the class of its decoder layers, "
+            "oneshot(sequential_targets=['...'])"
+        )
+    return names
+
+
+def keep_all_modifiers_when_saved() -> None:
+    """Give modifiers groups of their own where a saved recipe would lose one.
+
+    A recipe is written as group -> modifier type -> fields: of two modifiers of one
+    type in a group only the last is written, and a group that is returned to is
+    written where it first stood.
+    """
+    stage = active_session().lifecycle.recipe.stage
+    groups: dict[str, set[str]] = {}
+    given: str | None = None
+    name = ""
+    for modifier in current_modifiers():
+        wanted, kind = modifier.group or stage, type(modifier).__name__
+        if not groups or wanted != given or kind in groups[name]:
+            number = 1
+            name = wanted
+            while name in groups:
+                number += 1
+                name = f"{wanted}_{number}"
+            groups[name] = set()
+            given = wanted
+        groups[name].add(kind)
+        if name != wanted:
+            modifier.group = name

@@ -1,0 +1,383 @@
+"""``DLPModifier``: hooks in, plan out, pruning stages fed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.utils import align_module_device, match_named_modules
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import PrivateAttr, field_validator, model_validator
+
+from dlp_plugin import host
+from dlp_plugin.allocation import Statistic, check_alpha, check_sparsity
+from dlp_plugin.blocks import Block, group_by_block, outer_block
+from dlp_plugin.plan import Plan
+from dlp_plugin.scores import ChannelNorms, block_score
+
+__all__ = ["DLPModifier", "last_plans"]
+
+
+class DLPModifier(Modifier):
+    """Give every block its own sparsity before SparseGPT or Wanda prunes it.
+
+    Dynamic Layerwise Pruning (arXiv 2505.23807): the blocks whose weights matter less
+    on the calibration data are pruned harder, with the same total. Put it in front of
+    the stock stages in a recipe:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        DLPModifier:
+          alpha: 0.15
+        WandaPruningModifier:
+          sparsity: 0.7
+          targets: [Linear]
+          ignore: ["re:.*lm_head"]
+    ```
+
+    It feeds every SparseGPT and Wanda stage that follows, up to the next
+    ``DLPModifier``; together they are one plan with one target. After the run the
+    recipe reads as it was written, and holds the plan: run again, it prunes from that
+    plan without scoring.
+
+    Lifecycle:
+
+    - on_initialize: check everything; with ``from_plan``, feed the stages
+    - on_calibration_start: hooks on every Linear that the stages will prune
+    - on_sequential_epoch_end: score the blocks that are through
+    - on_calibration_end: allocate, write the plan, feed the stages
+    - on_finalize: give the stages back the sparsity they were written with
+
+    :param alpha: half the range of the blocks' sparsities, at least 0 (uniform); left
+        out with ``from_plan``, the plan's
+    :param statistic: what of a block's weight scores is its unimportance: ``median``
+        (the paper) or ``mean`` (the authors' released code)
+    :param sparsity: target over all weights that the stages prune, in (0, 1); left
+        out, the stages' own
+    :param plan_path: JSON file to write the plan to
+    :param from_plan: a plan file (or its content) to prune from without scoring, at
+        the same or another target and alpha
+    """
+
+    alpha: float = 0.15
+    statistic: Statistic = "median"
+    sparsity: float | None = None
+    plan_path: str | None = None
+    from_plan: str | dict[str, Any] | None = None
+
+    requires_calibration_data: bool = True
+
+    _plan: Plan | None = PrivateAttr(default=None)
+    _target: float = PrivateAttr(default=0.0)
+    _stages: list[_FedStage] = PrivateAttr(default_factory=list)
+    _blocks: list[Block] = PrivateAttr(default_factory=list)
+    _norms: ChannelNorms = PrivateAttr(default_factory=ChannelNorms)
+    _scored: dict[str, tuple[int, float]] = PrivateAttr(default_factory=dict)
+    _unseen: list[str] = PrivateAttr(default_factory=list)
+
+    @field_validator("alpha")
+    @classmethod
+    def _check_alpha(cls, value: float) -> float:
+        return check_alpha(value)
+
+    @field_validator("sparsity")
+    @classmethod
+    def _check_sparsity(cls, value: float | None) -> float | None:
+        return value if value is None else check_sparsity(value)
+
+    @model_validator(mode="after")
+    def _scoring_needs_data(self) -> DLPModifier:
+        self.requires_calibration_data = self.from_plan is None
+        return self
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan; None until it is made."""
+        return self._plan
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check the recipe against the model; with ``from_plan``, feed the stages.
+
+        :raises ValueError: naming the field or module, if anything is amiss
+        """
+        host.keep_all_modifiers_when_saved()
+        stages = host.stages_after(self)
+        for stage in stages:
+            _check_stage(stage)
+        if not stages and self.plan_path is None:
+            raise ValueError(
+                "no SparseGPTModifier or WandaPruningModifier follows DLPModifier in "
+                "the recipe: add one, or set plan_path to only write the plan"
+            )
+        if self.plan_path is not None and not Path(self.plan_path).parent.is_dir():
+            raise ValueError(f"plan_path {self.plan_path}: its folder does not exist; create it")
+
+        plan = None if self.from_plan is None else Plan.load(self.from_plan)
+        self._target = self._choose_target(stages, plan)
+        self._match(state.model, stages, kwargs.get("sequential_targets"))
+        if plan is not None:
+            self._adopt(self._fitted(plan))
+        elif not state.data.calib:
+            raise ValueError(
+                "DLPModifier scores blocks on activations and got no calibration data: "
+                "pass dataset=... to oneshot(), or from_plan to prune from a plan"
+            )
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Hook the Linears to be scored."""
+        if self._plan is not None:
+            return
+        if len(host.current_modifiers()) > 1:
+            raise ValueError(
+                "DLPModifier must be through before the stages it feeds begin, but "
+                "this pipeline runs all modifiers in one epoch: call oneshot() with "
+                "pipeline='independent', its default"
+            )
+        for block in self._blocks:
+            for name, linear in block.linears.items():
+                self.register_hook(linear, partial(self._record, name), "forward_pre")
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Score the blocks that lie in the part of the model that is through."""
+        if self._plan is None:
+            through = set(modules)
+            for block in self._blocks:
+                if through.issuperset(block.linears.values()):
+                    self._score(block)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Allocate, write the plan and feed the stages."""
+        if self._plan is not None:
+            return
+        self.remove_hooks()
+        for block in self._blocks:
+            if block.name not in self._scored:
+                self._score(block)
+        if len({score for _, score in self._scored.values()}) == 1 < len(self._blocks):
+            logger.warning(
+                "All blocks have the same {} score, so they get the same sparsity; on "
+                "a model more than half pruned the median is 0: try statistic: mean",
+                self.statistic,
+            )
+        model = state.model
+        self._adopt(
+            Plan.make(
+                [(block.name, *self._scored[block.name]) for block in self._blocks],
+                model=getattr(model, "name_or_path", "") or type(model).__name__,
+                statistic=self.statistic,
+                alpha=self.alpha,
+                target=self._target,
+                unseen=self._unseen,
+            )
+        )
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Give the stages back what they were written with; keep the plan."""
+        self.remove_hooks()
+        for fed in self._stages:
+            fed.restore()
+        if self._plan is not None:
+            self.alpha, self.statistic = self._plan.alpha, self._plan.statistic
+            self.from_plan = self._plan.model_dump(mode="json")
+            self.requires_calibration_data = False
+        return True
+
+    def _match(
+        self,
+        model: torch.nn.Module,
+        stages: list[host.PruningStage],
+        sequential_targets: list[str] | None,
+    ) -> None:
+        """Find the blocks, and in them the Linears that the stages will prune."""
+        names = host.block_names(model, sequential_targets)
+        if not stages:
+            found = dict(match_named_modules(model, ["Linear"]))
+        else:
+            found = {}
+            for stage in stages:
+                fed = _FedStage(stage, host.stage_targets(model, stage), names)
+                self._stages.append(fed)
+                found.update(fed.inside)
+        linears = {name: module for name, module in model.named_modules() if name in found}
+        for name, module in linears.items():
+            if outer_block(name, names) and not isinstance(module, torch.nn.Linear):
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}, and DLP scores Linears only: "
+                    "add it to the stage's ignore"
+                )
+        self._blocks, _ = group_by_block(linears, names)
+
+    def _choose_target(self, stages: list[host.PruningStage], plan: Plan | None) -> float:
+        stated = [] if self.sparsity is None else [("DLPModifier", self.sparsity)]
+        for stage in stages:
+            if isinstance(stage.sparsity, float):
+                kind = type(stage).__name__
+                stated.append((kind, check_sparsity(stage.sparsity, f"{kind}.sparsity")))
+        if len({value for _, value in stated}) > 1:
+            raise ValueError(
+                "sparsity is stated as "
+                + ", ".join(f"{value} by {kind}" for kind, value in stated)
+                + ": state it once, or give each stage a DLPModifier of its own"
+            )
+        if stated:
+            return stated[0][1]
+        if plan is not None:
+            return plan.target
+        raise ValueError("no sparsity is stated: set it in the pruning stage or in DLPModifier")
+
+    def _record(self, name: str, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._norms.add(name, args[0])
+
+    def _score(self, block: Block) -> None:
+        self._norms.forget_input()
+        norms = {name: self._norms.pop(name) for name in block.linears}
+        unseen = [name for name, norm in norms.items() if norm is None]
+        if len(unseen) == len(norms):
+            raise ValueError(
+                f"no Linear of block {block.name} saw calibration data: the samples "
+                "never reach it; leave it out with the stage's ignore"
+            )
+        if unseen:
+            logger.warning(
+                "{} Linears of {} saw no calibration token; they are not scored and stay dense: {}",
+                len(unseen),
+                block.name,
+                unseen,
+            )
+        with ExitStack() as onloaded, torch.no_grad():
+            parts = {}
+            for name, linear in block.linears.items():
+                norm = norms[name]
+                if norm is not None:
+                    onloaded.enter_context(align_module_device(linear))
+                    parts[name] = (linear.weight.detach(), norm)
+            score = block_score(parts, self.statistic)
+        weights = sum(weight.numel() for weight, _ in parts.values())
+        self._scored[block.name] = (weights, score)
+        self._unseen += unseen
+
+    def _fitted(self, plan: Plan) -> Plan:
+        """A given plan at the wanted target and alpha, once it is sure to be ours."""
+        if "statistic" in self.model_fields_set and self.statistic != plan.statistic:
+            raise ValueError(
+                f"statistic is {self.statistic}, but the plan's scores are a "
+                f"{plan.statistic}: leave statistic out, or from_plan to score again"
+            )
+        planned = {block.name: block.weights for block in plan.blocks}
+        wanted = {block.name: block.without(plan.unseen).weights for block in self._blocks}
+        for name in planned | wanted:
+            if planned.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"the plan (of {plan.model}) does not match the model and stages: "
+                    f"block {name} has {planned.get(name, 'no')} weights to prune in "
+                    f"the plan and {wanted.get(name, 'none')} here; score this model "
+                    "again, with the same targets and ignore"
+                )
+        alpha = self.alpha if "alpha" in self.model_fields_set else None
+        return plan.at(target=self._target, alpha=alpha)
+
+    def _adopt(self, plan: Plan) -> None:
+        self._plan = plan
+        logger.info("DLP decided:\n{}", plan)
+        if self.plan_path is not None:
+            plan.save(self.plan_path)
+        for fed in self._stages:
+            fed.feed(plan)
+
+
+def last_plans() -> list[Plan]:
+    """Plans of the last ``oneshot()`` run in this process, in recipe order."""
+    modifiers = host.current_modifiers()
+    plans = [m.plan for m in modifiers if isinstance(m, DLPModifier)]
+    return [plan for plan in plans if plan is not None]
+
+
+class _FedStage:
+    """A pruning stage, what it will prune, and how it was written."""
+
+    def __init__(
+        self,
+        stage: host.PruningStage,
+        targets: dict[str, dict[str, torch.nn.Module]],
+        block_names: list[str],
+    ) -> None:
+        """Find each target's block.
+
+        :raises ValueError: if the stage prunes nothing in any block, or a target
+            holds Linears of several blocks
+        """
+        self.stage = stage
+        self.inside: dict[str, torch.nn.Module] = {}
+        self._outside: list[str] = []
+        self._blocks: list[str | None] = []
+        self._written = (stage.sparsity, stage.ignore)
+        kind = type(stage).__name__
+        for target, modules in targets.items():
+            homes = {name: outer_block(name, block_names) for name in modules}
+            self._outside += [name for name, home in homes.items() if home is None]
+            self.inside |= {n: m for n, m in modules.items() if homes[n] is not None}
+            held = sorted({home for home in homes.values() if home is not None})
+            if len(held) > 1:
+                raise ValueError(
+                    f"{kind}.targets matches {target or 'the whole model'}, which holds "
+                    f"{len(held)} blocks, and the stage takes one sparsity per match: "
+                    "use targets: [Linear]"
+                )
+            self._blocks.append(held[0] if held else None)
+        if not self.inside:
+            raise ValueError(
+                f"{kind} prunes no Linear in any block: its targets are "
+                f"{stage.targets} (a list of class names, names or re: patterns), its "
+                f"ignore {stage.ignore}, the first block is {block_names[0]}"
+            )
+
+    def feed(self, plan: Plan) -> None:
+        """Hand the stage one sparsity per target."""
+        sparsities = {block.name: block.sparsity for block in plan.blocks}
+        if self._outside:
+            logger.warning(
+                "Outside every block and left dense by {}: {}",
+                type(self.stage).__name__,
+                self._outside,
+            )
+        host.leave_dense(self.stage, self._outside + [n for n in plan.unseen if n in self.inside])
+        self.stage.sparsity = [
+            0.0 if block is None else sparsities[block] for block in self._blocks
+        ]
+
+    def restore(self) -> None:
+        """Make the stage read as it was written."""
+        self.stage.sparsity, self.stage.ignore = self._written
+
+
+def _check_stage(stage: host.PruningStage) -> None:
+    """Reject what a list of sparsities cannot steer.
+
+    :raises ValueError: naming the stage, the field and the remedy
+    """
+    kind = type(stage).__name__
+    if stage.sparsity_profile is not None:
+        raise ValueError(
+            f"{kind}.sparsity_profile is {stage.sparsity_profile!r}, but DLPModifier "
+            "decides the sparsities: remove one of the two"
+        )
+    if isinstance(stage.sparsity, list):
+        raise ValueError(
+            f"{kind}.sparsity is a list, but DLPModifier decides the sparsities: state "
+            "the target as one number, or remove DLPModifier"
+        )
+    if stage.mask_structure != "0:0":
+        raise ValueError(
+            f"{kind}.mask_structure is {stage.mask_structure!r}: an N:M stage has one "
+            "sparsity for the whole model and ignores DLP's; use '0:0', or remove "
+            "DLPModifier"
+        )

@@ -1,0 +1,241 @@
+"""The plan: which sparsity every block gets and why; JSON in and out, table, picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from dlp_plugin.allocation import (
+    Statistic,
+    allocate,
+    check_alpha,
+    check_sparsity,
+    importances,
+)
+from dlp_plugin.files import replacing
+
+__all__ = ["BlockPlan", "Plan"]
+
+_PACKAGES = (
+    "dlp_plugin",
+    "llmcompressor",
+    "compressed-tensors",
+    "transformers",
+    "torch",
+)
+
+
+class BlockPlan(BaseModel):
+    """One block's row of a plan.
+
+    :param name: full name of the block in the model
+    :param weights: number of weights that the pruning stages prune in it
+    :param score: unimportance ``U_b``
+    :param importance: ``I_b = 1 - U_b / sum(U)``
+    :param sparsity: fraction of ``weights`` to set to zero
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
+    weights: int = Field(ge=1)
+    score: float = Field(ge=0)
+    importance: float
+    sparsity: float = Field(ge=0, le=1)
+
+
+class Plan(BaseModel):
+    """What DLP decided for a model, and all it takes to decide again.
+
+    :param model: the model's name or folder, as transformers knows it
+    :param statistic: what of a block's weight scores is its ``score``
+    :param alpha: half the range of the sparsities before clipping
+    :param target: sparsity over all ``weights`` together
+    :param blocks: one row per block, in the model's order
+    :param unseen: Linears that saw no calibration token: neither scored nor counted
+        in ``weights``, and left dense
+    :param versions: package versions that made the plan
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    schema_version: Literal[1] = 1
+    method: Literal["dlp"] = "dlp"
+    model: str
+    statistic: Statistic
+    alpha: float
+    target: float
+    blocks: tuple[BlockPlan, ...] = Field(min_length=1)
+    unseen: tuple[str, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        check_alpha(self.alpha)
+        check_sparsity(self.target, "target")
+        names = [block.name for block in self.blocks]
+        if len(set(names)) < len(names):
+            raise ValueError("blocks: a name stands twice")
+        if abs(self.sparsity - self.target) > 1e-6:
+            raise ValueError(
+                f"blocks: their sparsities come to {self.sparsity:.6f} of all weights, "
+                f"but target is {self.target}"
+            )
+        return self
+
+    @classmethod
+    def make(
+        cls,
+        blocks: Sequence[tuple[str, int, float]],
+        *,
+        model: str,
+        statistic: Statistic,
+        alpha: float,
+        target: float,
+        unseen: Sequence[str] = (),
+    ) -> Plan:
+        """Allocate sparsities to scored blocks.
+
+        :param blocks: name, number of prunable weights and score of every block
+        :raises ValueError: as :func:`dlp_plugin.allocation.allocate` does
+        """
+        names, weights, scores = zip(*blocks, strict=True)
+        rows = zip(
+            names,
+            weights,
+            scores,
+            importances(scores),
+            allocate(scores, weights, target, alpha),
+            strict=True,
+        )
+        return cls(
+            model=model,
+            statistic=statistic,
+            alpha=alpha,
+            target=target,
+            blocks=tuple(
+                BlockPlan(name=n, weights=w, score=u, importance=i, sparsity=s)
+                for n, w, u, i, s in rows
+            ),
+            unseen=tuple(unseen),
+            versions={package: version(package) for package in _PACKAGES},
+        )
+
+    def at(self, *, target: float | None = None, alpha: float | None = None) -> Plan:
+        """Allocate the same scores again at another target or strength.
+
+        :return: this very plan if nothing would change
+        """
+        target = self.target if target is None else target
+        alpha = self.alpha if alpha is None else alpha
+        if (target, alpha) == (self.target, self.alpha):
+            return self
+        return Plan.make(
+            [(block.name, block.weights, block.score) for block in self.blocks],
+            model=self.model,
+            statistic=self.statistic,
+            alpha=alpha,
+            target=target,
+            unseen=self.unseen,
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity over all blocks together, by their numbers of weights."""
+        weights = sum(block.weights for block in self.blocks)
+        return math.fsum(block.weights * block.sparsity for block in self.blocks) / weights
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON; the file appears whole or not at all."""
+        with replacing(path) as beside:
+            beside.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, source: str | Path | dict[str, Any]) -> Plan:
+        """Read a plan that :meth:`save` wrote, or its content as a mapping.
+
+        :raises ValueError: if it is not a sound plan (names the file and the field)
+        :raises FileNotFoundError: if there is no such file
+        """
+        where = "from_plan" if isinstance(source, dict) else str(source)
+        try:
+            if not isinstance(source, dict):
+                source = json.loads(Path(source).read_text())
+            return cls.model_validate(source)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"plan {where} does not exist; `dlp-plugin score` makes one"
+            ) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "plan"
+            problem = f"{field}: {first['msg']}"
+        except ValueError as error:
+            problem = str(error)
+        raise ValueError(
+            f"{where} is not a sound plan ({problem}); score the model again with "
+            "`dlp-plugin score`"
+        )
+
+    def table(self) -> Table:
+        """The plan as a table for the terminal (rich)."""
+        table = Table(
+            title=f"DLP plan for {self.model}",
+            caption=f"target {self.target:g}, alpha {self.alpha:g}, {self.statistic}",
+        )
+        for column in ("block", "weights", "score", "importance", "sparsity"):
+            table.add_column(column, justify="left" if column == "block" else "right")
+        for block in self.blocks:
+            table.add_row(
+                block.name,
+                f"{block.weights:,}",
+                f"{block.score:.4g}",
+                f"{block.importance:.4f}",
+                f"{block.sparsity:.4f}",
+            )
+        table.add_section()
+        weights = sum(block.weights for block in self.blocks)
+        table.add_row("all", f"{weights:,}", "", "", f"{self.sparsity:.4f}")
+        return table
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=100).print(self.table())
+        return text.getvalue().rstrip()
+
+    def plot(self, path: str | Path) -> None:
+        """Draw sparsity and score over depth.
+
+        :param path: file to write; its suffix chooses the format, e.g. ``plan.png``
+        :raises ImportError: if matplotlib is not installed
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError(
+                "drawing a plan needs matplotlib: pip install 'dlp_plugin[plot]'"
+            ) from None
+        depth = range(len(self.blocks))
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(depth, [b.sparsity for b in self.blocks], color="#4c72b0")
+        axes.axhline(self.target, color="black", linewidth=1, linestyle="--")
+        axes.set_xlabel("block")
+        axes.set_ylabel("sparsity (bars; dashed: target)")
+        axes.set_ylim(0, 1)
+        axes.set_title(f"{self.model}: DLP, target {self.target:g}, alpha {self.alpha:g}")
+        scores = axes.twinx()
+        scores.plot(depth, [b.score for b in self.blocks], color="#c44e52", marker="o")
+        scores.set_ylabel(f"score ({self.statistic} of |W| * norm; line)")
+        scores.set_ylim(bottom=0)
+        with replacing(path) as beside:
+            figure.savefig(beside, dpi=150)

@@ -1,0 +1,296 @@
+"""Block scores: streamed activation norms in, one unimportance per block out.
+
+The score of one weight is ``|W_ij| * ||X_:,j||_2`` in float32 (Wanda's, as DLP uses
+it); a block's score is the lower median (the paper) or the mean (the authors' released
+code) over every prunable weight of the block. Neither ever holds the scores of a whole
+block: the median reads the weights once, as they lie in memory, with a few megabytes
+of scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from dlp_plugin.allocation import Statistic
+
+__all__ = ["ChannelNorms", "block_score"]
+
+Part = tuple[torch.Tensor, torch.Tensor]
+
+# Elements handled at a time: they stay in a CPU's cache and are no matter of memory,
+# and a kernel launch on so many costs nothing.
+_CHUNK = 1 << 20
+# Tokens whose squares are summed in float32 before they join the float64 sum.
+_TOKENS = 64
+# Scores drawn to bracket the median; a block with no more than these is sorted whole.
+_SAMPLE = 1 << 18
+# The bracket's first half-width in ranks of the sample: five standard deviations.
+_MARGIN = int(5 * _SAMPLE**0.5 / 2)
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ChannelNorms:
+    """Squared l2 norms of the input channels of many Linears, over all tokens.
+
+    Squares are summed in float32 over a few tokens and in float64 beyond, whatever
+    the activations' dtype. Linears that are fed the very same tensor one after the
+    other (query, key and value; gate and up) share one computation.
+    """
+
+    def __init__(self) -> None:
+        self._squares: dict[str, torch.Tensor] = {}
+        self._seen: tuple[torch.Tensor, int] | None = None
+        self._seen_squares = torch.empty(0)
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Account for one batch.
+
+        :param name: the Linear's full name
+        :param inputs: its input, ``[..., in_features]``, any float dtype; one without
+            tokens (an expert that was routed none) counts as never seen
+        """
+        if inputs.numel() == 0:
+            return
+        seen = self._seen
+        if seen is None or seen[0] is not inputs or seen[1] != inputs._version:
+            self._seen_squares = _channel_squares(inputs.detach())
+            self._seen = (inputs, inputs._version)
+        total = self._squares.get(name)
+        squares = self._seen_squares
+        self._squares[name] = squares if total is None else total + squares
+
+    def forget_input(self) -> None:
+        """Let go of the last input tensor; call when a block is done."""
+        self._seen = None
+
+    def pop(self, name: str) -> torch.Tensor | None:
+        """Norms of one Linear, which are forgotten with the call.
+
+        :return: float32 ``[in_features]``, or None if the Linear saw no token
+        :raises ValueError: if a norm is not finite
+        """
+        squares = self._squares.pop(name, None)
+        if squares is None:
+            return None
+        norms = squares.sqrt().float()
+        if not bool(norms.isfinite().all()):
+            raise ValueError(
+                f"the inputs of {name} hold infinite or undefined values: check the "
+                "calibration data, or load the model in a wider dtype"
+            )
+        return norms
+
+
+def _channel_squares(inputs: torch.Tensor) -> torch.Tensor:
+    """Sum of squares per channel: ``[..., channels]`` to float64 ``[channels]``."""
+    tokens = inputs.reshape(-1, inputs.shape[-1])
+    total = torch.zeros(tokens.shape[1], dtype=torch.float64, device=tokens.device)
+    for chunk in tokens.split(_TOKENS):
+        wide = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
+        total += (wide * wide).sum(0)
+    return total
+
+
+def block_score(parts: Mapping[str, Part], statistic: Statistic = "median") -> float:
+    """Unimportance ``U_b`` of one block over all its prunable weights (paper, eq. 4).
+
+    The paper says median and the released code computes the mean; both are exact:
+    ``median`` equals ``torch.median`` of all float32 scores to the bit (for an even
+    count the lower of the two middle ones).
+
+    :param parts: full name to a Linear's weight ``[out, in]`` and the l2 norms of its
+        input channels, float32 ``[in]``, finite and not negative
+    :param statistic: ``median`` or ``mean``
+    :return: a finite float, at least 0
+    :raises ValueError: if a weight is not finite (names the module)
+    """
+    for name, (weight, _) in parts.items():
+        if weight.dtype.itemsize not in _INTEGER or not weight.is_floating_point():
+            raise ValueError(
+                f"weight of {name} is {weight.dtype}; scoring takes bfloat16, float16, "
+                "float32 or float64: load the model dequantized"
+            )
+        if not _is_finite(weight):
+            raise ValueError(
+                f"weight of {name} holds infinite or undefined values: the checkpoint "
+                "is damaged; load a sound one"
+            )
+    pairs = [(weight.detach(), norms) for weight, norms in parts.values()]
+    return _mean(pairs) if statistic == "mean" else _lower_median(pairs)
+
+
+def _chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Consecutive rows of ``[rows, columns]``, about ``_CHUNK`` elements at a time.
+
+    Never more rows than an int16 can count.
+    """
+    rows = min(max(_CHUNK // matrix.shape[1], 1), torch.iinfo(torch.int16).max)
+    yield from matrix.split(rows)
+
+
+class _Scratch:
+    """A piece of memory that chunks of one weight are worked on in, one by one.
+
+    Fresh memory for every chunk costs more than the arithmetic on it.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        size = min(max(_CHUNK, weight.shape[1]), weight.numel())
+        integer = _INTEGER[weight.dtype.itemsize]
+        self._memory = torch.empty(size, dtype=integer, device=weight.device)
+
+    def like(self, chunk: torch.Tensor) -> torch.Tensor:
+        return self._memory[: chunk.numel()].view(chunk.shape)
+
+
+def _magnitudes(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Chunks of ``|w|`` as integers: the bits without the sign, which order alike.
+
+    Each chunk is gone when the next is taken.
+    """
+    integer, scratch = _INTEGER[weight.dtype.itemsize], _Scratch(weight)
+    without_sign = torch.iinfo(integer).max
+    for chunk in _chunks(weight.detach().view(integer)):
+        yield torch.bitwise_and(chunk, without_sign, out=scratch.like(chunk))
+
+
+def _largest(dtype: torch.dtype) -> int:
+    """Bits of the largest finite number of a float type."""
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
+    return int(largest.view(_INTEGER[dtype.itemsize]))
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    peaks = [chunk.amax() for chunk in _magnitudes(weight)]
+    return int(torch.stack(peaks).amax()) <= _largest(weight.dtype)
+
+
+def _mean(parts: Sequence[Part]) -> float:
+    total, count = 0.0, 0
+    for weight, norms in parts:
+        columns = torch.zeros_like(norms, dtype=torch.float64)
+        for chunk in _chunks(weight):
+            columns += chunk.abs().sum(0, dtype=torch.float32)
+        total += float(columns @ norms.double())
+        count += weight.numel()
+    return total / count
+
+
+def _lower_median(parts: Sequence[Part]) -> float:
+    """The lower middle of all scores, by a bracket from a sample and one exact count.
+
+    For one channel the float32 product grows with ``|w|``, so "score <= t" is
+    "``|w|`` <= t's threshold for that channel", and the bits of non-negative floats
+    compare like integers: the passes compare small integers, without multiplying or
+    widening a weight. Only the few scores inside the bracket are ever computed.
+    """
+    count = sum(weight.numel() for weight, _ in parts)
+    rank = (count + 1) // 2
+    if count <= _SAMPLE:
+        scores = torch.cat([_scores(weight, norms).flatten() for weight, norms in parts])
+        return float(scores.kthvalue(rank).values)
+
+    sample = _sampled_scores(parts, count)
+    centre, margin = len(sample) * rank // count, _MARGIN
+    while True:
+        lowest, highest = centre - margin, centre + margin
+        low = float(sample[lowest]) if lowest >= 0 else -1.0
+        high = float(sample[highest]) if highest < len(sample) else torch.inf
+        at_most_low, between = _count_and_collect(parts, low, high)
+        if rank <= at_most_low:
+            # Few scores can be equal to one another by chance, many only by nature
+            # (zeros); then the bracket's end itself is the median.
+            if _count(parts, low, strict=True) < rank:
+                return low
+        elif rank <= at_most_low + len(between):
+            return float(between.kthvalue(rank - at_most_low).values)
+        elif rank <= _count(parts, high, strict=False):
+            return high
+        margin *= 4
+
+
+def _scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    return weight.abs().float() * norms
+
+
+def _sampled_scores(parts: Sequence[Part], count: int) -> torch.Tensor:
+    """Sorted scores at random places; the seed is fixed, so runs repeat exactly."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for weight, norms in parts:
+        size = -(-_SAMPLE * weight.numel() // count)
+        places = torch.randint(weight.numel(), (size,), generator=generator)
+        rows, columns = places // weight.shape[1], places % weight.shape[1]
+        rows, columns = rows.to(weight.device), columns.to(weight.device)
+        drawn.append(_scores(weight[rows, columns], norms[columns]))
+    return torch.cat(drawn).sort().values
+
+
+def _thresholds(
+    dtype: torch.dtype, norms: torch.Tensor, limit: float, strict: bool
+) -> torch.Tensor:
+    """Largest magnitude per channel whose score is at most (below) ``limit``.
+
+    :return: its bits as an integer of the weight's width, ``[in]``; -1 where even a
+        zero weight scores above ``limit``
+    """
+    integer = _INTEGER[dtype.itemsize]
+    below = torch.full_like(norms, -1, dtype=torch.int64)
+    above = torch.full_like(below, _largest(dtype))
+    for _ in range(8 * dtype.itemsize):
+        middle = below + ((above - below + 1) >> 1)
+        scores = _scores(middle.to(integer).view(dtype), norms)
+        fits = (scores < limit) if strict else (scores <= limit)
+        below = torch.where(fits, middle, below)
+        above = torch.where(fits, above, middle - 1)
+    return below.to(integer)
+
+
+def _at_most(magnitudes: torch.Tensor, thresholds: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+    """-1 where a magnitude is at most its channel's threshold, else 0.
+
+    The sign of a difference: on the CPU integer arithmetic is several times faster
+    than a comparison, whose boolean result is not vectorized.
+    """
+    difference = torch.sub(magnitudes, thresholds + 1, out=scratch.like(magnitudes))
+    difference >>= 8 * difference.dtype.itemsize - 1
+    return difference
+
+
+def _hits(signs: torch.Tensor) -> torch.Tensor:
+    """Number of -1 in a chunk; columns are summed narrow, as no column is too long."""
+    return -signs.sum(0, dtype=signs.dtype).sum()
+
+
+def _count(parts: Sequence[Part], limit: float, strict: bool) -> int:
+    """Number of scores at most (below) ``limit``."""
+    total = 0
+    for weight, norms in parts:
+        thresholds = _thresholds(weight.dtype, norms, limit, strict)
+        scratch = _Scratch(weight)
+        counts = [_hits(_at_most(chunk, thresholds, scratch)) for chunk in _magnitudes(weight)]
+        total += int(torch.stack(counts).sum())
+    return total
+
+
+def _count_and_collect(parts: Sequence[Part], low: float, high: float) -> tuple[int, torch.Tensor]:
+    """Number of scores at most ``low``, and the scores strictly between the two."""
+    total, between = 0, []
+    for weight, norms in parts:
+        up_to_low = _thresholds(weight.dtype, norms, low, strict=False)
+        below_high = _thresholds(weight.dtype, norms, high, strict=True)
+        counts, low_scratch, high_scratch = [], _Scratch(weight), _Scratch(weight)
+        for chunk in _magnitudes(weight):
+            low_side = _at_most(chunk, up_to_low, low_scratch)
+            counts.append(_hits(low_side))
+            inside = _at_most(chunk, below_high, high_scratch)
+            inside &= low_side.bitwise_not_()
+            places = inside.flatten().nonzero().flatten()
+            values = chunk.flatten()[places].view(weight.dtype)
+            between.append(_scores(values, norms[places % weight.shape[1]]))
+        total += int(torch.stack(counts).sum())
+    home = parts[0][1].device
+    return total, torch.cat([scores.to(home) for scores in between])

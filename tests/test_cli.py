@@ -1,0 +1,112 @@
+"""The terminal command on the shipped model, as a user types it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import CALIBRATION_TEXT, ROOT, SHIPPED
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from dlp_plugin.cli import app
+from dlp_plugin.plan import Plan
+
+CALIBRATE = ["--data", str(CALIBRATION_TEXT), "--samples", "8", "--length", "64"]
+
+
+def command(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("cli") / "pruned"
+    recipe = ROOT / "recipes" / "dlp_wanda.yaml"
+    result = command("oneshot", SHIPPED, "--recipe", recipe, *CALIBRATE, "--output", folder)
+    return folder, result.output
+
+
+def test_oneshot_prunes_saves_and_shows(pruned: tuple[Path, str]) -> None:
+    folder, output = pruned
+    assert "DLP plan for" in output
+    assert "Zeros in" in output
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml"} <= {
+        file.name for file in folder.iterdir()
+    }
+    assert [entry.name for entry in folder.parent.iterdir()] == ["pruned"]
+    weight = load_file(folder / "model.safetensors")["model.layers.3.mlp.up_proj.weight"]
+    assert 0.4 < (weight == 0).float().mean() < 1
+
+
+def test_inspect_counts_blocks_or_linears(pruned: tuple[Path, str]) -> None:
+    folder, _ = pruned
+    output = command("inspect", folder).output
+    (total,) = re.findall(r"all blocks.*?(0\.\d{4})", output)
+    assert 0.68 < float(total) <= 0.7
+    assert "model.layers.11 " in output
+    assert "model.embed_tokens" in output
+    assert "self_attn.k_proj" in command("inspect", folder, "--linears").output
+    assert "k_proj" not in output
+
+
+def test_score_then_show_at_another_target(tmp_path: Path) -> None:
+    file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    output = command("score", SHIPPED, *CALIBRATE, "--output", file, "--alpha", "0.1").output
+    assert "target 0.7, alpha 0.1, median" in output
+    assert len(Plan.load(file).blocks) == 12
+    shown = command("show", file, "--sparsity", "0.5", "--plot", picture).output
+    assert "target 0.5, alpha 0.1, median" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert Plan.load(file).target == 0.7
+
+
+def test_ppl_is_that_of_the_model_card(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(CALIBRATION_TEXT.read_text()[:20_000])
+    output = command("ppl", SHIPPED, "--data", text, "--length", "64").output
+    assert 5 < float(re.search(r"perplexity (\d+\.\d+)", output).group(1)) < 60
+
+
+@pytest.mark.parametrize("name", ["oneshot", "score", "show", "inspect", "ppl"])
+def test_help_teaches(name: str) -> None:
+    assert name in command("--help").output
+    assert len(command(name, "--help").output.splitlines()) > 10
+
+
+class TestMistakesAreToldInOneMessage:
+    def test_a_field_out_of_bounds(self, tmp_path: Path) -> None:
+        result = command(
+            "score", SHIPPED, *CALIBRATE, "--output", tmp_path / "p", "--alpha", "-1", code=1
+        )
+        assert "alpha must be finite and at least 0, got -1.0" in " ".join(result.stderr.split())
+
+    def test_an_output_folder_in_use(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("precious")
+        recipe = ROOT / "recipes" / "dlp_wanda.yaml"
+        arguments = ["oneshot", SHIPPED, "--recipe", recipe, *CALIBRATE]
+        result = command(*arguments, "--output", tmp_path, code=1)
+        assert "is not an empty folder" in " ".join(result.stderr.split())
+        assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+    def test_a_failed_run_leaves_nothing(self, tmp_path: Path) -> None:
+        recipe = tmp_path / "recipe.yaml"
+        text = (ROOT / "recipes" / "dlp_wanda.yaml").read_text()
+        recipe.write_text(text.replace("sparsity: 0.7", "sparsity: 7"))
+        arguments = ["oneshot", SHIPPED, "--recipe", recipe, *CALIBRATE]
+        result = command(*arguments, "--output", tmp_path / "out", code=1)
+        assert "WandaPruningModifier.sparsity must be" in " ".join(result.stderr.split())
+        assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
+
+    def test_a_text_that_is_too_short(self, tmp_path: Path) -> None:
+        (tmp_path / "short.txt").write_text("Three words only.")
+        arguments = ["--data", tmp_path / "short.txt", "--output", tmp_path / "p.json"]
+        result = command("score", SHIPPED, *arguments, code=1)
+        assert "less than one sample of 256" in " ".join(result.stderr.split())
+
+    def test_a_damaged_plan(self, tmp_path: Path) -> None:
+        (tmp_path / "plan.json").write_text(json.dumps({"alpha": 1}))
+        result = command("show", tmp_path / "plan.json", code=1)
+        assert "is not a sound plan" in " ".join(result.stderr.split())

@@ -1,0 +1,133 @@
+"""What this package relies on inside llm-compressor.
+
+Each test says in words what has changed if a new release makes it fail.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import linears_of, random_samples, recorded_inputs, run
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from pydantic import PrivateAttr
+
+from dlp_plugin import DLPModifier, host
+
+
+class Watcher(Modifier):
+    """Notes which modifiers the session lists, and when."""
+
+    requires_calibration_data: bool = True
+    _seen: dict = PrivateAttr(default_factory=dict)
+
+    def _note(self, when: str) -> None:
+        self._seen[when] = list(active_session().lifecycle.recipe.modifiers)
+
+    def on_initialize(self, state, **kwargs) -> bool:
+        self._note("initialize")
+        assert "sequential_targets" in kwargs, (
+            "oneshot() no longer tells modifiers its sequential_targets: "
+            "DLPModifier reads them in on_initialize"
+        )
+        return True
+
+    def on_calibration_start(self, state, event, **kwargs) -> None:
+        self._note("epoch")
+
+    def on_finalize(self, state, **kwargs) -> bool:
+        self._note("finalize")
+        return True
+
+
+def test_the_session_lists_all_modifiers_outside_and_one_inside_an_epoch(make_model) -> None:
+    watcher = Watcher()
+    stage = WandaPruningModifier(sparsity=0.5, targets=["re:.*mlp$"])
+    run(make_model(), [watcher, stage], random_samples(2))
+    assert watcher._seen["initialize"] == [watcher, stage], (
+        "the recipe no longer lists all modifiers while they are initialized: "
+        "stages_after() cannot find the stages to feed"
+    )
+    assert watcher._seen["epoch"] == [watcher], (
+        "the independent pipeline no longer runs one modifier an epoch: "
+        "DLPModifier's check that its stages come later is wrong"
+    )
+    assert watcher._seen["finalize"] == [watcher, stage]
+
+
+@pytest.mark.parametrize("kind", [WandaPruningModifier, SparseGPTModifier])
+@pytest.mark.parametrize(
+    ("targets", "ignore"),
+    [
+        (["Linear"], []),
+        (["Linear"], ["re:.*lm_head"]),
+        (["LlamaDecoderLayer"], ["model.layers.1.mlp.up_proj"]),
+        (["LlamaForCausalLM"], ["Embedding"]),
+        (["re:.*_proj$", "LlamaMLP"], ["re:.*k_proj"]),
+    ],
+)
+def test_a_stage_prunes_what_stage_targets_says(make_model, kind, targets, ignore) -> None:
+    model = make_model()
+    stage = kind(sparsity=0.5, targets=targets, ignore=ignore)
+    promised = host.stage_targets(model, stage)
+    before = {name: linear.weight.clone() for name, linear in linears_of(model).items()}
+    run(model, [stage], random_samples(2))
+    pruned = {
+        name
+        for name, linear in linears_of(model).items()
+        if not torch.equal(linear.weight, before[name])
+    }
+    assert pruned == {name for modules in promised.values() for name in modules}, (
+        "a pruning stage matches targets and ignore in another way than stage_targets() "
+        "does, so its sparsity list would be wrong"
+    )
+
+
+def test_a_list_has_one_entry_per_match_in_this_order(make_model) -> None:
+    model = make_model()
+    stage = WandaPruningModifier(sparsity=0.5, targets=["re:.*(up|down)_proj$"])
+    targets = list(host.stage_targets(model, stage))
+    stage.sparsity = [0.25 + 0.05 * place for place in range(len(targets))]
+    given = dict(zip(targets, stage.sparsity, strict=True))
+    run(model, [stage], random_samples(2))
+    linears = linears_of(model)
+    for name, sparsity in given.items():
+        columns = linears[name].in_features
+        assert ((linears[name].weight == 0).sum(1) == int(columns * sparsity)).all(), (
+            "a pruning stage reads its sparsity list in another order than stage_targets() gives"
+        )
+
+
+def test_modifiers_of_one_type_in_a_group_still_lose_one_when_saved(make_model) -> None:
+    """If this fails, ``keep_all_modifiers_when_saved`` can go."""
+    from llmcompressor.recipe import Recipe
+
+    twice = [DLPModifier(alpha=0.1), DLPModifier(alpha=0.2)]
+    saved = Recipe.from_modifiers(twice).to_dict()
+    assert len(saved["default_stage"]["default_modifiers"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "shown"),
+    [("llama", True), ("qwen3", True), ("gemma3", True), ("mistral", False), ("phi3", False)],
+)
+def test_which_families_the_host_calibrates_with_a_causal_mask(
+    family: str, shown: bool, tmp_path: Path
+) -> None:
+    """Mistral and Phi-3 choose their mask function at run time, and the traced graph of
+    llm-compressor 0.14 then loses the mask: every modifier sees bidirectional attention.
+
+    If a row fails, the release mends it (or breaks another): correct the README.
+    """
+    from test_families import FAMILIES, make
+
+    dataset = random_samples(1)
+    plain = make(FAMILIES[family][0](), tmp_path)
+    with recorded_inputs(plain) as causal, torch.no_grad():
+        plain(**{key: torch.tensor([value]) for key, value in dataset[0].items()})
+    model = make(FAMILIES[family][0](), tmp_path)
+    with recorded_inputs(model) as calibrated:
+        run(model, [DLPModifier(sparsity=0.5, plan_path=str(tmp_path / "p.json"))], dataset)
+    name = next(name for name in causal if "layers.0" in name and "o_proj" in name)
+    assert torch.allclose(causal[name][0], calibrated[name][0], atol=1e-5) == shown

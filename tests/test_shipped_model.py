@@ -1,0 +1,150 @@
+"""End to end on the small trained model that the repository ships, with its recipes."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import (
+    CALIBRATION_TEXT,
+    ROOT,
+    SHIPPED,
+    TEST_TEXT,
+    linears_of,
+    naive_scores,
+    naive_sparsities,
+    run,
+    zeros,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dlp_plugin import last_plans
+from dlp_plugin.blocks import outer_block
+from dlp_plugin.checkpoint import inspect_checkpoint
+from dlp_plugin.evaluate import perplexity
+from dlp_plugin.text import read_tokens, token_windows
+
+BLOCKS = [f"model.layers.{i}" for i in range(12)]
+
+
+def load(folder: Path = SHIPPED, **options: object) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+
+
+def names_by_block(model: torch.nn.Module) -> dict[str, list[str]]:
+    linears = linears_of(model)
+    return {block: [n for n in linears if outer_block(n, [block])] for block in BLOCKS}
+
+
+def recipe(name: str, **stage: object) -> str:
+    text = yaml.safe_load((ROOT / "recipes" / name).read_text())
+    for modifiers in text["pruning_stage"]["pruning_modifiers"].values():
+        modifiers.update({key: value for key, value in stage.items() if key in modifiers})
+    return yaml.safe_dump(text)
+
+
+def test_it_is_what_the_readme_says() -> None:
+    size = (SHIPPED / "model.safetensors").stat().st_size
+    assert size < 8_000_000
+    model = load()
+    assert model.dtype == torch.bfloat16
+    assert model.config.num_hidden_layers >= 12
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert all(linear.in_features % 128 == 0 for linear in linears_of(model).values())
+    texts = CALIBRATION_TEXT.stat().st_size + TEST_TEXT.stat().st_size
+    assert 200_000 <= texts <= 400_000
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_plan_and_zeros_and_checkpoint(pruner: str, calibration, tmp_path: Path) -> None:
+    model = load()
+    embeddings = model.get_input_embeddings().weight.clone()
+    output = tmp_path / "pruned"
+    run(
+        model,
+        recipe(f"dlp_{pruner}.yaml"),
+        calibration,
+        tokenizer=AutoTokenizer.from_pretrained(SHIPPED),
+        output_dir=str(output),
+    )
+    (plan,) = last_plans()
+
+    dense = load(attn_implementation="eager")
+    names = names_by_block(dense)
+    naive = naive_scores(dense, calibration, names)
+    expected = naive_sparsities([s["median"] for s in naive.values()], 0.7, 0.15)
+    assert [block.name for block in plan.blocks] == BLOCKS
+    assert [b.sparsity for b in plan.blocks] == pytest.approx(expected, abs=1e-6)
+    assert plan.sparsity == pytest.approx(0.7, abs=1e-9)
+
+    linears = linears_of(model)
+    for block in plan.blocks:
+        for name in names[block.name]:
+            weight = linears[name].weight
+            if pruner == "wanda":
+                pruned = int(weight.shape[1] * block.sparsity)
+                assert ((weight == 0).sum(1) >= pruned).all(), name
+                assert zeros(linears[name]) <= pruned * len(weight) + zeros(
+                    linears_of(dense)[name]
+                ), name
+            else:
+                for group in weight.split(128, dim=1):
+                    found = int((group == 0).sum())
+                    least = int(group.numel() * block.sparsity) + 1
+                    assert least <= found <= 1.01 * least + 2, name
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+
+    found = inspect_checkpoint(output)
+    again = load(output)
+    for name, linear in linears_of(again).items():
+        assert torch.equal(linear.weight, linears[name].weight), name
+        if name != "lm_head":
+            assert found.linears[name].zeros == zeros(linear), name
+
+
+def test_runs_repeat_to_the_bit(calibration) -> None:
+    weights = []
+    for _ in range(2):
+        model = load()
+        run(model, recipe("dlp_wanda.yaml"), calibration)
+        weights.append((model.state_dict(), last_plans()))
+    (left, left_plan), (right, right_plan) = weights
+    assert left_plan == right_plan
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_pruning_costs_perplexity_and_more_costs_more(calibration) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    windows = token_windows(read_tokens(TEST_TEXT, tokenizer)[:8192], 256)
+    values = [perplexity(load(), windows)]
+    for sparsity in (0.5, 0.7):
+        model = load()
+        run(model, recipe("dlp_wanda.yaml", sparsity=sparsity), calibration)
+        values.append(perplexity(model, windows))
+    dense, half, most = values
+    assert dense < half < most < 20 * dense
+
+
+def test_the_example_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(TEST_TEXT.read_text()[:30_000])
+    example = ROOT / "examples" / "prune_and_compare.py"
+    arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "64"]
+    monkeypatch.setattr(sys, "argv", [str(example), *arguments])
+    runpy.run_path(str(example), run_name="__main__")
+    output = capsys.readouterr().out
+    for row in ("dense", "uniform", "DLP, loaded again", "dlp_plan.png"):
+        assert row in output
+    assert (tmp_path / "out" / "dlp_plan.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line for line in output.splitlines() if "│ DLP" in line]
+    (in_memory, loaded) = (re_numbers(line) for line in rows)
+    assert in_memory[:3] == loaded[:3]
+
+
+def re_numbers(line: str) -> list[str]:
+    """Sparsity, perplexity and ratio in a row of the example's table."""
+    return [cell.strip() for cell in line.split("│")[2:5]]
