@@ -1,4 +1,4 @@
-"""What is really in a checkpoint: zeros per Linear and block, read from the file."""
+"""What is really in a checkpoint: zeros per Linear and block, and sizes, from the files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zstandard
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils import match_name
 from safetensors import safe_open
 
-__all__ = ["Checkpoint", "Zeros", "inspect_checkpoint"]
+__all__ = ["Checkpoint", "Zeros", "inspect_checkpoint", "zeros_lost", "zstd_bytes"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,16 @@ class Checkpoint:
     :param linears: full name of every weight matrix to its zeros, in name order
     :param quantization: format of the quantized weights; None if there are none
     :param bytes_on_disk: size of all safetensors files
+    :param bytes_if_sparse: what the blocks' weights would take in an engine that stores
+        one bit for every weight and the values that are not zero, with everything else
+        (scales, norms, embeddings) as it is; no such engine reads these files today
     """
 
     folder: Path
     linears: Mapping[str, Zeros]
     quantization: str | None
     bytes_on_disk: int
+    bytes_if_sparse: int
 
     @property
     def blocks(self) -> dict[str, Zeros]:
@@ -79,6 +84,75 @@ def inspect_checkpoint(
     :raises ValueError: if a quantized weight has no scheme in ``config.json``
     """
     folder = Path(folder)
+    tensors = _tensors_by_module(folder)
+    quantization = _quantization_config(folder)
+    linears: dict[str, Zeros] = {}
+    sparse_bits = 0
+    for module, files in tensors.items():
+        state = _read(module, files)
+        weight = _dense_weight(module, state, quantization)
+        if weight is not None and weight.ndim == 2:
+            linears[module] = zeros = _count(weight)
+            if _block_of(module) is not None:
+                stored = state.pop("weight_packed", None)
+                stored = state.pop("weight") if stored is None else stored
+                bits = 8 * stored.nbytes // zeros.weights
+                sparse_bits += zeros.weights + bits * (zeros.weights - zeros.zeros)
+        sparse_bits += 8 * sum(tensor.nbytes for tensor in state.values())
+        advance(1 / len(tensors))
+    return Checkpoint(
+        folder,
+        linears,
+        None if quantization is None else quantization.format,
+        sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        sparse_bits // 8,
+    )
+
+
+def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
+    """Count what became of a checkpoint's zeros in one that was made from it.
+
+    :param pruned: folder of the pruned checkpoint
+    :param other: folder of the same model afterwards: quantized, merged, trained on
+    :return: full name of every Linear inside a block to its number of weights that are
+        zero in ``pruned`` and not in ``other``
+    :raises ValueError: if a matrix is missing from ``other`` or has another shape
+    """
+    pruned, other = Path(pruned), Path(other)
+    before, after = _tensors_by_module(pruned), _tensors_by_module(other)
+    lost = {}
+    for module, files in before.items():
+        if _block_of(module) is None:
+            continue
+        left = _dense_weight(module, _read(module, files), _quantization_config(pruned))
+        if left is None or left.ndim != 2:
+            continue
+        state = _read(module, after.get(module, {}))
+        right = _dense_weight(module, state, _quantization_config(other))
+        if right is None or right.shape != left.shape:
+            found = "is missing" if right is None else f"is {list(right.shape)}"
+            raise ValueError(
+                f"{module} is {list(left.shape)} in {pruned} and {found} in {other}: they "
+                "are not the same model"
+            )
+        lost[module] = int(((left == 0) & (right != 0)).sum())
+    return lost
+
+
+def zstd_bytes(folder: str | Path) -> int:
+    """Size of a checkpoint's safetensors files under zstd at its default level."""
+    total = 0
+    for file in Path(folder).glob("*.safetensors"):
+        compressor = zstandard.ZstdCompressor().compressobj()
+        with file.open("rb") as opened:
+            while chunk := opened.read(1 << 24):
+                total += len(compressor.compress(chunk))
+        total += len(compressor.flush())
+    return total
+
+
+def _tensors_by_module(folder: Path) -> dict[str, dict[str, Path]]:
+    """Every module's tensors by their local names, with their files, in depth order."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
@@ -90,20 +164,19 @@ def inspect_checkpoint(
             for key in opened.keys():  # noqa: SIM118 (not a mapping)
                 module, _, local = key.rpartition(".")
                 tensors.setdefault(module, {})[local] = file
-    quantization = _quantization_config(folder)
-    linears: dict[str, Zeros] = {}
-    for module in sorted(tensors, key=_depth_order):
-        weight = _dense_weight(module, tensors[module], quantization)
-        if weight is not None and weight.ndim == 2:
-            zeros = weight.numel() - int(weight.count_nonzero())
-            linears[module] = Zeros(weight.numel(), zeros)
-        advance(1 / len(tensors))
-    return Checkpoint(
-        folder,
-        linears,
-        None if quantization is None else quantization.format,
-        sum(file.stat().st_size for file in files),
-    )
+    return {module: tensors[module] for module in sorted(tensors, key=_depth_order)}
+
+
+def _read(module: str, files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
+    state = {}
+    for local, file in files.items():
+        with safe_open(file, framework="pt") as opened:
+            state[local] = opened.get_tensor(f"{module}.{local}")
+    return state
+
+
+def _count(weight: torch.Tensor) -> Zeros:
+    return Zeros(weight.numel(), weight.numel() - int(weight.count_nonzero()))
 
 
 def _block_of(module: str) -> str | None:
@@ -129,19 +202,11 @@ def _quantization_config(folder: Path) -> QuantizationConfig | None:
 
 
 def _dense_weight(
-    module: str, files: Mapping[str, Path], config: QuantizationConfig | None
+    module: str, state: dict[str, torch.Tensor], config: QuantizationConfig | None
 ) -> torch.Tensor | None:
     """A module's weight as the numbers that it stands for; None if it has none."""
-    quantized = "weight_packed" in files or "weight_scale" in files
-    if not quantized and "weight" not in files:
-        return None
-    state = {}
-    for local in files if quantized else ["weight"]:
-        with safe_open(files[local], framework="pt") as opened:
-            state[local] = opened.get_tensor(f"{module}.{local}")
-    if not quantized:
-        dense: torch.Tensor = state["weight"]
-        return dense
+    if "weight_packed" not in state and "weight_scale" not in state:
+        return state.get("weight")
     scheme = None if config is None else _scheme(module, config)
     if config is None or scheme is None:
         raise ValueError(

@@ -160,18 +160,44 @@ def show(
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
     linears: Annotated[bool, typer.Option(help="One row per Linear, not per block.")] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="A pruned checkpoint: how many of its zeros are lost in FOLDER?"),
+    ] = None,
 ) -> None:
     """Count the zeros that a checkpoint really holds, block by block.
 
     Reads the safetensors files and builds no model. Packed 4-bit weights count as
     what they dequantize to.
     """
-    from dlp_plugin.checkpoint import inspect_checkpoint
+    from dlp_plugin.checkpoint import inspect_checkpoint, zeros_lost
 
     with _told():
         with _progress("Reading the checkpoint", 1) as advance:
             found = inspect_checkpoint(folder, advance)
         console.print(_zeros_table(found, linears))
+        if against is not None:
+            lost = zeros_lost(against, folder)
+            console.print(f"zeros of {against} lost: {sum(lost.values()):,}")
+            if any(lost.values()):
+                console.print({name: count for name, count in lost.items() if count})
+                raise typer.Exit(1)
+
+
+@app.command()
+def export_gptq(
+    folder: Annotated[Path, typer.Argument(help="A W4A16 or W8A16 checkpoint of oneshot().")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+) -> None:
+    """Write a packed checkpoint in the GPTQ format, for AutoGPTQ, exllama and others.
+
+    The numbers stay the same: what dequantizes to zero does so afterwards.
+    """
+    from dlp_plugin.gptq_format import export_gptq as export
+
+    with _told():
+        export(folder, output)
+        console.print(f"written: {output}")
 
 
 @app.command()
@@ -246,7 +272,13 @@ def _default_length(model: str) -> int:
     return min(2048, getattr(text_config, "max_position_embeddings", None) or 2048)
 
 
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"
+
+
 def _zeros_table(found: Checkpoint, linears: bool = False) -> Table:
+    from dlp_plugin.checkpoint import zstd_bytes
+
     table = Table(title=f"Zeros in {found.folder}")
     for column in ("linear" if linears else "block", "weights", "zeros", "sparsity"):
         table.add_column(column, justify="right" if table.columns else "left")
@@ -265,7 +297,9 @@ def _zeros_table(found: Checkpoint, linears: bool = False) -> Table:
     for name, zeros in found.outside.items():
         add(name, zeros)
     table.caption = (
-        f"{found.bytes_on_disk / 1e6:,.1f} MB on disk, {found.quantization or 'not quantized'}"
+        f"{found.quantization or 'not quantized'}; {_megabytes(found.bytes_on_disk)} on disk, "
+        f"{_megabytes(zstd_bytes(found.folder))} under zstd, "
+        f"{_megabytes(found.bytes_if_sparse)} if an engine stored 1 bit a weight and the values"
     )
     return table
 
@@ -291,6 +325,6 @@ def _told() -> Iterator[None]:
     logger.add(sys.stderr, level="WARNING", format="{level}: {message}")
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from error

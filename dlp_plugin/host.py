@@ -34,7 +34,7 @@ __all__ = [
     "current_modifiers",
     "keep_all_modifiers_when_saved",
     "leave_dense",
-    "stage_name",
+    "reviving_modifiers",
     "stage_targets",
     "stages_after",
 ]
@@ -61,9 +61,18 @@ def stages_after(modifier: Modifier) -> list[PruningStage]:
     return stages
 
 
-def stage_name(stage: Modifier) -> str:
-    """Name a stage the way its recipe does."""
-    return type(stage).__name__
+def reviving_modifiers() -> list[str]:
+    """Names of stock quantizers that follow a pruning stage and bring its zeros back.
+
+    GPTQ spreads errors over pruned weights, AutoRound learns to round them away from
+    zero; both measured. Rounding to nearest, after AWQ too, leaves a zero at zero.
+    """
+    names = [type(modifier).__name__ for modifier in current_modifiers()]
+    pruning = [isinstance(modifier, PruningStage) for modifier in current_modifiers()]
+    if not any(pruning):
+        return []
+    after = names[pruning.index(True) + 1 :]
+    return [name for name in after if name in ("GPTQModifier", "AutoRoundModifier")]
 
 
 def stage_targets(

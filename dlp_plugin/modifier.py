@@ -118,6 +118,13 @@ class DLPModifier(Modifier):
         if self.plan_path is not None and not Path(self.plan_path).parent.is_dir():
             raise ValueError(f"plan_path {self.plan_path}: its folder does not exist; create it")
 
+        for name in host.reviving_modifiers():
+            logger.warning(
+                "{} does not keep pruned weights at zero: part of the sparsity will be "
+                "lost. Write MaskedGPTQModifier instead",
+                name,
+            )
+
         plan = None if self.from_plan is None else Plan.load(self.from_plan)
         self._target = self._choose_target(stages, plan)
         self._match(state.model, stages, kwargs.get("sequential_targets"))

@@ -1,4 +1,4 @@
-"""The full job on one model: dense, uniform 70 %, DLP 70 %, saved, loaded again.
+"""The full job on one model: dense, uniform 70 %, DLP 70 %, then 4 bits; saved and loaded.
 
     python examples/prune_and_compare.py                      # the small model shipped here
     python examples/prune_and_compare.py MODEL --calibration a.txt --test b.txt
@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import last_plans
+from dlp_plugin.checkpoint import inspect_checkpoint, zeros_lost, zstd_bytes
 from dlp_plugin.evaluate import perplexity
 from dlp_plugin.text import calibration_set, read_tokens, token_windows
 
@@ -69,13 +70,16 @@ def main() -> None:
             **save,
         )
 
+    pruned, packed = arguments.output / "pruned", arguments.output / "w4a16"
     steps = {
         "dense": lambda: load(arguments.model),
         "uniform": lambda: prune("uniform_wanda.yaml"),
-        "DLP": lambda: prune("dlp_wanda.yaml", output_dir=str(arguments.output)),
-        "DLP, loaded again": lambda: load(arguments.output),
+        "DLP": lambda: prune("dlp_wanda.yaml", output_dir=str(pruned)),
+        "DLP, loaded": lambda: load(pruned),
+        "DLP + W4A16": lambda: prune("dlp_wanda_w4a16.yaml", output_dir=str(packed)),
+        "DLP + W4A16, loaded": lambda: load(packed),
     }
-    table = Table("", "sparsity", "perplexity", "to dense", "seconds", title=arguments.model)
+    table = Table("", "zeros", "perplexity", "to dense", "seconds", title="perplexity")
     dense = 0.0
     for name, step in steps.items():
         started = time.time()
@@ -88,12 +92,20 @@ def main() -> None:
         table.add_row(name, *row)
         if name == "DLP":
             (plan,) = last_plans()
-            plan.save(arguments.output / "dlp_plan.json")
-            plan.plot(arguments.output / "dlp_plan.png")
+            plan.save(arguments.output / "plan.json")
+            plan.plot(arguments.output / "plan.png")
+
+    sizes = Table("", "MB on disk", "under zstd", "1 bit a weight + values", title="sizes")
+    for name, folder in {"DLP": pruned, "DLP + W4A16": packed}.items():
+        found = inspect_checkpoint(folder)
+        parts = found.bytes_on_disk, zstd_bytes(folder), found.bytes_if_sparse
+        sizes.add_row(name, *(f"{part / 1e6:.2f}" for part in parts))
+    lost = sum(zeros_lost(pruned, packed).values())
 
     console = Console()
-    console.print(plan.table(), table)
-    console.print(f"saved in {arguments.output}, with dlp_plan.json and dlp_plan.png")
+    console.print(plan.table(), table, sizes)
+    console.print(f"pruned weights that came back with 4 bits: {lost}")
+    console.print(f"saved in {arguments.output}: pruned/, w4a16/, plan.json, plan.png")
 
 
 if __name__ == "__main__":

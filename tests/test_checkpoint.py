@@ -12,8 +12,8 @@ from llmcompressor.modifiers.pruning import WandaPruningModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dlp_plugin import DLPModifier
-from dlp_plugin.checkpoint import Zeros, inspect_checkpoint
+from dlp_plugin import DLPModifier, MaskedGPTQModifier
+from dlp_plugin.checkpoint import Zeros, inspect_checkpoint, zeros_lost, zstd_bytes
 
 
 def stage() -> WandaPruningModifier:
@@ -37,6 +37,39 @@ def test_a_dense_checkpoint(make_model, tmp_path: Path) -> None:
         assert found.blocks[block.name].weights == block.weights
         assert found.blocks[block.name].sparsity == pytest.approx(block.sparsity, abs=0.02)
     assert found.outside["lm_head"].zeros == 0
+    inside = [zeros for name, zeros in found.linears.items() if name in linears_of(model)]
+    inside.remove(found.linears["lm_head"])
+    header = found.bytes_on_disk - sum(
+        t.nbytes for t in load_file(tmp_path / "model.safetensors").values()
+    )
+    saved = sum(16 * z.zeros - z.weights for z in inside) // 8  # 2 bytes a zero, 1 bit a weight
+    assert found.bytes_if_sparse == found.bytes_on_disk - header - saved
+    assert saved > 0
+    assert zstd_bytes(tmp_path) < 0.8 * found.bytes_on_disk
+
+
+def test_lost_zeros_are_counted(make_model, tmp_path: Path) -> None:
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    run(make_model(torch.bfloat16), [stage()], random_samples(), output_dir=str(pruned))
+    weights = QuantizationArgs(num_bits=4, strategy="group", group_size=64)
+    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    for kind, keeps in ((GPTQModifier, False), (MaskedGPTQModifier, True)):
+        quantizer = kind(ignore=["lm_head"], config_groups=scheme)
+        folder = packed / kind.__name__
+        run(
+            make_model(torch.bfloat16),
+            [stage(), quantizer],
+            random_samples(),
+            output_dir=str(folder),
+        )
+        lost = zeros_lost(pruned, folder)
+        assert set(lost) == set(linears_of(make_model())) - {"lm_head"}
+        assert (sum(lost.values()) == 0) == keeps
+    assert set(zeros_lost(pruned, pruned).values()) == {0}
+    other = tmp_path / "other"
+    make_model(num_hidden_layers=2).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"layers.2.* is missing in .*not the same model"):
+        zeros_lost(pruned, other)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

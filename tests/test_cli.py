@@ -52,6 +52,26 @@ def test_inspect_counts_blocks_or_linears(pruned: tuple[Path, str]) -> None:
     assert "k_proj" not in output
 
 
+def test_inspect_tells_sizes_and_lost_zeros(pruned: tuple[Path, str]) -> None:
+    folder, _ = pruned
+    output = " ".join(command("inspect", folder, "--against", folder).output.split())
+    assert re.search(r"not quantized; \d\.\d\d MB on disk, \d\.\d\d MB under zstd", output)
+    assert "lost: 0" in output
+    result = command("inspect", SHIPPED, "--against", folder, code=1)
+    assert "model.layers.11.mlp.down_proj" in result.output
+
+
+def test_a_4_bit_recipe_and_its_gptq_export(tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "dlp_wanda_w4a16.yaml"
+    packed, exported = tmp_path / "packed", tmp_path / "exported"
+    output = command("oneshot", SHIPPED, "--recipe", recipe, *CALIBRATE, "--output", packed).output
+    assert "pack-quantized" in output
+    command("export-gptq", packed, exported)
+    settings = json.loads((exported / "quantize_config.json").read_text())
+    assert (settings["bits"], settings["group_size"], settings["sym"]) == (4, 128, True)
+    assert "model.layers.0.mlp.up_proj.qweight" in load_file(exported / "model.safetensors")
+
+
 def test_score_then_show_at_another_target(tmp_path: Path) -> None:
     file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     output = command("score", SHIPPED, *CALIBRATE, "--output", file, "--alpha", "0.1").output
@@ -70,7 +90,7 @@ def test_ppl_is_that_of_the_model_card(tmp_path: Path) -> None:
     assert 5 < float(re.search(r"perplexity (\d+\.\d+)", output).group(1)) < 60
 
 
-@pytest.mark.parametrize("name", ["oneshot", "score", "show", "inspect", "ppl"])
+@pytest.mark.parametrize("name", ["oneshot", "score", "show", "inspect", "export-gptq", "ppl"])
 def test_help_teaches(name: str) -> None:
     assert name in command("--help").output
     assert len(command(name, "--help").output.splitlines()) > 10
@@ -105,6 +125,11 @@ class TestMistakesAreToldInOneMessage:
         arguments = ["--data", tmp_path / "short.txt", "--output", tmp_path / "p.json"]
         result = command("score", SHIPPED, *arguments, code=1)
         assert "less than one sample of 256" in " ".join(result.stderr.split())
+
+    def test_an_export_of_what_is_not_packed(self, tmp_path: Path) -> None:
+        result = command("export-gptq", SHIPPED, tmp_path / "out", code=1)
+        assert "is not pack-quantized" in " ".join(result.stderr.split())
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_damaged_plan(self, tmp_path: Path) -> None:
         (tmp_path / "plan.json").write_text(json.dumps({"alpha": 1}))

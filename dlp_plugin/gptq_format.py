@@ -1,0 +1,286 @@
+"""Pack-quantized checkpoints of llm-compressor in the format of GPTQ's own tools.
+
+Both formats hold the same integers, packed differently: compressed-tensors packs
+signed numbers along a row of the ``[out, in]`` matrix, GPTQ packs unsigned ones along
+a column. So the conversion is exact; what has no counterpart is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+)
+from loguru import logger
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dlp_plugin.files import replacing
+
+__all__ = ["export_gptq"]
+
+_QUANTIZED_LOCALS = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}
+_INDEX = "model.safetensors.index.json"
+
+Fetch = Callable[[str], torch.Tensor]
+
+
+def export_gptq(source: str | Path, output: str | Path) -> None:
+    """Write a pack-quantized checkpoint as a GPTQ-format one.
+
+    A quantized Linear becomes ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` (see
+    :func:`_gptq_tensors`); every other tensor and file is copied as it is, shard by
+    shard. Zeros stay zeros: a weight is 0 where its integer equals its zero point, in
+    both formats. A tied head is written too, as AutoGPTQ does: without it AutoGPTQ's
+    loader leaves head and embedding at zero. ``desc_act`` is always false, because
+    activation ordering of today's llm-compressor (``actorder: weight``, or ``static``)
+    leaves the groups in order.
+
+    AutoGPTQ and vLLM read it, with what they ask for besides: in and out features in
+    multiples of 32 (both), every Linear of a block quantized (AutoGPTQ), symmetric
+    integers (vLLM), 4 bits (vLLM on a CPU).
+
+    :param source: folder of a 4-bit or 8-bit weight-only checkpoint that ``oneshot``
+        wrote, strategy ``group`` or ``channel``
+    :param output: folder to be made; it may exist if it is empty
+    :raises FileNotFoundError: if ``source`` has no config or weights, or the parent of
+        ``output`` is missing
+    :raises FileExistsError: if ``output`` holds something already
+    :raises ValueError: if the checkpoint is not pack-quantized, or the GPTQ format
+        cannot hold its scheme or one of its modules
+    """
+    source, output = Path(source), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder; give a new one")
+    config = _read_config(source)
+    args = _only_scheme(_quantization_of(source, config))
+    shards = sorted(source.glob("*.safetensors"))
+    places = {key: shard for shard in shards for key in _keys(shard)}
+    if not places:
+        raise FileNotFoundError(
+            f"{source} holds no .safetensors file; give the folder of a saved model"
+        )
+    modules = {key.removesuffix(".weight_packed") for key in places if _is_packed(key)}
+
+    def fetch(key: str) -> torch.Tensor:
+        with safe_open(places[key], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(key)
+        return tensor
+
+    settings = _settings(args, modules)
+    twins = {kept: name for name, kept in _tied(source).items() if name not in places}
+    with replacing(output) as beside:
+        beside.mkdir()
+        weight_map: dict[str, str] = {}
+        size = 0
+        for shard in shards:
+            tensors: dict[str, torch.Tensor] = {}
+            for key in _keys(shard):
+                module, _, local = key.rpartition(".")
+                if _is_packed(key):
+                    tensors.update(_gptq_tensors(module, args, places, fetch))
+                elif module not in modules or local not in _QUANTIZED_LOCALS:
+                    tensors[key] = fetch(key)
+                    if key in twins:
+                        tensors[twins[key]] = tensors[key].clone()
+            save_file(tensors, beside / shard.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, shard.name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+        if (source / _INDEX).is_file():
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            _write_json(beside / _INDEX, index)
+        _write_json(beside / "config.json", {**config, "quantization_config": settings})
+        _write_json(beside / "quantize_config.json", settings)
+        for file in source.iterdir():
+            if file.is_file() and not (beside / file.name).exists():
+                shutil.copy(file, beside)
+        logger.info(f"{len(modules)} modules of {source} written in GPTQ format to {output}")
+
+
+def _tied(source: Path) -> dict[str, str]:
+    """Tensors that files may leave out because they are another's, to that other's name."""
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(AutoConfig.from_pretrained(source))
+    tied: dict[str, str] = model.all_tied_weights_keys
+    return tied
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    file = source / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{source} holds no config.json; give the folder of a saved model")
+    config: dict[str, Any] = json.loads(file.read_text())
+    return config
+
+
+def _quantization_of(source: Path, config: Mapping[str, Any]) -> QuantizationConfig:
+    found = config.get("quantization_config") or {}
+    kind = (found.get("quant_method"), found.get("format"))
+    if kind != ("compressed-tensors", "pack-quantized"):
+        raise ValueError(
+            f"{source} is not pack-quantized (quant_method {kind[0]}, format {kind[1]}); "
+            "give a checkpoint that oneshot() wrote with a weight-only scheme such as W4A16"
+        )
+    return QuantizationConfig.model_validate(found)
+
+
+def _only_scheme(config: QuantizationConfig) -> QuantizationArgs:
+    """The one scheme of a checkpoint's weights.
+
+    :raises ValueError: if there are several, or the GPTQ format cannot hold it
+    """
+    if config.kv_cache_scheme is not None:
+        raise ValueError("kv_cache_scheme is set, but GPTQ holds weights only; quantize without it")
+    groups = {n: g for n, g in config.config_groups.items() if isinstance(g, QuantizationScheme)}
+    for name, group in groups.items():
+        for field in ("input_activations", "output_activations"):
+            if getattr(group, field) is not None:
+                raise ValueError(
+                    f"{name} has {field}, but GPTQ holds weights only; "
+                    "use a weight-only scheme such as W4A16"
+                )
+    # What remains in the file after calibration; observers and the like do not.
+    kept = {"num_bits", "type", "symmetric", "strategy", "group_size"}
+    schemes: list[tuple[str, QuantizationArgs]] = []
+    for name, group in groups.items():
+        if group.weights is None:
+            raise ValueError(f"{name} has no weights; use a weight-only scheme such as W4A16")
+        schemes.append((name, group.weights))
+    first, args = schemes[0]
+    for name, other in schemes[1:]:
+        if args.model_dump(include=kept) != other.model_dump(include=kept):
+            raise ValueError(
+                f"{first} and {name} differ in their weights' scheme, but GPTQ holds one for "
+                "all; quantize every Linear alike"
+            )
+    if args.type != "int" or args.num_bits not in (4, 8):
+        raise ValueError(
+            f"{first} has num_bits {args.num_bits} of type {args.type}, but the export knows "
+            "int with 4 or 8; quantize with W4A16 or W8A16"
+        )
+    if args.strategy not in ("group", "channel"):
+        raise ValueError(
+            f"{first} has strategy {args.strategy}, but GPTQ holds group and channel; "
+            "quantize with one of them"
+        )
+    return args
+
+
+def _settings(args: QuantizationArgs, modules: set[str]) -> dict[str, Any]:
+    """What stands as ``quantization_config`` and in ``quantize_config.json``.
+
+    :param modules: full names of the quantized modules
+    """
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": args.num_bits,
+        "group_size": args.group_size if args.strategy == "group" else -1,
+        "sym": args.symmetric,
+        "desc_act": False,
+        "lm_head": any(name.split(".")[-1] == "lm_head" for name in modules),
+    }
+
+
+def _gptq_tensors(
+    module: str, args: QuantizationArgs, places: Mapping[str, Path], fetch: Fetch
+) -> dict[str, torch.Tensor]:
+    """One Linear in GPTQ format, with ``pack = 32 / bits`` and g groups of columns.
+
+    - ``qweight`` int32 ``[in / pack, out]``: integers in [0, 2^bits)
+    - ``qzeros`` int32 ``[g, out / pack]``: the groups' zero points *minus one*
+    - ``scales`` ``[g, out]``: weight = (integer - zero point) * scale
+    - ``g_idx`` int32 ``[in]``: each column's group
+
+    :param module: full name of the Linear
+    :param places: every tensor's full name to its file
+    :param fetch: reads a tensor by its full name
+    :return: full names to tensors
+    :raises ValueError: if the module does not fit the format
+    """
+    bits = args.num_bits
+    pack = 32 // bits
+    if f"{module}.weight_g_idx" in places:
+        raise ValueError(
+            f"{module} has a weight_g_idx, which llm-compressor wrote for actorder group and "
+            "no longer reads; quantize again with actorder weight"
+        )
+    shape = torch.Size(fetch(f"{module}.weight_shape").tolist())
+    rows, columns = shape
+    if rows % pack or columns % pack:
+        raise ValueError(
+            f"{module} is {rows} x {columns} (out x in), but GPTQ packs {pack} numbers of "
+            f"{bits} bits into a word and wants multiples of {pack}; "
+            f"put the module on the ignore list and quantize again"
+        )
+    scale = fetch(f"{module}.weight_scale")  # [out, g]
+    # compressed-tensors' numbers are signed; the offset makes them unsigned.
+    offset = 2 ** (bits - 1)
+    packed = fetch(f"{module}.weight_packed")
+    weight = unpack_from_int32(packed, bits, shape).int() + offset  # [out, in]
+    group = columns // scale.shape[1]
+    if args.symmetric:
+        zero = torch.full(scale.shape, offset, dtype=torch.int32)  # [out, g]
+    else:
+        stored = fetch(f"{module}.weight_zero_point")
+        zero = unpack_from_int32(stored, bits, scale.shape, packed_dim=0).int() + offset
+        # Minus one would not fit where the zero point is 0, as it is where no weight of a
+        # group is negative. There q * s is written as ((top - q) - top) * -s.
+        top = 2**bits - 1
+        turned = zero == 0
+        weight = torch.where(turned.repeat_interleave(group, dim=1), top - weight, weight)
+        zero = torch.where(turned, top, zero)
+        scale = torch.where(turned, -scale, scale)
+    return {
+        f"{module}.qweight": _pack(weight.T, bits),
+        f"{module}.qzeros": _pack(zero - 1, bits).T.contiguous(),
+        f"{module}.scales": _in_half_if_exact(scale).T.contiguous(),
+        f"{module}.g_idx": torch.arange(columns, dtype=torch.int32) // group,
+    }
+
+
+def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack each ``32 / bits`` numbers of a column into a word, the first lowest.
+
+    :param values: int32 ``[n, m]`` in [0, 2^bits)
+    :return: int32 ``[n * bits / 32, m]``
+    """
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    rows, columns = values.shape
+    words = values.reshape(rows // len(shifts), len(shifts), columns) << shifts[:, None]
+    # The numbers' bits do not overlap, so the sum is their union.
+    return words.sum(dim=1, dtype=torch.int32)
+
+
+def _in_half_if_exact(scale: torch.Tensor) -> torch.Tensor:
+    """Scales in float16, which GPTQ's tools write, or as they are where it would round.
+
+    Engines cast scales to the dtype they compute in. A bfloat16 number of ordinary size
+    (2^-17 to 65504) is a float16 number; a float32 one is seldom.
+    """
+    half = scale.half()
+    return half if torch.equal(half.to(scale.dtype), scale) else scale
+
+
+def _is_packed(key: str) -> bool:
+    return key.endswith(".weight_packed")
+
+
+def _keys(shard: Path) -> list[str]:
+    with safe_open(shard, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,171 @@
+"""``MaskedGPTQModifier``: GPTQ that keeps every pruned weight at zero.
+
+The host's GPTQ quantizes column by column and spreads each column's error over the
+columns to come, pruned weights included, so they come back. Here a pruned weight is
+quantized to zero when its column's turn comes, and what it had been given is passed on
+like any other error, so that in the end only living weights have compensated. That is
+the joint pruning and quantization of SparseGPT (arXiv 2301.00774, section 3.5) with the
+mask given. Hessians, observers, ordering, batching and the loop over blocks of columns
+are the host's; only the update within a block of columns is replaced, through the
+registry of backends that the host keeps for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import copy
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationStrategy,
+    fake_quantize,
+)
+from compressed_tensors.utils import patch_attr
+from compressed_tensors.utils.impl_backend import ENFORCE_EAGER, ImplBackend
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.gptq.helpers import assign_batches, column_scale_window
+from loguru import logger
+from pydantic import PrivateAttr
+
+__all__ = ["MaskedGPTQModifier"]
+
+_ALIVE: ContextVar[torch.Tensor | None] = ContextVar("alive", default=None)
+
+
+class MaskedGPTQModifier(GPTQModifier):
+    """The host's ``GPTQModifier``, field for field, for models with pruned weights.
+
+    A weight that is zero when it is quantized is zero afterwards, bit for bit, in the
+    packed checkpoint too. On a model without zeros the result is the stock modifier's.
+
+    ```yaml
+    quantization_stage:
+      quantization_modifiers:
+        MaskedGPTQModifier:
+          scheme: W4A16
+          targets: [Linear]
+          ignore: ["re:.*lm_head"]
+    ```
+    """
+
+    _pruned: int = PrivateAttr(default=0)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Set up quantization as the host does.
+
+        :raises ValueError: if compressed-tensors is told to use no backend but its own
+        """
+        if ENFORCE_EAGER:
+            raise ValueError(
+                "CT_ENFORCE_EAGER is set, which keeps MaskedGPTQModifier from masking: unset it"
+            )
+        return bool(super().on_initialize(state, **kwargs))
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Say what was kept."""
+        super().on_calibration_end(state, event, **kwargs)
+        if self._pruned:
+            logger.info("MaskedGPTQModifier kept {:,} pruned weights at zero", self._pruned)
+        else:
+            logger.info(
+                "MaskedGPTQModifier found no pruned weight, and quantized as GPTQModifier does"
+            )
+
+    def compress_module_list(self, module_list: list[Any]) -> None:
+        """Quantize modules batch by batch, each under its mask.
+
+        :raises RuntimeError: if a pruned weight came back, which a change in the host
+            could bring about
+        """
+        for batch in assign_batches(module_list, self.batched_quantization, self.block_size):
+            alive = torch.stack([module.get_parameter("weight") != 0 for module in batch])
+            pruned = alive.numel() - int(alive.sum())
+            if not pruned:
+                super().compress_module_list(batch)
+                continue
+            self._pruned += pruned
+            ordered = self._in_quantization_order(batch, alive)
+            with patch_attr(self, "batched_quantization", len(batch)), _masking(ordered):
+                super().compress_module_list(batch)
+            for module, mask in zip(batch, alive, strict=True):
+                if bool((module.get_parameter("weight")[~mask] != 0).any()):
+                    raise RuntimeError(
+                        f"pruned weights of {self._module_names[module]} came back: this "
+                        "release of llmcompressor quantizes in an order that "
+                        "MaskedGPTQModifier does not know"
+                    )
+
+    def _in_quantization_order(self, batch: Sequence[Any], alive: torch.Tensor) -> torch.Tensor:
+        """Sort a mask's columns, ``[batch, rows, columns]``, as the host sorts weights."""
+        if not batch[0].quantization_scheme.weights.actorder:
+            return alive
+        diagonals = torch.stack(
+            [self._hessians[m].diagonal() / self._num_samples[m] for m in batch]
+        )
+        order = diagonals.argsort(dim=-1, descending=True)
+        return alive.gather(-1, order.unsqueeze(-2).expand_as(alive))
+
+
+@contextmanager
+def _masking(alive: torch.Tensor) -> Iterator[None]:
+    token = _ALIVE.set(alive)
+    try:
+        yield
+    finally:
+        _ALIVE.reset(token)
+
+
+def _is_masking(*_: Any, **__: Any) -> bool:
+    return _ALIVE.get() is not None
+
+
+@ImplBackend.register("gptq_block_update", _is_masking, -1)
+def masked_gptq_block_update(
+    W1: torch.Tensor,  # noqa: N803 (the host passes it by this name)
+    Hinv1: torch.Tensor,  # noqa: N803
+    Q1: torch.Tensor,  # noqa: N803
+    Err1: torch.Tensor,  # noqa: N803
+    losses1: torch.Tensor,
+    *,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    quant_args: QuantizationArgs,
+    i1: int,
+) -> None:
+    """Quantize one block of columns under the mask that is in force.
+
+    :param W1: weights ``[batch, rows, width]`` in float32, used up
+    :param Hinv1: the block's part of the inverse Hessian's upper Cholesky factor,
+        ``[batch, width, width]``
+    :param Q1: where the quantized weights go, ``[batch, rows, width]``
+    :param Err1: where each column's error over its diagonal goes, likewise
+    :param losses1: where the squares of those go, likewise
+    :param i1: the block's first column in the order of quantization
+    """
+    mask = _ALIVE.get()
+    assert mask is not None
+    width = W1.shape[-1]
+    alive = mask[..., i1 : i1 + width]
+    eff, zp = column_scale_window(
+        scale, zero_point, global_scale, g_idx, quant_args, W1.shape[-2], i1, i1 + width
+    )
+    by_row = copy(quant_args)
+    by_row.strategy = QuantizationStrategy.CHANNEL
+    none = W1.new_zeros(())
+    for i in range(width):
+        w = W1[..., i]
+        shift: Any = None if zp is None else zp[..., i].mT
+        q = fake_quantize(w.mT, eff[..., i].mT, shift, by_row).mT
+        q = torch.where(alive[..., i], q, none)
+        error = (w - q) / Hinv1[:, i, i, None]
+        Q1[..., i] = q
+        Err1[..., i] = error
+        W1[..., i:] -= error.unsqueeze(-1) * Hinv1[:, None, i, i:]
+    losses1.copy_(Err1.square())

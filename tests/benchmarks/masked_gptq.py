@@ -1,0 +1,246 @@
+"""What masking GPTQ keeps, gains and costs: python tests/benchmarks/masked_gptq.py
+
+Three tables on the shipped model: zeros lost, perplexity after pruning and 4 bits, and
+time and memory against the stock modifier, side by side in this one run.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from loguru import logger
+from pydantic import PrivateAttr
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from dlp_plugin import MaskedGPTQModifier
+from dlp_plugin.evaluate import perplexity
+from dlp_plugin.text import calibration_set, read_tokens, token_windows
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = EXAMPLES / "small_model"
+TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
+KINDS = {"stock": GPTQModifier, "masked": MaskedGPTQModifier}
+ROUNDS = 5
+
+
+def samples(count: int) -> Dataset:
+    text = EXAMPLES / "text" / "calibration.txt"
+    return calibration_set(read_tokens(text, TOKENIZER), 256, count)
+
+
+def run(model: torch.nn.Module, recipe: list[Modifier], dataset: Dataset) -> torch.nn.Module:
+    return oneshot(
+        model=model,
+        recipe=recipe,
+        dataset=dataset,
+        tokenizer=TOKENIZER,
+        num_calibration_samples=len(dataset),
+        shuffle_calibration_samples=False,
+    )
+
+
+def load(weights: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    found = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return {name: linear for name, linear in found.items() if name != "lm_head"}
+
+
+def pruned(kind: type, sparsity: float, structure: str, dataset: Dataset) -> dict:
+    stage = kind(
+        sparsity=sparsity, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    return run(load(), [stage], dataset).state_dict()
+
+
+def quantizer(kind: type, bits: int, symmetric: bool, group: int | None, actorder: str | None):
+    weights = QuantizationArgs(
+        num_bits=bits,
+        symmetric=symmetric,
+        strategy="channel" if group is None else "group",
+        group_size=group,
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    return kind(config_groups={"group_0": scheme}, ignore=["lm_head"], actorder=actorder)
+
+
+def zeros_lost() -> list[dict]:
+    dataset = samples(16)
+    schemes = {
+        "W4 group 128": (4, True, 128),
+        "W4 group 128 asymmetric": (4, False, 128),
+        "W4 channel": (4, True, None),
+        "W8 channel": (8, True, None),
+    }
+    rows = []
+    for (pruner, structure), (scheme, args), actorder in itertools.product(
+        itertools.product((WandaPruningModifier, SparseGPTModifier), ("0:0", "2:4")),
+        schemes.items(),
+        (None, "static", "weight"),
+    ):
+        if args[2] is None and actorder == "weight":
+            continue
+        weights = pruned(pruner, 0.7 if structure == "0:0" else 0.5, structure, dataset)
+        row = {
+            "pruner": pruner.__name__.removesuffix("Modifier").removesuffix("Pruning"),
+            "structure": "70 %" if structure == "0:0" else structure,
+            "scheme": scheme,
+            "ordering": actorder or "none",
+        }
+        for name, kind in KINDS.items():
+            model = load(weights)
+            masks = {n: linear.weight == 0 for n, linear in linears(model).items()}
+            run(model, [quantizer(kind, *args, actorder)], dataset)
+            back = sum(int((m.weight[masks[n]] != 0).sum()) for n, m in linears(model).items())
+            row[name] = back / sum(int(mask.sum()) for mask in masks.values())
+        rows.append(row)
+    return rows
+
+
+def perplexities() -> list[dict]:
+    dataset = samples(128)
+    tokens = read_tokens(EXAMPLES / "text" / "test.txt", TOKENIZER)
+    windows = token_windows(tokens, 256)
+    rows = [{"pruner": "", "sparsity": 0.0, "pruned": perplexity(load(), windows)}]
+    for pruner, sparsity in itertools.product(
+        (WandaPruningModifier, SparseGPTModifier), (0.5, 0.6, 0.7)
+    ):
+        weights = pruned(pruner, sparsity, "0:0", dataset)
+        row = {
+            "pruner": pruner.__name__.removesuffix("Modifier").removesuffix("Pruning"),
+            "sparsity": sparsity,
+            "pruned": perplexity(load(weights), windows),
+        }
+        for name, kind in KINDS.items():
+            model = load(weights)
+            masks = {n: linear.weight == 0 for n, linear in linears(model).items()}
+            run(model, [quantizer(kind, 4, True, 128, "static")], dataset)
+            row[name] = perplexity(model, windows)
+            if name == "stock":
+                with torch.no_grad():
+                    for module, linear in linears(model).items():
+                        linear.weight[masks[module]] = 0
+                row["stock, masked again"] = perplexity(model, windows)
+        rows.append(row)
+    return rows
+
+
+class Clock(Modifier):
+    """Notes the time between two epochs."""
+
+    _time: float = PrivateAttr(default=0.0)
+
+    def on_initialize(self, state, **kwargs) -> bool:
+        return True
+
+    def on_calibration_start(self, state, event, **kwargs) -> None:
+        self._time = time.perf_counter()
+
+
+def one_epoch(kind: type, folder: str) -> tuple[float, float]:
+    """Seconds of one epoch on two blocks of width 1,024, and the process's peak in MB."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    config.save_pretrained(folder)
+    model.config.name_or_path = model.name_or_path = folder
+    with torch.no_grad():
+        for linear in linears(model).values():
+            linear.weight[torch.rand(linear.weight.shape) < 0.7] = 0
+    start, end = Clock(), Clock()
+    run(model, [start, quantizer(kind, 4, True, 128, "static"), end], samples(16))
+    return end._time - start._time, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def cost() -> dict[str, dict[str, float]]:
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
+    for _ in range(ROUNDS):
+        for name in KINDS:
+            command = [sys.executable, __file__, "--epoch", name]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            seconds, megabytes = output.split()[-2:]
+            found[name].append((float(seconds), float(megabytes)))
+    return {
+        name: {
+            "seconds": statistics.median(seconds for seconds, _ in values),
+            "peak_megabytes": statistics.median(megabytes for _, megabytes in values),
+        }
+        for name, values in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--only", choices=["zeros", "perplexity", "cost"])
+    parser.add_argument("--epoch", choices=KINDS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logger.remove()
+    if arguments.epoch:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            print(*one_epoch(KINDS[arguments.epoch], folder))
+        return
+    console = Console(width=110)
+    results: dict = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    }
+    if arguments.only in (None, "perplexity"):
+        results["perplexity"] = perplexities()
+        columns = ["pruned", "stock", "stock, masked again", "masked"]
+        table = Table("pruner", "sparsity", *columns, title="perplexity, W4A16 group 128")
+        for row in results["perplexity"]:
+            values = [f"{row[name]:.2f}" if name in row else "" for name in columns]
+            table.add_row(row["pruner"], f"{row['sparsity']:.0%}", *values)
+        console.print(table)
+    if arguments.only in (None, "cost"):
+        results["cost"] = cost()
+        table = Table("", "seconds", "peak MB", title="one epoch, two blocks of width 1,024")
+        for name, row in results["cost"].items():
+            table.add_row(name, f"{row['seconds']:.2f}", f"{row['peak_megabytes']:.0f}")
+        console.print(table)
+    if arguments.only in (None, "zeros"):
+        results["zeros_lost"] = zeros_lost()
+        keys = ["pruner", "structure", "scheme", "ordering"]
+        table = Table(*keys, "stock", "masked", title="pruned weights that came back")
+        for row in results["zeros_lost"]:
+            shares = [f"{row[name]:.2%}" for name in KINDS]
+            table.add_row(*(row[key] for key in keys), *shares)
+        console.print(table)
+    console.print(results["machine"])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
