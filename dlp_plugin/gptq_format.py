@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from compressed_tensors.quantization import (
 from loguru import logger
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dlp_plugin.files import replacing
 
@@ -35,8 +36,8 @@ _INDEX = "model.safetensors.index.json"
 Fetch = Callable[[str], torch.Tensor]
 
 
-def export_gptq(source: str | Path, output: str | Path) -> None:
-    """Write a pack-quantized checkpoint as a GPTQ-format one.
+def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> None:
+    """Write a pack-quantized checkpoint, or model in memory, as a GPTQ-format checkpoint.
 
     A quantized Linear becomes ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` (see
     :func:`_gptq_tensors`); every other tensor and file is copied as it is, shard by
@@ -51,7 +52,8 @@ def export_gptq(source: str | Path, output: str | Path) -> None:
     integers (vLLM), 4 bits (vLLM on a CPU).
 
     :param source: folder of a 4-bit or 8-bit weight-only checkpoint that ``oneshot``
-        wrote, strategy ``group`` or ``channel``
+        wrote, strategy ``group`` or ``channel``; or the model that it returned, which is
+        then packed as if it had been saved, and written without a tokenizer
     :param output: folder to be made; it may exist if it is empty
     :raises FileNotFoundError: if ``source`` has no config or weights, or the parent of
         ``output`` is missing
@@ -59,7 +61,13 @@ def export_gptq(source: str | Path, output: str | Path) -> None:
     :raises ValueError: if the checkpoint is not pack-quantized, or the GPTQ format
         cannot hold its scheme or one of its modules
     """
-    source, output = Path(source), Path(output)
+    output = Path(output)
+    if isinstance(source, PreTrainedModel):
+        with tempfile.TemporaryDirectory() as folder:
+            source.save_pretrained(folder)
+            export_gptq(folder, output)
+        return
+    source = Path(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; give a new one")
     config = _read_config(source)

@@ -340,3 +340,25 @@ def test_reordered_groups_of_older_releases_are_refused(pack: Pack, refused) -> 
     name = "model.layers.1.mlp.up_proj"
     edit_tensors(source, lambda t: t.update({f"{name}.weight_g_idx": torch.arange(64)}))
     refused(source, f"{name} has a weight_g_idx")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_model_in_memory_gives_what_its_checkpoint_gives(
+    make_model, tmp_path: Path, saved: bool
+) -> None:
+    def quantized(**save: str) -> torch.nn.Module:
+        weights = QuantizationArgs(num_bits=4, strategy="group", group_size=32)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+        gptq = GPTQModifier(ignore=["lm_head"], config_groups={"group_0": scheme})
+        model = make_model(torch.bfloat16)
+        run(model, gptq, random_samples(), **save)
+        return model
+
+    folder = tmp_path / "packed"
+    model = quantized(output_dir=str(folder))
+    export_gptq(folder, tmp_path / "from_folder")
+    export_gptq(model if saved else quantized(), tmp_path / "from_memory")
+    left = load_file(tmp_path / "from_folder" / "model.safetensors")
+    right = load_file(tmp_path / "from_memory" / "model.safetensors")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)

@@ -461,6 +461,11 @@ class TestBadInput:
         message = "no blocks found in LlamaForCausalLM by sequential_targets="
         refuses(make_model(), recipe(), message, sequential_targets=["Nothing"])
 
+    def test_a_block_that_no_sample_reaches(self, make_model: MakeModel) -> None:
+        model = make_model()
+        model.config.num_hidden_layers = 2  # the third layer is there, and never called
+        refuses(model, recipe(), r"no Linear of block model.layers.2 saw calibration data")
+
     def test_a_failed_run_writes_no_plan(self, make_model: MakeModel, tmp_path: Path) -> None:
         model = make_model()
         with torch.no_grad():

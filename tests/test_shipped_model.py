@@ -104,6 +104,17 @@ def test_plan_and_zeros_and_checkpoint(pruner: str, calibration, tmp_path: Path)
             assert found.linears[name].zeros == zeros(linear), name
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_recipe_runs_in_one_call(file: Path, calibration, tmp_path: Path) -> None:
+    samples = calibration.select(range(8))
+    run(load(), str(file), samples, output_dir=str(tmp_path / "out"))
+    found = inspect_checkpoint(tmp_path / "out")
+    blocks = found.blocks.values()
+    sparsity = sum(b.zeros for b in blocks) / sum(b.weights for b in blocks)
+    assert sparsity == pytest.approx(0.5 if "2of4" in file.stem else 0.7, abs=0.01)
+    assert found.quantization == ("pack-quantized" if "a16" in file.stem else None)
+
+
 def test_runs_repeat_to_the_bit(calibration) -> None:
     weights = []
     for _ in range(2):
