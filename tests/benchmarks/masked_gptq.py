@@ -13,7 +13,6 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -24,9 +23,9 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
-from pydantic import PrivateAttr
 from rich.console import Console
 from rich.table import Table
+from run import Stamp
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dlp_plugin import MaskedGPTQModifier
@@ -147,18 +146,6 @@ def perplexities() -> list[dict]:
     return rows
 
 
-class Clock(Modifier):
-    """Notes the time between two epochs."""
-
-    _time: float = PrivateAttr(default=0.0)
-
-    def on_initialize(self, state, **kwargs) -> bool:
-        return True
-
-    def on_calibration_start(self, state, event, **kwargs) -> None:
-        self._time = time.perf_counter()
-
-
 def one_epoch(kind: type, folder: str) -> tuple[float, float]:
     """Seconds of one epoch on two blocks of width 1,024, and the process's peak in MB."""
     torch.manual_seed(0)
@@ -176,7 +163,7 @@ def one_epoch(kind: type, folder: str) -> tuple[float, float]:
     with torch.no_grad():
         for linear in linears(model).values():
             linear.weight[torch.rand(linear.weight.shape) < 0.7] = 0
-    start, end = Clock(), Clock()
+    start, end = Stamp(), Stamp()
     dataset = samples(16)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
     run(model, [start, quantizer(kind, 4, True, 128, "static"), end], dataset)
