@@ -120,15 +120,16 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
     """
     pruned, other = Path(pruned), Path(other)
     before, after = _tensors_by_module(pruned), _tensors_by_module(other)
+    config_before, config_after = _quantization_config(pruned), _quantization_config(other)
     lost = {}
     for module, files in before.items():
         if _block_of(module) is None:
             continue
-        left = _dense_weight(module, _read(module, files), _quantization_config(pruned))
+        left = _dense_weight(module, _read(module, files), config_before)
         if left is None or left.ndim != 2:
             continue
         state = _read(module, after.get(module, {}))
-        right = _dense_weight(module, state, _quantization_config(other))
+        right = _dense_weight(module, state, config_after)
         if right is None or right.shape != left.shape:
             found = "is missing" if right is None else f"is {list(right.shape)}"
             raise ValueError(
@@ -171,7 +172,7 @@ def _read(module: str, files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
     state = {}
     for local, file in files.items():
         with safe_open(file, framework="pt") as opened:
-            state[local] = opened.get_tensor(f"{module}.{local}")
+            state[local] = opened.get_tensor(f"{module}.{local}" if module else local)
     return state
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from loguru import logger
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -153,7 +154,7 @@ def show(
         console.print(found.table())
         if plot is not None:
             found.plot(plot)
-            console.print(f"drawn: {plot}")
+            console.print("drawn:", str(plot), markup=False)
 
 
 @app.command()
@@ -178,7 +179,7 @@ def inspect(
         console.print(_zeros_table(found, linears))
         if against is not None:
             lost = zeros_lost(against, folder)
-            console.print(f"zeros of {against} lost: {sum(lost.values()):,}")
+            console.print(f"zeros of {against} lost: {sum(lost.values()):,}", markup=False)
             if any(lost.values()):
                 console.print({name: count for name, count in lost.items() if count})
                 raise typer.Exit(1)
@@ -197,7 +198,7 @@ def export_gptq(
 
     with _told():
         export(folder, output)
-        console.print(f"written: {output}")
+        console.print("written:", str(output), markup=False)
 
 
 @app.command()
@@ -279,7 +280,7 @@ def _megabytes(size: int) -> str:
 def _zeros_table(found: Checkpoint, linears: bool = False) -> Table:
     from dlp_plugin.checkpoint import zstd_bytes
 
-    table = Table(title=f"Zeros in {found.folder}")
+    table = Table(title=f"Zeros in {escape(str(found.folder))}")
     for column in ("linear" if linears else "block", "weights", "zeros", "sparsity"):
         table.add_column(column, justify="right" if table.columns else "left")
     blocks = found.blocks
@@ -287,14 +288,15 @@ def _zeros_table(found: Checkpoint, linears: bool = False) -> Table:
     def add(name: str, zeros: Any) -> None:
         table.add_row(name, f"{zeros.weights:,}", f"{zeros.zeros:,}", f"{zeros.sparsity:.4f}")
 
+    outside = found.outside
     for name, zeros in (found.linears if linears else blocks).items():
-        if not linears or name not in found.outside:
+        if not linears or name not in outside:
             add(name, zeros)
     if blocks:
         table.add_section()
         first, *rest = blocks.values()
         add("all blocks", sum(rest, start=first))
-    for name, zeros in found.outside.items():
+    for name, zeros in outside.items():
         add(name, zeros)
     table.caption = (
         f"{found.quantization or 'not quantized'}; {_megabytes(found.bytes_on_disk)} on disk, "
@@ -326,5 +328,5 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error

@@ -21,7 +21,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
     :param target: file or folder to be written; its parent must exist
     :raises FileNotFoundError: if the parent folder does not exist
     """
-    target = Path(target)
+    target = Path(target).resolve()
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"cannot write {target}: the folder {target.parent} does not exist; create it first"

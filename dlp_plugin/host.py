@@ -13,6 +13,7 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ import torch
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
@@ -35,6 +37,7 @@ __all__ = [
     "keep_all_modifiers_when_saved",
     "leave_dense",
     "reviving_modifiers",
+    "set_sparsities",
     "stage_targets",
     "stages_after",
 ]
@@ -50,29 +53,32 @@ def current_modifiers() -> list[Modifier]:
 
 def stages_after(modifier: Modifier) -> list[PruningStage]:
     """SparseGPT and Wanda stages that follow, up to the next modifier of its type."""
+    return [other for other in _followers(modifier) if isinstance(other, PruningStage)]
+
+
+def _followers(modifier: Modifier) -> Iterator[Modifier]:
+    """Modifiers that follow one, up to the next of its type."""
     modifiers = current_modifiers()
     place = next(i for i, other in enumerate(modifiers) if other is modifier)
-    stages = []
     for other in modifiers[place + 1 :]:
         if isinstance(other, type(modifier)):
-            break
-        if isinstance(other, PruningStage):
-            stages.append(other)
-    return stages
+            return
+        yield other
 
 
-def reviving_modifiers() -> list[str]:
-    """Names of stock quantizers that follow a pruning stage and bring its zeros back.
+def reviving_modifiers(modifier: Modifier) -> list[str]:
+    """Names of stock quantizers after the stages of a modifier that bring zeros back.
 
     GPTQ spreads errors over pruned weights, AutoRound learns to round them away from
     zero; both measured. Rounding to nearest, after AWQ too, leaves a zero at zero.
     """
-    names = [type(modifier).__name__ for modifier in current_modifiers()]
-    pruning = [isinstance(modifier, PruningStage) for modifier in current_modifiers()]
-    if not any(pruning):
-        return []
-    after = names[pruning.index(True) + 1 :]
-    return [name for name in after if name in ("GPTQModifier", "AutoRoundModifier")]
+    names: list[str] = []
+    pruned = False
+    for other in _followers(modifier):
+        pruned |= isinstance(other, PruningStage)
+        if pruned and type(other).__name__ in ("GPTQModifier", "AutoRoundModifier"):
+            names.append(type(other).__name__)
+    return names
 
 
 def stage_targets(
@@ -96,6 +102,17 @@ def _prunable(
         host_name = f"{target}.{name}"
         if not match_targets(host_name, module, stage.ignore):
             yield host_name.strip("."), module
+
+
+def set_sparsities(stage: PruningStage, sparsities: list[float]) -> None:
+    """Hand a stage one sparsity per match of its targets.
+
+    SparseGPT reads the sorted score at place ``int(n * sparsity)``, which 1.0 puts past
+    the end; the next smaller number prunes all just the same.
+    """
+    if isinstance(stage, SparseGPTModifier):
+        sparsities = [min(sparsity, math.nextafter(1, 0)) for sparsity in sparsities]
+    stage.sparsity = sparsities
 
 
 def leave_dense(stage: PruningStage, names: list[str]) -> None:

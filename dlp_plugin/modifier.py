@@ -118,7 +118,7 @@ class DLPModifier(Modifier):
         if self.plan_path is not None and not Path(self.plan_path).parent.is_dir():
             raise ValueError(f"plan_path {self.plan_path}: its folder does not exist; create it")
 
-        for name in host.reviving_modifiers():
+        for name in host.reviving_modifiers(self):
             logger.warning(
                 "{} does not keep pruned weights at zero: part of the sparsity will be "
                 "lost. Write MaskedGPTQModifier instead",
@@ -195,6 +195,7 @@ class DLPModifier(Modifier):
         if self._plan is not None:
             self.alpha, self.statistic = self._plan.alpha, self._plan.statistic
             self.from_plan = self._plan.model_dump(mode="json")
+            self.plan_path = None  # is written, and need not be where the recipe runs again
             self.requires_calibration_data = False
         return True
 
@@ -222,6 +223,11 @@ class DLPModifier(Modifier):
                     "add it to the stage's ignore"
                 )
         self._blocks, _ = group_by_block(linears, names)
+        if not self._blocks:
+            raise ValueError(
+                f"no Linear in any block of {type(model).__name__} (the first is {names[0]}): "
+                "DLP scores Linears only, and has nothing to plan for this architecture"
+            )
 
     def _choose_target(self, stages: list[host.PruningStage], plan: Plan | None) -> float:
         stated = [] if self.sparsity is None else [("DLPModifier", self.sparsity)]
@@ -287,7 +293,7 @@ class DLPModifier(Modifier):
                     f"the plan (of {plan.model}) does not match the model and stages: "
                     f"block {name} has {planned.get(name, 'no')} weights to prune in "
                     f"the plan and {wanted.get(name, 'none')} here; score this model "
-                    "again, with the same targets and ignore"
+                    "again with the same stages: plan_path instead of from_plan"
                 )
         alpha = self.alpha if "alpha" in self.model_fields_set else None
         return plan.at(target=self._target, alpha=alpha)
@@ -295,6 +301,10 @@ class DLPModifier(Modifier):
     def _adopt(self, plan: Plan) -> None:
         self._plan = plan
         logger.info("DLP decided:\n{}", plan)
+        if lost := [block.name for block in plan.blocks if block.sparsity == 1]:
+            logger.warning(
+                "These blocks will be pruned to nothing; lower alpha or sparsity: {}", lost
+            )
         if self.plan_path is not None:
             plan.save(self.plan_path)
         for fed in self._stages:
@@ -357,9 +367,10 @@ class _FedStage:
                 self._outside,
             )
         host.leave_dense(self.stage, self._outside + [n for n in plan.unseen if n in self.inside])
-        self.stage.sparsity = [
-            0.0 if block is None else sparsities[block] for block in self._blocks
-        ]
+        host.set_sparsities(
+            self.stage,
+            [0.0 if block is None else sparsities[block] for block in self._blocks],
+        )
 
     def restore(self) -> None:
         """Make the stage read as it was written."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dlp_plugin.allocation import (
@@ -189,7 +190,7 @@ class Plan(BaseModel):
     def table(self) -> Table:
         """The plan as a table for the terminal (rich)."""
         table = Table(
-            title=f"DLP plan for {self.model}",
+            title=f"DLP plan for {escape(self.model)}",
             caption=f"target {self.target:g}, alpha {self.alpha:g}, {self.statistic}",
         )
         for column in ("block", "weights", "score", "importance", "sparsity"):
@@ -216,8 +217,11 @@ class Plan(BaseModel):
         """Draw sparsity and score over depth.
 
         :param path: file to write; its suffix chooses the format, e.g. ``plan.png``
+        :raises ValueError: if ``path`` has no suffix
         :raises ImportError: if matplotlib is not installed
         """
+        if not Path(path).suffix:
+            raise ValueError(f"{path} has no suffix to tell the format; name it {path}.png")
         try:
             from matplotlib.figure import Figure
         except ImportError:

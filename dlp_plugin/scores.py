@@ -292,5 +292,4 @@ def _count_and_collect(parts: Sequence[Part], low: float, high: float) -> tuple[
             values = chunk.flatten()[places].view(weight.dtype)
             between.append(_scores(values, norms[places % weight.shape[1]]))
         total += int(torch.stack(counts).sum())
-    home = parts[0][1].device
-    return total, torch.cat([scores.to(home) for scores in between])
+    return total, torch.cat(between)

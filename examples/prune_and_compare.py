@@ -56,7 +56,8 @@ def main() -> None:
     windows = token_windows(read_tokens(arguments.test, tokenizer), arguments.length)
 
     def load(folder: str | Path) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
 
     def prune(recipe: str, **save: str) -> torch.nn.Module:
         return oneshot(

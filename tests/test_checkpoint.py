@@ -104,9 +104,11 @@ def test_shards_and_ten_blocks_come_in_depth_order(tmp_path: Path) -> None:
         tensors = {f"model.layers.{i}.up.weight": torch.eye(2) for i in range(shard, 12, 2)} | {
             f"model.layers.{i}.norm.weight": torch.ones(2) for i in range(shard, 12, 2)
         }
+        tensors["logit_scale" if shard else "bias"] = torch.ones(1)
         save_file(tensors, tmp_path / f"model-0000{shard + 1}-of-00002.safetensors")
     found = inspect_checkpoint(tmp_path)
     assert list(found.blocks) == [f"model.layers.{i}" for i in range(12)]
+    assert "" not in found.linears  # a parameter of the model's own
     assert set(found.blocks.values()) == {Zeros(4, 2)}
 
 

@@ -161,3 +161,6 @@ def test_what_the_host_cannot_prune_is_told(tmp_path: Path) -> None:
     stage = WandaPruningModifier(sparsity=0.6, targets=["Linear"], ignore=["re:.*lm_head"])
     with pytest.raises(ValueError, match="prunes no Linear in any block"):
         run(make(GPT2Config(**sizes), tmp_path), [DLPModifier(), stage], random_samples())
+    only_plan = DLPModifier(sparsity=0.6, plan_path=str(tmp_path / "plan.json"))
+    with pytest.raises(ValueError, match="no Linear in any block of GPT2LMHeadModel"):
+        run(make(GPT2Config(**sizes), tmp_path), [only_plan], random_samples())

@@ -189,6 +189,29 @@ class TestFeeding:
         assert zeros(linears_of(model)["model.layers.0.mlp.up_proj"]) > 0
         assert any("left dense" in m and "['lm_head']" in m for m in messages)
 
+    @pytest.mark.parametrize("pruner", ["WandaPruningModifier", "SparseGPTModifier"])
+    def test_blocks_clipped_at_nothing_and_at_everything(
+        self, make_model: MakeModel, pruner: str
+    ) -> None:
+        messages: list[str] = []
+        sink = logger.add(messages.append, level="WARNING")
+        dlp = DLPModifier(alpha=2.0)
+        kind = {"W": WandaPruningModifier, "S": SparseGPTModifier}[pruner[0]]
+        stage = kind(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"])
+        model = prune(make_model(), [dlp, stage])
+        logger.remove(sink)
+        sparsities = [block.sparsity for block in dlp.plan.blocks]
+        assert max(sparsities) == 1
+        assert min(sparsities) == 0
+        assert dlp.plan.sparsity == pytest.approx(0.5, abs=1e-9)
+        linears = linears_of(model)
+        for block in dlp.plan.blocks:
+            for name in block_linears()[block.name]:
+                found = zeros(linears[name]) / linears[name].weight.numel()
+                assert found == pytest.approx(block.sparsity, abs=0.02), name
+        emptied = dlp.plan.blocks[sparsities.index(1)].name
+        assert any("pruned to nothing" in m and emptied in m for m in messages)
+
     def test_two_stages_after_one_modifier_are_one_plan(self, make_model: MakeModel) -> None:
         dlp = DLPModifier(sparsity=0.6)
         attention = WandaPruningModifier(sparsity=None, targets=["re:.*self_attn$"])
@@ -262,12 +285,14 @@ class TestRecipes:
         source, first, second = (str(tmp_path / name) for name in ("source", "first", "second"))
         make_model().save_pretrained(source)
         load = type(make_model()).from_pretrained
-        one = prune(load(source), recipe(), output_dir=first)
+        plan_path = str(tmp_path / "plan.json")
+        one = prune(load(source), recipe({"plan_path": plan_path}), output_dir=first)
         saved = yaml.safe_load(Path(first, "recipe.yaml").read_text())
         fields = saved["pruning_stage"]["pruning_modifiers"]
         assert fields["WandaPruningModifier"]["sparsity"] == 0.7
         assert fields["WandaPruningModifier"]["ignore"] == ["re:.*lm_head"]
         assert len(fields["DLPModifier"]["from_plan"]["blocks"]) == 3
+        assert "plan_path" not in fields["DLPModifier"]
 
         two = prune(load(source), str(Path(first, "recipe.yaml")), output_dir=second)
         assert_same(weights_of(one), weights_of(two))
@@ -346,7 +371,7 @@ class TestPlans:
 
     def test_of_other_linears_is_refused(self, make_model: MakeModel, plan_path: str) -> None:
         text = recipe({"from_plan": plan_path}, targets=["re:.*mlp$"])
-        refuses(make_model(), text, "score this model again, with the same targets and ignore")
+        refuses(make_model(), text, "score this model again with the same stages: plan_path")
 
     def test_of_another_statistic_is_refused(self, make_model: MakeModel, plan_path: str) -> None:
         text = recipe({"from_plan": plan_path, "statistic": "mean"})

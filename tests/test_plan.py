@@ -52,6 +52,8 @@ def test_table_and_picture(plan: Plan, tmp_path: Path) -> None:
     plan.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
+    with pytest.raises(ValueError, match="has no suffix to tell the format; name it"):
+        plan.plot(tmp_path / "plan")
 
 
 @pytest.mark.parametrize(
