@@ -92,7 +92,8 @@ def inspect_checkpoint(
         state = _read(module, files)
         weight = _dense_weight(module, state, quantization)
         if weight is not None and weight.ndim == 2:
-            linears[module] = zeros = _count(weight)
+            zeros = Zeros(weight.numel(), weight.numel() - int(weight.count_nonzero()))
+            linears[module] = zeros
             if _block_of(module) is not None:
                 stored = state.pop("weight_packed", None)
                 stored = state.pop("weight") if stored is None else stored
@@ -174,10 +175,6 @@ def _read(module: str, files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt") as opened:
             state[local] = opened.get_tensor(f"{module}.{local}" if module else local)
     return state
-
-
-def _count(weight: torch.Tensor) -> Zeros:
-    return Zeros(weight.numel(), weight.numel() - int(weight.count_nonzero()))
 
 
 def _block_of(module: str) -> str | None:

@@ -77,11 +77,10 @@ def oneshot(
 
     from dlp_plugin import last_plans
     from dlp_plugin.checkpoint import inspect_checkpoint
-    from dlp_plugin.files import replacing
+    from dlp_plugin.files import check_vacant, replacing
 
     with _told():
-        if output.is_file() or (output.is_dir() and any(output.iterdir())):
-            raise ValueError(f"output {output} exists and is not an empty folder: choose another")
+        check_vacant(output)
         length = length or _default_length(model)
         with replacing(output) as beside:
             run(

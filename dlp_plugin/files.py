@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["check_vacant", "replacing"]
+
+
+def check_vacant(folder: str | Path) -> None:
+    """Make sure before long work that :func:`replacing` may put a folder here.
+
+    :raises FileExistsError: if there is a file, or a folder that is not empty
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; give a new one")
 
 
 @contextmanager

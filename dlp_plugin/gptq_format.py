@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dlp_plugin.files import replacing
+from dlp_plugin.files import check_vacant, replacing
 
 __all__ = ["export_gptq"]
 
@@ -62,14 +62,13 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
         cannot hold its scheme or one of its modules
     """
     output = Path(output)
+    check_vacant(output)
     if isinstance(source, PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
             export_gptq(folder, output)
         return
     source = Path(source)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder; give a new one")
     config = _read_config(source)
     args = _only_scheme(_quantization_of(source, config))
     shards = sorted(source.glob("*.safetensors"))

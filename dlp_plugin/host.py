@@ -1,4 +1,4 @@
-"""All that depends on how llm-compressor works inside, in one place.
+"""All that depends on how llm-compressor's recipes and pruning stages work inside.
 
 What it relies on, each point held by a test in ``tests/test_host.py``:
 

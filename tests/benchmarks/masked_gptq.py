@@ -9,10 +9,10 @@ import itertools
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModif
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
-from run import Stamp
+from run import Stamp, peak, reset_peak
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dlp_plugin import MaskedGPTQModifier
@@ -94,27 +94,28 @@ def zeros_lost() -> list[dict]:
         "W8 channel": (8, True, None),
     }
     rows = []
-    for (pruner, structure), (scheme, args), actorder in itertools.product(
-        itertools.product((WandaPruningModifier, SparseGPTModifier), ("0:0", "2:4")),
-        schemes.items(),
-        (None, "static", "weight"),
+    for pruner, structure in itertools.product(
+        (WandaPruningModifier, SparseGPTModifier), ("0:0", "2:4")
     ):
-        if args[2] is None and actorder == "weight":
-            continue
         weights = pruned(pruner, 0.7 if structure == "0:0" else 0.5, structure, dataset)
-        row = {
-            "pruner": pruner.__name__.removesuffix("Modifier").removesuffix("Pruning"),
-            "structure": "70 %" if structure == "0:0" else structure,
-            "scheme": scheme,
-            "ordering": actorder or "none",
-        }
-        for name, kind in KINDS.items():
-            model = load(weights)
-            masks = {n: linear.weight == 0 for n, linear in linears(model).items()}
-            run(model, [quantizer(kind, *args, actorder)], dataset)
-            back = sum(int((m.weight[masks[n]] != 0).sum()) for n, m in linears(model).items())
-            row[name] = back / sum(int(mask.sum()) for mask in masks.values())
-        rows.append(row)
+        for (scheme, args), actorder in itertools.product(
+            schemes.items(), (None, "static", "weight")
+        ):
+            if args[2] is None and actorder == "weight":
+                continue
+            row = {
+                "pruner": pruner.__name__.removesuffix("Modifier").removesuffix("Pruning"),
+                "structure": "70 %" if structure == "0:0" else structure,
+                "scheme": scheme,
+                "ordering": actorder or "none",
+            }
+            for name, kind in KINDS.items():
+                model = load(weights)
+                masks = {n: linear.weight == 0 for n, linear in linears(model).items()}
+                run(model, [quantizer(kind, *args, actorder)], dataset)
+                back = sum(int((m.weight[masks[n]] != 0).sum()) for n, m in linears(model).items())
+                row[name] = back / sum(int(mask.sum()) for mask in masks.values())
+            rows.append(row)
     return rows
 
 
@@ -165,10 +166,9 @@ def one_epoch(kind: type, folder: str) -> tuple[float, float]:
             linear.weight[torch.rand(linear.weight.shape) < 0.7] = 0
     start, end = Stamp(), Stamp()
     dataset = samples(16)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+    reset_peak()
     run(model, [start, quantizer(kind, 4, True, 128, "static"), end], dataset)
-    status = Path("/proc/self/status").read_text()
-    return end._time - start._time, int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 1024
+    return end._time - start._time, peak()
 
 
 def cost() -> dict[str, dict[str, float]]:
@@ -196,8 +196,6 @@ def main() -> None:
     arguments = parser.parse_args()
     logger.remove()
     if arguments.epoch:
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             print(*one_epoch(KINDS[arguments.epoch], folder))
         return

@@ -73,13 +73,19 @@ def peak_megabytes(way: str) -> float:
 
 def measure_peak(way: str) -> None:
     parts = block()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
-    before = peak()
+    before = reset_peak()
     WAYS[way](parts)
     print(peak() - before)
 
 
+def reset_peak() -> float:
+    """Make this process's peak memory start anew (Linux); what it holds now, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
 def peak() -> float:
+    """Peak memory of this process since it was last reset, in MB."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
 
