@@ -1,6 +1,7 @@
 """Dynamic Layerwise Pruning (DLP, arXiv 2505.23807) for llm-compressor.
 
-``import dlp_plugin`` makes ``DLPModifier`` and ``MaskedGPTQModifier`` known to recipes.
+``import dlp_plugin`` makes ``DLPModifier`` and ``MaskedGPTQModifier`` known to recipes, and
+has SparseGPT and Wanda stages agree over several processes.
 """
 
 from llmcompressor.modifiers.factory import ModifierFactory
@@ -8,8 +9,17 @@ from llmcompressor.modifiers.factory import ModifierFactory
 from dlp_plugin.masked_gptq import MaskedGPTQModifier
 from dlp_plugin.modifier import DLPModifier, last_plans
 from dlp_plugin.plan import BlockPlan, Plan
+from dlp_plugin.stages import SparseGPTModifier, WandaPruningModifier
 
-__all__ = ["BlockPlan", "DLPModifier", "MaskedGPTQModifier", "Plan", "last_plans"]
+__all__ = [
+    "BlockPlan",
+    "DLPModifier",
+    "MaskedGPTQModifier",
+    "Plan",
+    "SparseGPTModifier",
+    "WandaPruningModifier",
+    "last_plans",
+]
 
-for _modifier in (DLPModifier, MaskedGPTQModifier):
+for _modifier in (DLPModifier, MaskedGPTQModifier, SparseGPTModifier, WandaPruningModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,16 +81,19 @@ def oneshot(
     from dlp_plugin.checkpoint import inspect_checkpoint
     from dlp_plugin.files import check_vacant, replacing
 
-    with _told():
+    with _told(), _processes() as first:
         check_vacant(output)
         length = length or _default_length(model)
-        with replacing(output) as beside:
+        # The host writes the model on the first process only, and its tokenizer on all.
+        with replacing(output) if first else TemporaryDirectory() as folder:
             run(
                 model=model,
                 recipe=str(recipe),
-                output_dir=str(beside),
+                output_dir=str(folder),
                 **_calibration(model, data, config, split, column, length, samples),
             )
+        if not first:
+            return
         for plan in last_plans():
             console.print(plan.table())
         with _progress("Reading the checkpoint", 1) as advance:
@@ -121,7 +126,7 @@ def score(
 
     from dlp_plugin import DLPModifier
 
-    with _told():
+    with _told(), _processes() as first:
         modifier = DLPModifier(
             sparsity=sparsity,
             alpha=alpha,
@@ -135,7 +140,8 @@ def score(
             **_calibration(model, data, config, split, column, length, samples),
         )
         assert modifier.plan is not None
-        console.print(modifier.plan.table())
+        if first:
+            console.print(modifier.plan.table())
 
 
 @app.command()
@@ -246,7 +252,12 @@ def _calibration(
     length: int,
     samples: int,
 ) -> dict[str, Any]:
-    """Arguments of llm-compressor's ``oneshot()`` that say what to calibrate on."""
+    """Arguments of llm-compressor's ``oneshot()`` that say what to calibrate on.
+
+    Of several processes each gets its share.
+    """
+    from compressed_tensors.distributed import is_distributed
+    from torch import distributed as dist
     from transformers import AutoTokenizer
 
     from dlp_plugin.text import calibration_set, read_tokens
@@ -256,6 +267,8 @@ def _calibration(
     limit = None if Path(data).is_file() else samples * length
     tokens = read_tokens(data, tokenizer, config=config, split=split, column=column, limit=limit)
     dataset = calibration_set(tokens, length, samples)
+    if is_distributed():
+        dataset = dataset.shard(num_shards=dist.get_world_size(), index=dist.get_rank())
     return {
         "tokenizer": tokenizer,
         "dataset": dataset,
@@ -319,6 +332,26 @@ def _progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
 
 
 @contextmanager
+def _processes() -> Iterator[bool]:
+    """Join the other processes of a torchrun; is this the first, or the only one?"""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield True
+        return
+    import torch
+    from compressed_tensors.distributed import init_dist, is_source_process
+    from torch import distributed as dist
+
+    if torch.accelerator.is_available():
+        init_dist()
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield is_source_process()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def _told() -> Iterator[None]:
     """Show a mistake of the user's as one message, and of the host's log the warnings."""
     logger.disable("llmcompressor.utils.metric_logging")
@@ -329,3 +362,7 @@ def _told() -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

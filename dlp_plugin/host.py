@@ -8,17 +8,23 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
   ``PRUNABLE_LAYER_TYPES`` below each match, and asks ``ignore`` about the name
   ``<match>.<name below it>``, which ends in a dot where the match is the module;
 - it reads ``sparsity`` (a list has one entry per match) when its epoch starts;
-- a recipe is saved as stage -> group -> modifier type -> fields.
+- a recipe is saved as stage -> group -> modifier type -> fields;
+- a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``, and the
+  sequential one runs each block once where ``propagate_error`` is False.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
+from typing import Any
 
 import torch
 from compressed_tensors.utils import match_named_modules, match_targets
+from llmcompressor.args import DatasetArguments
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
@@ -26,6 +32,7 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
 )
+from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 
 from dlp_plugin.blocks import find_blocks
@@ -33,10 +40,12 @@ from dlp_plugin.blocks import find_blocks
 __all__ = [
     "PruningStage",
     "block_names",
+    "calibration_arguments",
     "current_modifiers",
     "keep_all_modifiers_when_saved",
     "leave_dense",
     "reviving_modifiers",
+    "run_once",
     "set_sparsities",
     "stage_targets",
     "stages_after",
@@ -138,6 +147,36 @@ def block_names(model: torch.nn.Module, sequential_targets: list[str] | None) ->
             "oneshot(sequential_targets=['...'])"
         )
     return names
+
+
+def calibration_arguments() -> DatasetArguments:
+    """The user's calibration arguments, from within an epoch.
+
+    The host hands them to its pipelines and to no modifier, so they are looked up where
+    the running pipeline holds them.
+
+    :raises RuntimeError: if no pipeline is running
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        arguments = frame.f_locals.get("dataset_args")
+        if isinstance(arguments, DatasetArguments):
+            return arguments
+        frame = frame.f_back
+    raise RuntimeError("no calibration pipeline is running")
+
+
+def run_once(model: torch.nn.Module, batches: Sequence[dict[str, Any]]) -> None:
+    """Run batches through the model block by block, each block once.
+
+    The host's own sequential pipeline with the user's arguments, less the second run of
+    every block that shows the later ones what pruning has changed. The modifiers of the
+    epoch get its events. Call from within an epoch.
+    """
+    arguments = copy(calibration_arguments())
+    arguments.propagate_error = False
+    pipeline: Any = CalibrationPipeline.load_from_registry("sequential")
+    pipeline(model, batches, arguments)
 
 
 def keep_all_modifiers_when_saved() -> None:

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.utils import align_module_device, match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from dlp_plugin import host
 from dlp_plugin.allocation import Statistic, check_alpha, check_sparsity
 from dlp_plugin.blocks import Block, group_by_block, outer_block
+from dlp_plugin.calibration import scoring_batches
 from dlp_plugin.plan import Plan
 from dlp_plugin.scores import ChannelNorms, block_score
+from dlp_plugin.stages import SparseGPTModifier, WandaPruningModifier
 
 __all__ = ["DLPModifier", "last_plans"]
 
@@ -49,7 +52,8 @@ class DLPModifier(Modifier):
     Lifecycle:
 
     - on_initialize: check everything; with ``from_plan``, feed the stages
-    - on_calibration_start: hooks on every Linear that the stages will prune
+    - on_calibration_start: hooks on every Linear that the stages will prune, and one
+      forward pass, block by block, of the calibration samples without their padding
     - on_sequential_epoch_end: score the blocks that are through
     - on_calibration_end: allocate, write the plan, feed the stages
     - on_finalize: give the stages back the sparsity they were written with
@@ -60,6 +64,7 @@ class DLPModifier(Modifier):
         (the paper) or ``mean`` (the authors' released code)
     :param sparsity: target over all weights that the stages prune, in (0, 1); left
         out, the stages' own
+    :param num_samples: score on the first so many calibration samples; None for all
     :param plan_path: JSON file to write the plan to
     :param from_plan: a plan file (or its content) to prune from without scoring, at
         the same or another target and alpha
@@ -68,10 +73,12 @@ class DLPModifier(Modifier):
     alpha: float = 0.15
     statistic: Statistic = "median"
     sparsity: float | None = None
+    num_samples: int | None = Field(default=None, ge=1)
     plan_path: str | None = None
     from_plan: str | dict[str, Any] | None = None
 
-    requires_calibration_data: bool = True
+    # The epoch that the host gives it runs no data: it runs them itself, once.
+    requires_calibration_data: bool = False
 
     _plan: Plan | None = PrivateAttr(default=None)
     _target: float = PrivateAttr(default=0.0)
@@ -79,7 +86,8 @@ class DLPModifier(Modifier):
     _blocks: list[Block] = PrivateAttr(default_factory=list)
     _norms: ChannelNorms = PrivateAttr(default_factory=ChannelNorms)
     _scored: dict[str, tuple[int, float]] = PrivateAttr(default_factory=dict)
-    _unseen: list[str] = PrivateAttr(default_factory=list)
+    _unseen: dict[str, list[str]] = PrivateAttr(default_factory=dict)
+    _passing: bool = PrivateAttr(default=False)
 
     @field_validator("alpha")
     @classmethod
@@ -90,11 +98,6 @@ class DLPModifier(Modifier):
     @classmethod
     def _check_sparsity(cls, value: float | None) -> float | None:
         return value if value is None else check_sparsity(value)
-
-    @model_validator(mode="after")
-    def _scoring_needs_data(self) -> DLPModifier:
-        self.requires_calibration_data = self.from_plan is None
-        return self
 
     @property
     def plan(self) -> Plan | None:
@@ -138,8 +141,8 @@ class DLPModifier(Modifier):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Hook the Linears to be scored."""
-        if self._plan is not None:
+        """Hook the Linears to be scored and run the calibration samples, once."""
+        if self._plan is not None or self._passing:
             return
         if len(host.current_modifiers()) > 1:
             raise ValueError(
@@ -150,11 +153,17 @@ class DLPModifier(Modifier):
         for block in self._blocks:
             for name, linear in block.linears.items():
                 self.register_hook(linear, partial(self._record, name), "forward_pre")
+        self._passing = True
+        host.run_once(state.model, scoring_batches(state.data.calib or (), self.num_samples))
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
-        """Score the blocks that lie in the part of the model that is through."""
+        """Score the blocks that lie in the part of the model that is through.
+
+        A block that the model applies several times is through as often, and scored
+        anew on all its inputs so far.
+        """
         if self._plan is None:
             through = set(modules)
             for block in self._blocks:
@@ -176,14 +185,15 @@ class DLPModifier(Modifier):
                 self.statistic,
             )
         model = state.model
+        names = [block.name for block in self._blocks]
         self._adopt(
             Plan.make(
-                [(block.name, *self._scored[block.name]) for block in self._blocks],
+                [(name, *self._scored[name]) for name in names],
                 model=getattr(model, "name_or_path", "") or type(model).__name__,
                 statistic=self.statistic,
                 alpha=self.alpha,
                 target=self._target,
-                unseen=self._unseen,
+                unseen=[linear for name in names for linear in self._unseen[name]],
             )
         )
 
@@ -196,7 +206,6 @@ class DLPModifier(Modifier):
             self.alpha, self.statistic = self._plan.alpha, self._plan.statistic
             self.from_plan = self._plan.model_dump(mode="json")
             self.plan_path = None  # is written, and need not be where the recipe runs again
-            self.requires_calibration_data = False
         return True
 
     def _match(
@@ -251,8 +260,7 @@ class DLPModifier(Modifier):
         self._norms.add(name, args[0])
 
     def _score(self, block: Block) -> None:
-        self._norms.forget_input()
-        norms = {name: self._norms.pop(name) for name in block.linears}
+        norms = self._norms.of(block.linears)
         unseen = [name for name, norm in norms.items() if norm is None]
         if len(unseen) == len(norms):
             raise ValueError(
@@ -276,7 +284,7 @@ class DLPModifier(Modifier):
             score = block_score(parts, self.statistic)
         weights = sum(weight.numel() for weight, _ in parts.values())
         self._scored[block.name] = (weights, score)
-        self._unseen += unseen
+        self._unseen[block.name] = unseen
 
     def _fitted(self, plan: Plan) -> Plan:
         """A given plan at the wanted target and alpha, once it is sure to be ours."""
@@ -305,7 +313,7 @@ class DLPModifier(Modifier):
             logger.warning(
                 "These blocks will be pruned to nothing; lower alpha or sparsity: {}", lost
             )
-        if self.plan_path is not None:
+        if self.plan_path is not None and is_source_process():
             plan.save(self.plan_path)
         for fed in self._stages:
             fed.feed(plan)
@@ -383,6 +391,11 @@ def _check_stage(stage: host.PruningStage) -> None:
     :raises ValueError: naming the stage, the field and the remedy
     """
     kind = type(stage).__name__
+    if is_distributed() and not isinstance(stage, (SparseGPTModifier, WandaPruningModifier)):
+        raise ValueError(
+            f"{kind} is llm-compressor's own class, which does not agree over processes: "
+            f"import it from dlp_plugin, or write it in a YAML recipe"
+        )
     if stage.sparsity_profile is not None:
         raise ValueError(
             f"{kind}.sparsity_profile is {stage.sparsity_profile!r}, but DLPModifier "

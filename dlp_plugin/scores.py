@@ -9,9 +9,12 @@ of scratch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.utils import get_execution_device
+from torch import distributed as dist
 
 from dlp_plugin.allocation import Statistic
 
@@ -26,8 +29,8 @@ _CHUNK = 1 << 20
 _TOKENS = 64
 # Scores drawn to bracket the median; a block with no more than these is sorted whole.
 _SAMPLE = 1 << 18
-# The bracket's first half-width in ranks of the sample: five standard deviations.
-_MARGIN = int(5 * _SAMPLE**0.5 / 2)
+# The bracket's first half-width in ranks of the sample: four standard deviations.
+_MARGIN = int(4 * _SAMPLE**0.5 / 2)
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -62,26 +65,50 @@ class ChannelNorms:
         squares = self._seen_squares
         self._squares[name] = squares if total is None else total + squares
 
-    def forget_input(self) -> None:
-        """Let go of the last input tensor; call when a block is done."""
-        self._seen = None
+    def of(self, linears: Mapping[str, torch.nn.Linear]) -> dict[str, torch.Tensor | None]:
+        """Norms over all that was added so far, by every process of a distributed run.
 
-    def pop(self, name: str) -> torch.Tensor | None:
-        """Norms of one Linear, which are forgotten with the call.
+        In a distributed run all processes must ask for the same Linears at the same time.
+        Lets go of the last input tensor: call when a block is done.
 
-        :return: float32 ``[in_features]``, or None if the Linear saw no token
+        :param linears: full name to Linear
+        :return: for each, float32 ``[in_features]``, or None if it saw no token
         :raises ValueError: if a norm is not finite
         """
-        squares = self._squares.pop(name, None)
-        if squares is None:
-            return None
-        norms = squares.sqrt().float()
-        if not bool(norms.isfinite().all()):
-            raise ValueError(
-                f"the inputs of {name} hold infinite or undefined values: check the "
-                "calibration data, or load the model in a wider dtype"
-            )
+        self._seen = None
+        squares = {name: self._squares.get(name) for name in linears}
+        if is_distributed():
+            squares = _summed_over_ranks(squares, linears)
+        norms = {}
+        for name, square in squares.items():
+            norm = norms[name] = None if square is None else square.sqrt().float()
+            if norm is not None and not bool(norm.isfinite().all()):
+                raise ValueError(
+                    f"the inputs of {name} hold infinite or undefined values: check the "
+                    "calibration data, or load the model in a wider dtype"
+                )
         return norms
+
+
+def _summed_over_ranks(
+    squares: Mapping[str, torch.Tensor | None], linears: Mapping[str, torch.nn.Linear]
+) -> dict[str, torch.Tensor | None]:
+    """Add up each Linear's sums; one that no process has seen is None."""
+    pieces = []
+    for name, linear in linears.items():
+        square = squares[name]
+        piece = torch.zeros(linear.in_features + 1, dtype=torch.float64)
+        if square is not None:
+            piece[:-1] = square
+            piece[-1] = 1
+        pieces.append(piece)
+    total = torch.cat(pieces).to(get_execution_device(next(iter(linears.values()))))
+    dist.all_reduce(total)
+    summed = total.split([len(piece) for piece in pieces])
+    return {
+        name: piece[:-1] if piece[-1] > 0 else None
+        for name, piece in zip(linears, summed, strict=True)
+    }
 
 
 def _channel_squares(inputs: torch.Tensor) -> torch.Tensor:
@@ -113,13 +140,7 @@ def block_score(parts: Mapping[str, Part], statistic: Statistic = "median") -> f
                 f"weight of {name} is {weight.dtype}; scoring takes bfloat16, float16, "
                 "float32 or float64: load the model dequantized"
             )
-        if not _is_finite(weight):
-            raise ValueError(
-                f"weight of {name} holds infinite or undefined values: the checkpoint "
-                "is damaged; load a sound one"
-            )
-    pairs = [(weight.detach(), norms) for weight, norms in parts.values()]
-    return _mean(pairs) if statistic == "mean" else _lower_median(pairs)
+    return _mean(parts) if statistic == "mean" else _lower_median(parts)
 
 
 def _chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -163,14 +184,19 @@ def _largest(dtype: torch.dtype) -> int:
     return int(largest.view(_INTEGER[dtype.itemsize]))
 
 
-def _is_finite(weight: torch.Tensor) -> bool:
-    peaks = [chunk.amax() for chunk in _magnitudes(weight)]
-    return int(torch.stack(peaks).amax()) <= _largest(weight.dtype)
+def _check_finite(name: str, dtype: torch.dtype, peaks: Sequence[torch.Tensor]) -> None:
+    """Refuse a weight whose largest magnitudes, per chunk, are not numbers."""
+    if int(torch.stack(list(peaks)).amax()) > _largest(dtype):
+        raise ValueError(
+            f"weight of {name} holds infinite or undefined values: the checkpoint "
+            "is damaged; load a sound one"
+        )
 
 
-def _mean(parts: Sequence[Part]) -> float:
+def _mean(parts: Mapping[str, Part]) -> float:
     total, count = 0.0, 0
-    for weight, norms in parts:
+    for name, (weight, norms) in parts.items():
+        _check_finite(name, weight.dtype, [chunk.amax() for chunk in _magnitudes(weight)])
         columns = torch.zeros_like(norms, dtype=torch.float64)
         for chunk in _chunks(weight):
             columns += chunk.abs().sum(0, dtype=torch.float32)
@@ -179,7 +205,7 @@ def _mean(parts: Sequence[Part]) -> float:
     return total / count
 
 
-def _lower_median(parts: Sequence[Part]) -> float:
+def _lower_median(parts: Mapping[str, Part]) -> float:
     """The lower middle of all scores, by a bracket from a sample and one exact count.
 
     For one channel the float32 product grows with ``|w|``, so "score <= t" is
@@ -187,13 +213,15 @@ def _lower_median(parts: Sequence[Part]) -> float:
     compare like integers: the passes compare small integers, without multiplying or
     widening a weight. Only the few scores inside the bracket are ever computed.
     """
-    count = sum(weight.numel() for weight, _ in parts)
+    count = sum(weight.numel() for weight, _ in parts.values())
     rank = (count + 1) // 2
     if count <= _SAMPLE:
-        scores = torch.cat([_scores(weight, norms).flatten() for weight, norms in parts])
+        for name, (weight, _) in parts.items():
+            _check_finite(name, weight.dtype, [chunk.amax() for chunk in _magnitudes(weight)])
+        scores = torch.cat([_scores(*part).flatten() for part in parts.values()])
         return float(scores.kthvalue(rank).values)
 
-    sample = _sampled_scores(parts, count)
+    sample = _sampled_scores(list(parts.values()), count)
     centre, margin = len(sample) * rank // count, _MARGIN
     while True:
         lowest, highest = centre - margin, centre + margin
@@ -203,11 +231,11 @@ def _lower_median(parts: Sequence[Part]) -> float:
         if rank <= at_most_low:
             # Few scores can be equal to one another by chance, many only by nature
             # (zeros); then the bracket's end itself is the median.
-            if _count(parts, low, strict=True) < rank:
+            if _count(parts.values(), low, strict=True) < rank:
                 return low
         elif rank <= at_most_low + len(between):
             return float(between.kthvalue(rank - at_most_low).values)
-        elif rank <= _count(parts, high, strict=False):
+        elif rank <= _count(parts.values(), high, strict=False):
             return high
         margin *= 4
 
@@ -265,7 +293,7 @@ def _hits(signs: torch.Tensor) -> torch.Tensor:
     return -signs.sum(0, dtype=signs.dtype).sum()
 
 
-def _count(parts: Sequence[Part], limit: float, strict: bool) -> int:
+def _count(parts: Iterable[Part], limit: float, strict: bool) -> int:
     """Number of scores at most (below) ``limit``."""
     total = 0
     for weight, norms in parts:
@@ -276,20 +304,42 @@ def _count(parts: Sequence[Part], limit: float, strict: bool) -> int:
     return total
 
 
-def _count_and_collect(parts: Sequence[Part], low: float, high: float) -> tuple[int, torch.Tensor]:
-    """Number of scores at most ``low``, and the scores strictly between the two."""
+def _places(signs: torch.Tensor) -> torch.Tensor:
+    """Flat places of the -1 in a chunk where they are few.
+
+    Several narrow integers are looked at as one wide integer first: most of those are 0.
+    """
+    signs = signs.flatten()
+    lanes = 8 // signs.dtype.itemsize
+    if signs.numel() % lanes:
+        return signs.nonzero().flatten()
+    groups = signs.view(torch.int64).nonzero().flatten()
+    inside = signs.view(-1, lanes)[groups].nonzero()
+    return groups[inside[:, 0]] * lanes + inside[:, 1]
+
+
+def _count_and_collect(
+    parts: Mapping[str, Part], low: float, high: float
+) -> tuple[int, torch.Tensor]:
+    """Number of scores at most ``low``, and the scores strictly between the two.
+
+    The finiteness of the weights is seen to in the same pass.
+    """
     total, between = 0, []
-    for weight, norms in parts:
+    for name, (weight, norms) in parts.items():
         up_to_low = _thresholds(weight.dtype, norms, low, strict=False)
         below_high = _thresholds(weight.dtype, norms, high, strict=True)
-        counts, low_scratch, high_scratch = [], _Scratch(weight), _Scratch(weight)
+        counts, peaks = [], []
+        low_scratch, high_scratch = _Scratch(weight), _Scratch(weight)
         for chunk in _magnitudes(weight):
+            peaks.append(chunk.amax())
             low_side = _at_most(chunk, up_to_low, low_scratch)
             counts.append(_hits(low_side))
             inside = _at_most(chunk, below_high, high_scratch)
             inside &= low_side.bitwise_not_()
-            places = inside.flatten().nonzero().flatten()
+            places = _places(inside)
             values = chunk.flatten()[places].view(weight.dtype)
             between.append(_scores(values, norms[places % weight.shape[1]]))
+        _check_finite(name, weight.dtype, peaks)
         total += int(torch.stack(counts).sum())
     return total, torch.cat(between)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,26 @@ class TestMistakesAreToldInOneMessage:
         (tmp_path / "plan.json").write_text(json.dumps({"alpha": 1}))
         result = command("show", tmp_path / "plan.json", code=1)
         assert "is not a sound plan" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("moment", ["scoring", "saving"])
+def test_a_run_that_is_killed_leaves_nothing_broken(
+    pruned: tuple[Path, str], tmp_path: Path, moment: str
+) -> None:
+    """Killed while it scores, or while it writes; the next run gives what was to come."""
+    folder = tmp_path / "out" / "pruned"
+    folder.parent.mkdir()
+    arguments = ["--recipe", ROOT / "recipes" / "dlp_wanda.yaml", *CALIBRATE, "--output", folder]
+    text = [sys.executable, "-m", "dlp_plugin.cli", "oneshot", SHIPPED, *arguments]
+    process = subprocess.Popen([str(word) for word in text], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:  # the host's progress bars
+        if {"scoring": "(3/13): Calibrating", "saving": "Writing model shards"}[moment] in line:
+            break
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    assert not folder.exists()
+    command("oneshot", SHIPPED, *arguments)
+    assert [entry.name for entry in folder.parent.iterdir()] == ["pruned"]
+    for name in ("model.safetensors", "recipe.yaml", "config.json"):
+        assert (folder / name).read_bytes() == (pruned[0] / name).read_bytes()

@@ -116,6 +116,14 @@ class TestDefinition:
         assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
         assert_same(torch.load(tmp_path / "one"), torch.load(tmp_path / "two"))
 
+    def test_scoring_runs_every_block_once(self, make_model: MakeModel, tmp_path: Path) -> None:
+        model, calls = make_model(), []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+        plan_only = DLPModifier(sparsity=0.6, plan_path=str(tmp_path / "plan.json"))
+        prune(model, [plan_only], dataset=random_samples(4))
+        assert len(calls) == 3 * 4
+
     def test_alpha_zero_prunes_like_the_stage_alone(self, make_model: MakeModel) -> None:
         with_dlp = prune(make_model(), recipe({"alpha": 0.0}))
         alone = recipe()

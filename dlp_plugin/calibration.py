@@ -1,0 +1,119 @@
+"""Calibration batches as scoring wants them: the first so many, and no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from loguru import logger
+from torch import distributed as dist
+
+__all__ = ["scoring_batches"]
+
+Batch = dict[str, Any]
+
+
+def scoring_batches(loader: Iterable[Batch], num_samples: int | None = None) -> list[Batch]:
+    """Take batches from a calibration loader, with every padded position removed.
+
+    A batch that is padded is taken apart into samples, each cut down to what its
+    attention mask lets through, so that no padding takes part in the forward pass: not
+    in the norms, not in a router or a recurrent state.
+
+    :param loader: batches of tensors ``[samples, ...]``, as llm-compressor makes them
+    :param num_samples: take the first so many samples, over all processes of a
+        distributed run; None for all
+    :raises ValueError: if no token is left
+    """
+    if num_samples is not None and is_distributed():
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        num_samples = max(num_samples * (rank + 1) // ranks - num_samples * rank // ranks, 1)
+    taken = loader if num_samples is None else _first(loader, num_samples)
+    batches = [piece for batch in taken for piece in _without_padding(batch)]
+    if not batches:
+        raise ValueError(
+            "the calibration data holds no token: its attention masks rule out every position"
+        )
+    if is_distributed():
+        _warn_if_all_have_the_same(batches)
+    return batches
+
+
+def _warn_if_all_have_the_same(batches: list[Batch]) -> None:
+    """Tell of a loader that deals all processes the same samples instead of a share each."""
+    main = [batch["input_ids"].tolist() for batch in batches if "input_ids" in batch]
+    own = hash(str(main))  # numbers only, so the hash is the same in every process
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, own)
+    if len(set(hashes)) == 1:
+        logger.warning(
+            "All {} processes calibrate on the same samples: llm-compressor deals every process "
+            "the first part of a data set that they share. Give each its own part, "
+            "e.g. dataset.shard(num_shards=world_size, index=rank)",
+            len(hashes),
+        )
+
+
+def _samples(batch: Batch) -> int:
+    """Number of samples in a batch."""
+    main = batch.get("input_ids")
+    tensors = [value for value in (main, *batch.values()) if isinstance(value, torch.Tensor)]
+    return len(tensors[0])
+
+
+def _part(batch: Batch, samples: int, chosen: slice) -> Batch:
+    """Some samples of a batch of so many."""
+    return {
+        key: value[chosen]
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == samples
+        else value
+        for key, value in batch.items()
+    }
+
+
+def _first(loader: Iterable[Batch], left: int) -> Iterator[Batch]:
+    for batch in loader:
+        samples = _samples(batch)
+        yield batch if samples <= left else _part(batch, samples, slice(left))
+        left -= samples
+        if left <= 0:
+            return
+
+
+def _without_padding(batch: Batch) -> Iterator[Batch]:
+    masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
+    if all(mask is None or mask.ndim != 2 or bool(mask.all()) for mask in masks):
+        yield batch
+        return
+    samples = _samples(batch)
+    for value in batch.values():
+        if samples > 1 and isinstance(value, torch.Tensor) and len(value) != samples:
+            logger.warning(
+                "A padded batch of {} samples holds a tensor of shape {} that cannot be told "
+                "apart by sample, so its padding counts: calibrate with batch_size=1",
+                samples,
+                tuple(value.shape),
+            )
+            yield batch
+            return
+    for row in range(samples):
+        sample = _part(batch, samples, slice(row, row + 1))
+        for prefix in ("decoder_", ""):
+            mask = sample.get(f"{prefix}attention_mask")
+            if mask is not None and mask.ndim == 2:
+                _keep_real(sample, mask.bool(), prefix)
+        if all(value.numel() for key, value in sample.items() if key.endswith("input_ids")):
+            yield sample
+
+
+def _keep_real(sample: Batch, mask: torch.Tensor, prefix: str) -> None:
+    """Cut a sample's tensors ``[1, tokens, ...]`` down to the positions of a mask."""
+    for key, value in sample.items():
+        if (
+            key.startswith("decoder_") == bool(prefix)
+            and isinstance(value, torch.Tensor)
+            and value.shape[:2] == mask.shape
+        ):
+            sample[key] = value[:, mask[0]]

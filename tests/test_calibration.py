@@ -1,0 +1,141 @@
+"""Calibration batches: the first so many samples, and padding that does not count."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_samples, run
+from datasets import Dataset
+from loguru import logger
+
+from dlp_plugin import DLPModifier, Plan
+from dlp_plugin.calibration import scoring_batches
+
+
+def batch(*rows: list[int], **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Token 0 is padding."""
+    ids = torch.tensor(rows)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), **more}
+
+
+def ids(batches: list[dict[str, torch.Tensor]]) -> list[list[list[int]]]:
+    return [one["input_ids"].tolist() for one in batches]
+
+
+class TestScoringBatches:
+    def test_full_batches_stay_as_they_are(self) -> None:
+        full = batch([1, 2], [3, 4])
+        assert scoring_batches([full])[0] is full
+        unmasked = {"input_ids": torch.tensor([[0, 1]])}
+        assert scoring_batches([unmasked])[0] is unmasked
+
+    def test_a_padded_batch_falls_into_samples_without_padding(self) -> None:
+        left_and_right = batch([0, 0, 1], [2, 3, 0], [4, 5, 6], position_ids=torch.zeros(3, 3))
+        batches = scoring_batches([left_and_right])
+        assert ids(batches) == [[[1]], [[2, 3]], [[4, 5, 6]]]
+        assert [one["attention_mask"].tolist() for one in batches] == [[[1]], [[1, 1]], [[1] * 3]]
+        assert [one["position_ids"].shape for one in batches] == [(1, 1), (1, 2), (1, 3)]
+
+    def test_what_does_not_run_over_tokens_is_left_alone(self) -> None:
+        image = torch.zeros(7, 4)
+        (one,) = scoring_batches([batch([1, 0, 0], pixel_values=image)])
+        assert one["input_ids"].tolist() == [[1]]
+        assert one["pixel_values"] is image
+
+    def test_samples_of_a_batch_that_cannot_be_told_apart_are_left_and_told(self) -> None:
+        patches = batch([1, 0], [2, 3], pixel_values=torch.zeros(7, 4))
+        messages: list[str] = []
+        handle = logger.add(messages.append, level="WARNING", format="{message}")
+        assert scoring_batches([patches]) == [patches]
+        logger.remove(handle)
+        assert "tensor of shape (7, 4)" in messages[0]
+        assert "batch_size=1" in messages[0]
+
+    def test_encoder_and_decoder_have_masks_of_their_own(self) -> None:
+        pair = batch(
+            [1, 0],
+            decoder_input_ids=torch.tensor([[4, 5]]),
+            decoder_attention_mask=torch.tensor([[1, 1]]),
+        )
+        (one,) = scoring_batches([pair])
+        assert one["input_ids"].tolist() == [[1]]
+        assert one["decoder_input_ids"].tolist() == [[4, 5]]
+
+    @pytest.mark.parametrize(("count", "expected"), [(1, [[[1]]]), (2, [[[1], [2]]])])
+    def test_first_samples_of_a_batch(self, count: int, expected: list) -> None:
+        assert ids(scoring_batches([batch([1], [2], [3])], count)) == expected
+
+    def test_first_samples_over_batches(self) -> None:
+        batches = [batch([1], [2]), batch([3], [4]), batch([5], [6])]
+        assert ids(scoring_batches(batches, 3)) == [[[1], [2]], [[3]]]
+        assert ids(scoring_batches(batches, 4)) == [[[1], [2]], [[3], [4]]]
+        assert len(scoring_batches(batches, 99)) == 3
+
+    def test_samples_of_padding_only_do_not_count(self) -> None:
+        assert ids(scoring_batches([batch([1, 2], [0, 0])])) == [[[1, 2]]]
+        with pytest.raises(ValueError, match="holds no token"):
+            scoring_batches([batch([0, 0])])
+
+
+def texts() -> list[list[int]]:
+    """Eight samples of unequal length, without the padding token 0."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 32, 17, 9, 32, 3, 24, 11]
+    return [torch.randint(1, 256, (n,), generator=generator).tolist() for n in lengths]
+
+
+def rows(ids: list[list[int]], side: str | None, length: int = 40) -> Dataset:
+    """Samples padded to one length, or not at all."""
+
+    def pad(values: list[int], filler: int) -> list[int]:
+        padding = [filler] * (length - len(values))
+        return {"left": padding + values, "right": values + padding, None: values}[side]
+
+    return Dataset.from_list(
+        [{"input_ids": pad(s, 0), "attention_mask": pad([1] * len(s), 0)} for s in ids]
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "arguments"),
+    [
+        ("right", {}),
+        ("left", {}),
+        ("right", {"batch_size": 4}),
+        ("left", {"batch_size": 3}),
+        (None, {"batch_size": 4, "data_collator": "padding"}),
+    ],
+)
+def test_a_padded_set_gives_the_plan_of_the_unpadded_one(
+    make_model: Callable[..., torch.nn.Module], tmp_path: Path, side: str | None, arguments: dict
+) -> None:
+    def plan(dataset: Dataset, **arguments: object) -> Plan:
+        path = tmp_path / "plan.json"
+        run(make_model(), [DLPModifier(sparsity=0.6, plan_path=str(path))], dataset, **arguments)
+        return Plan.load(path)
+
+    plain = plan(rows(texts(), None))
+    padded = plan(rows(texts(), side), **arguments)
+    assert [b.score for b in padded.blocks] == pytest.approx(
+        [b.score for b in plain.blocks], rel=1e-6
+    )
+    assert [b.sparsity for b in padded.blocks] == pytest.approx(
+        [b.sparsity for b in plain.blocks], abs=1e-6
+    )
+
+
+def test_num_samples_scores_on_the_first(
+    make_model: Callable[..., torch.nn.Module], tmp_path: Path
+) -> None:
+    def plan(dataset: Dataset, **dlp: object) -> Plan:
+        path = tmp_path / "plan.json"
+        modifier = DLPModifier(sparsity=0.6, plan_path=str(path), **dlp)
+        run(make_model(), [modifier], dataset)
+        return Plan.load(path)
+
+    dataset = random_samples(8)
+    assert plan(dataset, num_samples=3) == plan(dataset.select(range(3)))
+    assert plan(dataset, num_samples=99) == plan(dataset)
+    with pytest.raises(ValueError, match="num_samples"):
+        DLPModifier(num_samples=0)
