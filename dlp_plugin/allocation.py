@@ -11,7 +11,19 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-__all__ = ["Statistic", "allocate", "check_alpha", "check_sparsity", "importances"]
+__all__ = [
+    "Method",
+    "Statistic",
+    "allocate",
+    "check_alpha",
+    "check_sparsity",
+    "half_range",
+    "importances",
+    "unimportances",
+]
+
+Method = Literal["dlp", "owl", "alpha_pruning", "linear"]
+"""What a block's score is: DLP's, OWL's, AlphaPruning's, or its depth."""
 
 Statistic = Literal["median", "mean"]
 """What of a block's weight scores is its unimportance: paper, or released code."""
@@ -30,15 +42,15 @@ def check_sparsity(value: float, field: str = "sparsity") -> float:
     return value
 
 
-def check_alpha(value: float) -> float:
+def check_alpha(value: float, field: str = "alpha") -> float:
     """Return ``value`` if it is a usable strength.
 
     :raises ValueError: if it is negative or not finite
     """
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(
-            f"alpha must be finite and at least 0, got {value}; 0 is uniform "
-            "sparsity, the paper's default is 0.15"
+            f"{field} must be finite and at least 0, got {value}; 0 is uniform "
+            "sparsity, the default of DLP's paper is 0.15"
         )
     return value
 
@@ -53,6 +65,50 @@ def importances(scores: Sequence[float]) -> list[float]:
     if total == 0:
         return [1 - 1 / len(scores)] * len(scores)
     return [1 - score / total for score in scores]
+
+
+def unimportances(method: Method, scores: Sequence[float]) -> list[float]:
+    """Scores turned so that a larger one asks for a larger sparsity.
+
+    DLP's scores, AlphaPruning's exponents and depths are so already; of OWL's outlier
+    ratios the largest is to be kept most (arXiv 2310.05175, section 3.2).
+    """
+    if method == "owl":
+        return [max(scores) - score for score in scores]
+    return list(scores)
+
+
+def half_range(
+    method: Method,
+    strength: float,
+    scores: Sequence[float],
+    weights: Sequence[int],
+    sparsity: float,
+) -> float:
+    """Half the range of the sparsities (before clipping) from a method's own strength.
+
+    - ``dlp``: alpha, and ``owl``: lambda, are that very half;
+    - ``linear``: beta is the step from block to block (arXiv 2502.14770), so half the
+      range over ``L`` blocks is ``beta (L - 1) / 2``;
+    - ``alpha_pruning``: the sparsities are ``eta p_b`` with ``p_b`` between ``1 - epsilon``
+      and ``1 + epsilon`` in proportion to the exponents, and ``eta`` such that the total
+      is on target (arXiv 2410.10912, eq. 3), so half the range is ``eta epsilon``.
+
+    :param strength: alpha, lambda, beta or epsilon
+    :param scores: one per block, as the method makes them
+    :param weights: number of prunable weights per block
+    :param sparsity: target over all blocks together
+    """
+    if method == "linear":
+        return strength * (len(scores) - 1) / 2
+    if method == "alpha_pruning":
+        lowest, highest = min(scores), max(scores)
+        if lowest == highest:
+            return 0.0
+        spread = [2 * strength * (score - lowest) / (highest - lowest) for score in scores]
+        total = math.fsum(w * (1 - strength + p) for w, p in zip(weights, spread, strict=True))
+        return strength * sparsity * sum(weights) / total
+    return strength
 
 
 def allocate(

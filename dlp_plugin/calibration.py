@@ -10,7 +10,7 @@ from compressed_tensors.distributed import is_distributed
 from loguru import logger
 from torch import distributed as dist
 
-__all__ = ["scoring_batches"]
+__all__ = ["scoring_batches", "split"]
 
 Batch = dict[str, Any]
 
@@ -39,6 +39,20 @@ def scoring_batches(loader: Iterable[Batch], num_samples: int | None = None) -> 
     if is_distributed():
         _warn_if_all_have_the_same(batches)
     return batches
+
+
+def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Batches to score on, and a quarter of them, at least one, to judge by.
+
+    :raises ValueError: if there is but one batch
+    """
+    judging = max(len(batches) // 4, 1)
+    if judging == len(batches):
+        raise ValueError(
+            "choosing a strength or refining a plan takes calibration samples that were not "
+            "scored on, and there is one batch only: give more samples, or a fixed strength"
+        )
+    return batches[:-judging], batches[-judging:]
 
 
 def _warn_if_all_have_the_same(batches: list[Batch]) -> None:

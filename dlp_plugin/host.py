@@ -60,22 +60,22 @@ def current_modifiers() -> list[Modifier]:
     return modifiers
 
 
-def stages_after(modifier: Modifier) -> list[PruningStage]:
-    """SparseGPT and Wanda stages that follow, up to the next modifier of its type."""
-    return [other for other in _followers(modifier) if isinstance(other, PruningStage)]
+def stages_after(modifier: Modifier, until: type[Modifier]) -> list[PruningStage]:
+    """SparseGPT and Wanda stages that follow, up to the next modifier of a kind."""
+    return [other for other in _followers(modifier, until) if isinstance(other, PruningStage)]
 
 
-def _followers(modifier: Modifier) -> Iterator[Modifier]:
-    """Modifiers that follow one, up to the next of its type."""
+def _followers(modifier: Modifier, until: type[Modifier]) -> Iterator[Modifier]:
+    """Modifiers that follow one, up to the next of a kind."""
     modifiers = current_modifiers()
     place = next(i for i, other in enumerate(modifiers) if other is modifier)
     for other in modifiers[place + 1 :]:
-        if isinstance(other, type(modifier)):
+        if isinstance(other, until):
             return
         yield other
 
 
-def reviving_modifiers(modifier: Modifier) -> list[str]:
+def reviving_modifiers(modifier: Modifier, until: type[Modifier]) -> list[str]:
     """Names of stock quantizers after the stages of a modifier that bring zeros back.
 
     GPTQ spreads errors over pruned weights, AutoRound learns to round them away from
@@ -83,7 +83,7 @@ def reviving_modifiers(modifier: Modifier) -> list[str]:
     """
     names: list[str] = []
     pruned = False
-    for other in _followers(modifier):
+    for other in _followers(modifier, until):
         pruned |= isinstance(other, PruningStage)
         if pruned and type(other).__name__ in ("GPTQModifier", "AutoRoundModifier"):
             names.append(type(other).__name__)

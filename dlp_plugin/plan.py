@@ -16,15 +16,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from dlp_plugin.allocation import (
-    Statistic,
+    Method,
     allocate,
     check_alpha,
     check_sparsity,
+    half_range,
     importances,
+    unimportances,
 )
 from dlp_plugin.files import replacing
 
-__all__ = ["BlockPlan", "Plan"]
+__all__ = ["BlockPlan", "Candidate", "Plan", "SearchStep"]
+
+_TITLES: dict[Method, str] = {
+    "dlp": "DLP",
+    "owl": "OWL",
+    "alpha_pruning": "AlphaPruning",
+    "linear": "Linear",
+}
 
 _PACKAGES = (
     "dlp_plugin",
@@ -40,9 +49,13 @@ class BlockPlan(BaseModel):
 
     :param name: full name of the block in the model
     :param weights: number of weights that the pruning stages prune in it
-    :param score: unimportance ``U_b``
-    :param importance: ``I_b = 1 - U_b / sum(U)``
+    :param score: what the method makes of the block: DLP's unimportance ``U_b``, OWL's
+        outlier ratio, AlphaPruning's exponent, the depth
+    :param importance: ``I_b = 1 - U_b / sum(U)``; for OWL ``U`` is how far the ratio lies
+        below the largest
     :param sparsity: fraction of ``weights`` to set to zero
+    :param linears: full name of a Linear to its own sparsity, where a search went down to
+        single Linears; their mean by weights is ``sparsity``
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -52,31 +65,69 @@ class BlockPlan(BaseModel):
     score: float = Field(ge=0)
     importance: float
     sparsity: float = Field(ge=0, le=1)
+    linears: dict[str, float] | None = None
+
+
+class Candidate(BaseModel):
+    """A strength that was tried, and the loss of the model pruned with it.
+
+    :param alpha: the method's strength
+    :param loss: mean cross-entropy per token of calibration samples that were not scored on
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    alpha: float
+    loss: float
+
+
+class SearchStep(BaseModel):
+    """One generation of the search that refined a plan.
+
+    :param generation: counted from 1; 0 is the plan that the search set out from
+    :param evaluations: pruned models measured so far, on however many tokens
+    :param tokens: tokens that went through the model so far
+    :param divergence: Kullback-Leibler divergence of the best plan so far from the dense
+        model, in nats per token
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    generation: int
+    evaluations: int
+    tokens: int
+    divergence: float
 
 
 class Plan(BaseModel):
-    """What DLP decided for a model, and all it takes to decide again.
+    """What DLP (or a peer) decided for a model, and all it takes to decide again.
 
+    :param method: ``dlp``, ``owl``, ``alpha_pruning`` or ``linear``
     :param model: the model's name or folder, as transformers knows it
-    :param statistic: what of a block's weight scores is its ``score``
-    :param alpha: half the range of the sparsities before clipping
+    :param statistic: what a block's ``score`` is, in words
+    :param alpha: the method's strength: DLP's alpha or OWL's lambda, half the range of the
+        sparsities before clipping; AlphaPruning's epsilon; the linear one's beta
     :param target: sparsity over all ``weights`` together
     :param blocks: one row per block, in the model's order
     :param unseen: Linears that saw no calibration token: neither scored nor counted
         in ``weights``, and left dense
+    :param candidates: the strengths that ``alpha`` was chosen from, if it was
+    :param search: the path of the search that refined the sparsities, if there was one
     :param versions: package versions that made the plan
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
-    method: Literal["dlp"] = "dlp"
+    method: Method = "dlp"
     model: str
-    statistic: Statistic
+    statistic: str
     alpha: float
     target: float
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)
     unseen: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    search: tuple[SearchStep, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -99,10 +150,11 @@ class Plan(BaseModel):
         blocks: Sequence[tuple[str, int, float]],
         *,
         model: str,
-        statistic: Statistic,
+        statistic: str,
         alpha: float,
         target: float,
         unseen: Sequence[str] = (),
+        method: Method = "dlp",
     ) -> Plan:
         """Allocate sparsities to scored blocks.
 
@@ -110,15 +162,18 @@ class Plan(BaseModel):
         :raises ValueError: as :func:`dlp_plugin.allocation.allocate` does
         """
         names, weights, scores = zip(*blocks, strict=True)
+        unimportant = unimportances(method, scores)
+        half = half_range(method, alpha, scores, weights, target)
         rows = zip(
             names,
             weights,
             scores,
-            importances(scores),
-            allocate(scores, weights, target, alpha),
+            importances(unimportant),
+            allocate(unimportant, weights, target, half),
             strict=True,
         )
         return cls(
+            method=method,
             model=model,
             statistic=statistic,
             alpha=alpha,
@@ -135,11 +190,17 @@ class Plan(BaseModel):
         """Allocate the same scores again at another target or strength.
 
         :return: this very plan if nothing would change
+        :raises ValueError: if the plan was refined by a search, which holds for its target
         """
         target = self.target if target is None else target
         alpha = self.alpha if alpha is None else alpha
         if (target, alpha) == (self.target, self.alpha):
             return self
+        if self.search:
+            raise ValueError(
+                f"the plan was refined by a search at target {self.target:g}, alpha "
+                f"{self.alpha:g}, and holds for these only: leave them out, or search again"
+            )
         return Plan.make(
             [(block.name, block.weights, block.score) for block in self.blocks],
             model=self.model,
@@ -147,6 +208,7 @@ class Plan(BaseModel):
             alpha=alpha,
             target=target,
             unseen=self.unseen,
+            method=self.method,
         )
 
     @property
@@ -190,8 +252,8 @@ class Plan(BaseModel):
     def table(self) -> Table:
         """The plan as a table for the terminal (rich)."""
         table = Table(
-            title=f"DLP plan for {escape(self.model)}",
-            caption=f"target {self.target:g}, alpha {self.alpha:g}, {self.statistic}",
+            title=f"{_TITLES[self.method]} plan for {escape(self.model)}",
+            caption=self._caption,
         )
         for column in ("block", "weights", "score", "importance", "sparsity"):
             table.add_column(column, justify="left" if column == "block" else "right")
@@ -207,6 +269,20 @@ class Plan(BaseModel):
         weights = sum(block.weights for block in self.blocks)
         table.add_row("all", f"{weights:,}", "", "", f"{self.sparsity:.4f}")
         return table
+
+    @property
+    def _caption(self) -> str:
+        text = f"target {self.target:g}, alpha {self.alpha:g}, {self.statistic}"
+        if self.candidates:
+            tried = ", ".join(f"{c.alpha:g}: {c.loss:.4f}" for c in self.candidates)
+            text += f"; chosen by loss ({tried})"
+        if self.search:
+            first, last = self.search[0], self.search[-1]
+            text += (
+                f"; refined in {last.generation} generations, divergence from the dense model "
+                f"{first.divergence:.4f} -> {last.divergence:.4f}"
+            )
+        return text
 
     def __str__(self) -> str:
         text = StringIO()
@@ -236,10 +312,12 @@ class Plan(BaseModel):
         axes.set_xlabel("block")
         axes.set_ylabel("sparsity (bars; dashed: target)")
         axes.set_ylim(0, 1)
-        axes.set_title(f"{self.model}: DLP, target {self.target:g}, alpha {self.alpha:g}")
+        axes.set_title(
+            f"{self.model}: {_TITLES[self.method]}, target {self.target:g}, alpha {self.alpha:g}"
+        )
         scores = axes.twinx()
         scores.plot(depth, [b.score for b in self.blocks], color="#c44e52", marker="o")
-        scores.set_ylabel(f"score ({self.statistic} of |W| * norm; line)")
+        scores.set_ylabel(f"score ({self.statistic}; line)")
         scores.set_ylim(bottom=0)
         with replacing(path) as beside:
             figure.savefig(beside, dpi=150)

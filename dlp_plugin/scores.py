@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from dlp_plugin.allocation import Statistic
 
-__all__ = ["ChannelNorms", "block_score"]
+__all__ = ["ChannelNorms", "Part", "block_score"]
 
 Part = tuple[torch.Tensor, torch.Tensor]
 

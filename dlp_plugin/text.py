@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,11 +49,17 @@ def read_tokens(
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(f"{source} has no column {column!r}; it has {rows.column_names}")
 
-    def stream() -> Iterator[int]:
-        for number, row in enumerate(rows):
-            yield from encode(("\n\n" if number else "") + row[column])
-
-    return list(islice(stream(), limit))
+    # Encoded as one text: tokenizers treat the beginning of a text in their own way.
+    texts: list[str] = []
+    roughly = 0
+    for row in rows:
+        texts.append(row[column])
+        roughly += 0 if limit is None else len(encode(row[column]))
+        if limit is not None and roughly >= limit:
+            tokens = encode("\n\n".join(texts))
+            if len(tokens) >= limit:
+                return tokens[:limit]
+    return encode("\n\n".join(texts))
 
 
 def token_windows(token_ids: Sequence[int], length: int) -> list[torch.Tensor]:

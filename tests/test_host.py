@@ -3,11 +3,9 @@
 Each test says in words what has changed if a new release makes it fail.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import linears_of, random_samples, recorded_inputs, run
+from conftest import linears_of, random_samples, run
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -108,35 +106,30 @@ def test_modifiers_of_one_type_in_a_group_still_lose_one_when_saved(make_model) 
     assert len(saved["default_stage"]["default_modifiers"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("family", "shown"),
-    [
-        ("llama", True),
-        ("qwen3", True),
-        ("gemma3", True),
-        ("mistral", False),
-        ("phi3", False),
-        ("mixtral", False),
-        ("qwen3_moe", False),
-    ],
-)
-def test_which_families_the_host_calibrates_with_a_causal_mask(
-    family: str, shown: bool, tmp_path: Path
+def test_a_modifier_finds_the_users_calibration_arguments(make_model) -> None:
+    found = []
+
+    class Looker(Watcher):
+        def on_calibration_start(self, state, event, **kwargs) -> None:
+            found.append(host.calibration_arguments())
+
+    run(make_model(), [Looker()], random_samples(2), sequential_prefetch=True)
+    assert found[0].sequential_prefetch, (
+        "pipelines no longer hold the user's arguments as dataset_args: "
+        "calibration_arguments() finds none, and scoring cannot run"
+    )
+    with pytest.raises(RuntimeError, match="no calibration pipeline"):
+        host.calibration_arguments()
+
+
+@pytest.mark.parametrize(("propagate_error", "runs"), [(True, 2), (False, 1)])
+def test_the_sequential_pipeline_runs_blocks_once_without_propagation(
+    make_model, propagate_error: bool, runs: int
 ) -> None:
-    """Where the mask function is chosen at run time (Mistral, Phi-3 and the mixtures of
-    experts), the traced graph of llm-compressor 0.14 loses the mask: every modifier sees
-    bidirectional attention.
-
-    If a row fails, the release mends it (or breaks another): correct the README.
-    """
-    from test_families import FAMILIES, make
-
-    dataset = random_samples(1)
-    plain = make(FAMILIES[family][0](), tmp_path)
-    with recorded_inputs(plain) as causal, torch.no_grad():
-        plain(**{key: torch.tensor([value]) for key, value in dataset[0].items()})
-    model = make(FAMILIES[family][0](), tmp_path)
-    with recorded_inputs(model) as calibrated:
-        run(model, [DLPModifier(sparsity=0.5, plan_path=str(tmp_path / "p.json"))], dataset)
-    name = next(name for name in causal if "layers.0" in name and "o_proj" in name)
-    assert torch.allclose(causal[name][0], calibrated[name][0], atol=1e-5) == shown
+    model, calls = make_model(), []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    run(model, [Watcher()], random_samples(3), propagate_error=propagate_error)
+    assert len(calls) == 3 * runs, (
+        "propagate_error no longer switches the second run of each block: "
+        "run_once() is not what it says"
+    )

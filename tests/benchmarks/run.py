@@ -1,6 +1,8 @@
-"""What scoring costs: python tests/benchmarks/run.py [--json results.json]
+"""What scoring costs: python tests/benchmarks/run.py [--json results.json] [--only PART]
 
-Ratios of what is measured side by side in this one run, medians of several rounds.
+Three parts: the statistic of one large block, the epochs of the stages, and how the cost of
+an epoch grows. Ratios of what is measured side by side in this one run, medians of several
+rounds. Where there is a CUDA device, the last two run on it, on a larger model.
 """
 
 import argparse
@@ -14,8 +16,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from compressed_tensors.offload import load_offloaded_model
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -23,15 +28,26 @@ from loguru import logger
 from pydantic import PrivateAttr
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from dlp_plugin import DLPModifier
 from dlp_plugin.scores import block_score
 from dlp_plugin.text import calibration_set, read_tokens
 
 ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "examples" / "small_model"
+TEXT = ROOT / "examples" / "text" / "calibration.txt"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# On a GPU a model of 1.1 billion parameters; on a CPU what ends in minutes.
+BLOCKS, WIDTH, TOKENS = (16, 2048, 65536) if torch.cuda.is_available() else (4, 1024, 16384)
 LLAMA_2_7B_BLOCK = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-ROUNDS = 5
+ROUNDS = 3
 
 
 def block() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -103,8 +119,7 @@ def statistic() -> dict[str, dict[str, float]]:
     return {
         way: {
             "seconds": seconds[way],
-            "ratio": seconds[way] / seconds["naive"],
-            "peak_megabytes": peak_megabytes(way),
+            "peak megabytes": peak_megabytes(way),
         }
         for way in WAYS
     }
@@ -122,75 +137,205 @@ class Stamp(Modifier):
         self._time = time.perf_counter()
 
 
-class Nothing(Stamp):
-    """An epoch of the host in which no modifier does anything: two passes a block."""
+def widened(folder: Path, blocks: int, width: int) -> None:
+    """Save a random model of the shipped one's architecture at another size."""
+    shipped = AutoConfig.from_pretrained(SHIPPED)
+    factor = width // shipped.hidden_size
+    config = LlamaConfig(
+        vocab_size=shipped.vocab_size,
+        hidden_size=width,
+        intermediate_size=shipped.intermediate_size * factor,
+        num_hidden_layers=blocks,
+        num_attention_heads=max(shipped.num_attention_heads * factor // 4, 2),
+        num_key_value_heads=max(shipped.num_key_value_heads * factor // 4, 1),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(folder)
 
-    requires_calibration_data: bool = True
+
+def samples(count: int, length: int) -> Dataset:
+    tokens = read_tokens(TEXT, AutoTokenizer.from_pretrained(SHIPPED))
+    return calibration_set(tokens * (count * length // len(tokens) + 1), length, count)
 
 
-def stages() -> dict[str, dict[str, float]]:
-    folder = ROOT / "examples" / "small_model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = ROOT / "examples" / "text" / "calibration.txt"
-    dataset = calibration_set(read_tokens(text, tokenizer), 256, 128)
-    names = ["no modifier", "DLP", "Wanda", "SparseGPT"]
-    times: dict[str, list[float]] = {name: [] for name in names}
+@torch.no_grad()
+def bare_forward(folder: Path, dataset: Dataset) -> float:
+    """Seconds of one pass through embedding and blocks, by nothing but the model."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation="eager"
+    ).model.to(DEVICE)
+    ids = torch.tensor(dataset["input_ids"]).to(DEVICE)
+    model(ids[:1], use_cache=False)
+    finish()
+    started = time.perf_counter()
+    for row in ids:
+        model(row[None], use_cache=False)
+    finish()
+    return time.perf_counter() - started
+
+
+def finish() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def epochs(folder: Path, dataset: Dataset, work: dict[str, Modifier]) -> dict[str, float]:
+    """Seconds of each modifier's epoch, in one run of the real ``oneshot()``."""
+    stamps = [Stamp() for _ in range(len(work) + 1)]
+    recipe: list[Modifier] = [stamps[0]]
+    for modifier, stamp in zip(work.values(), stamps[1:], strict=True):
+        recipe += [modifier, stamp]
+    oneshot(
+        model=str(folder),
+        recipe=recipe,
+        dataset=dataset,
+        tokenizer=AutoTokenizer.from_pretrained(SHIPPED),
+        num_calibration_samples=len(dataset),
+        max_seq_length=len(dataset[0]["input_ids"]),
+        shuffle_calibration_samples=False,
+    )
+    times = [stamp._time for stamp in stamps]
+    return {name: end - start for name, start, end in zip(work, times, times[1:], strict=False)}
+
+
+def stages(folder: Path, dataset: Dataset) -> dict[str, float]:
+    """Median seconds of the DLP, Wanda and SparseGPT epochs and of a bare forward pass."""
+    stage = {"sparsity": 0.7, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    rounds = []
     for _ in range(ROUNDS):
-        common = {"sparsity": 0.7, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-        stamps = [Stamp() for _ in range(5)]
-        work = [
-            Nothing(),
-            DLPModifier(),
-            WandaPruningModifier(**common),
-            SparseGPTModifier(**common),
-        ]
-        recipe = [stamps[0]]
-        for modifier, stamp in zip(work, stamps[1:], strict=True):
-            recipe += [modifier, stamp]
-        oneshot(
-            model=str(folder),
-            recipe=recipe,
-            dataset=dataset,
-            tokenizer=tokenizer,
-            num_calibration_samples=len(dataset),
-            max_seq_length=256,
-            shuffle_calibration_samples=False,
+        seconds = {"bare forward pass": bare_forward(folder, dataset)}
+        work = {
+            "DLP": DLPModifier(),
+            "Wanda": WandaPruningModifier(**stage),
+            "SparseGPT": SparseGPTModifier(**stage),
+        }
+        rounds.append(seconds | epochs(folder, dataset, work))
+    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+
+
+def stages_by_length() -> dict[str, dict[str, float]]:
+    """The epochs on the shipped model, and on one of width 1,024 at three lengths."""
+    results = {"shipped, 64 x 256": stages(SHIPPED, samples(64, 256))}
+    with TemporaryDirectory() as folder:
+        widened(Path(folder), BLOCKS, WIDTH)
+        for length in (128, 512, 2048):
+            count = TOKENS // length
+            results[f"width {WIDTH}, {count} x {length}"] = stages(
+                Path(folder), samples(count, length)
+            )
+    return results
+
+
+def growth() -> dict[str, dict[str, float]]:
+    """The DLP epoch alone as one of blocks, width and samples grows, weights on disk."""
+    results = {}
+    for name, sizes in {
+        "start: 2 blocks, width 512, 8 samples": (2, 512, 8),
+        "blocks x 2": (4, 512, 8),
+        "blocks x 4": (8, 512, 8),
+        "samples x 2": (2, 512, 16),
+        "samples x 4": (2, 512, 32),
+        "width x 2": (2, 1024, 8),
+    }.items():
+        blocks, width, count = sizes
+        with TemporaryDirectory() as folder:
+            widened(Path(folder), blocks, width)
+            command = [sys.executable, __file__, "--growth", folder, str(count)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results[name] = json.loads(output.splitlines()[-1])
+    return results
+
+
+def measure_growth(folder: str, count: int) -> None:
+    """One DLP epoch on a model that stays on disk; prints seconds and peak memory as JSON."""
+    logger.remove()
+    with load_offloaded_model(), TemporaryDirectory() as offload:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            device_map="auto_offload",
+            max_memory={"cpu": 1 << 20},
+            offload_folder=offload,
         )
-        for name, start, end in zip(names, stamps, stamps[1:], strict=False):
-            times[name].append(end._time - start._time)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        name: {"seconds": seconds[name], "ratio": seconds[name] / seconds["Wanda"]}
-        for name in names
+        size = sum(p.numel() * p.itemsize for p in model.parameters()) / 2**20
+        dataset, plan = samples(count, 256), Path(folder) / "plan.json"
+        seconds, peaks = [], []
+        for _ in range(ROUNDS + 1):  # the first one warms up
+            before = reset_peak()
+            if torch.accelerator.is_available():
+                torch.accelerator.reset_peak_memory_stats()
+            started = time.perf_counter()
+            oneshot(
+                model=model,
+                recipe=[DLPModifier(sparsity=0.7, plan_path=str(plan))],
+                dataset=dataset,
+                tokenizer=AutoTokenizer.from_pretrained(SHIPPED),
+                shuffle_calibration_samples=False,
+            )
+            seconds.append(time.perf_counter() - started)
+            peaks.append(peak() - before)
+    result = {
+        "seconds": statistics.median(seconds[1:]),
+        "model megabytes": size,
+        "peak megabytes": peaks[0],
     }
+    if torch.accelerator.is_available():
+        result["peak accelerator megabytes"] = torch.accelerator.max_memory_allocated() / 2**20
+    print(json.dumps(result))
+
+
+def show(console: Console, title: str, results: dict[str, dict[str, float]], base: str) -> None:
+    """One row per result, one column per quantity, and its ratio to the base."""
+    names = list(next(iter(results.values())))
+    if base in names:  # ratios within a row
+        table = Table("", *names, title=title)
+        for row, found in results.items():
+            cells = [f"{found[n]:.2f} s ({found[n] / found[base]:.2f})" for n in names]
+            table.add_row(row, *cells)
+    else:  # ratios of the first column to a row's
+        table = Table("", *names, f"to {base}", title=title)
+        for row, found in results.items():
+            ratio = found["seconds"] / results[base]["seconds"]
+            table.add_row(row, *(f"{value:.2f}" for value in found.values()), f"{ratio:.2f}")
+    console.print(table)
+
+
+PARTS = {"statistic": statistic, "stages": stages_by_length, "growth": growth}
+BASES = {"statistic": "naive", "stages": "bare forward pass"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--only", choices=PARTS, help="one part of the suite")
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--growth", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
-        measure_peak(arguments.peak)
-        return
+        return measure_peak(arguments.peak)
+    if arguments.growth:
+        return measure_growth(arguments.growth[0], int(arguments.growth[1]))
     logger.remove()
-    results = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "statistic": statistic(),
-        "stages": stages(),
-    }
     console = Console()
-    table = Table("way", "seconds", "to naive", "peak MB", title="Llama-2-7B block, one score")
-    for way, found in results["statistic"].items():
-        ratio, peak = f"{found['ratio']:.3f}", f"{found['peak_megabytes']:.0f}"
-        table.add_row(way, f"{found['seconds']:.3f}", ratio, peak)
-    console.print(table)
-    table = Table("epoch", "seconds", "to Wanda", title="shipped model, 128 samples of 256 tokens")
-    for name, found in results["stages"].items():
-        table.add_row(name, f"{found['seconds']:.2f}", f"{found['ratio']:.3f}")
-    console.print(table, results["machine"])
+    machine = f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    results: dict[str, object] = {"machine": machine}
+    for part in [arguments.only] if arguments.only else PARTS:
+        found = results[part] = PARTS[part]()
+        show(console, part, found, BASES.get(part, next(iter(found))))
+    console.print(machine)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def processor() -> str:
+    """The processor's name (Linux)."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

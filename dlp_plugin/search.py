@@ -1,0 +1,258 @@
+"""Beyond the heuristic: strengths and sparsities judged on the model itself.
+
+``choose_strength`` tries a method at several strengths. ``refine`` improves a plan by
+mutation at constant total and selection by divergence from the dense model, on the ground
+of EvoPress (arXiv 2410.14649) and with two changes: masks follow from stored norms, so no
+database of pruned weights is needed, and mutations are drawn by what the measurements so far
+say about each block, not blindly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressed_tensors.distributed import is_source_process
+from loguru import logger
+
+from dlp_plugin.blocks import Block
+from dlp_plugin.files import replacing
+from dlp_plugin.plan import BlockPlan, Candidate, Plan, SearchStep
+from dlp_plugin.trial import Trial
+
+__all__ = ["choose_strength", "refine"]
+
+# Half ranges of the sparsities to try. Seven forward passes over the judging samples.
+HALF_RANGES = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+# A generation: so many offspring are measured on so many tokens, the best on all.
+OFFSPRING = 8
+SIFTING_TOKENS = 2048
+SURVIVORS = 2
+# A switch moves weights to be pruned from one unit to another, by these shares of the smaller.
+STEPS = (0.01, 0.02, 0.04)
+SWITCHES = 3
+# How far a measurement moves the estimated cost of pruning a unit, and how many of the
+# offspring are drawn blindly.
+LEARNING = 0.5
+BLIND = 0.25
+
+
+def sparsities_of(plan: Plan, blocks: Sequence[Block]) -> dict[str, float]:
+    """Sparsity of every Linear by a plan.
+
+    :param blocks: the plan's blocks, in its order, with the Linears that it prunes
+    """
+    return {
+        name: (row.linears or {}).get(name, row.sparsity)
+        for row, block in zip(plan.blocks, blocks, strict=True)
+        for name in block.linears
+    }
+
+
+def choose_strength(trial: Trial, make: Callable[..., Plan], blocks: Sequence[Block]) -> Plan:
+    """Make the plan with the strength whose pruned model has the least loss.
+
+    Of equal losses the smaller strength wins; uniform sparsity is among them.
+
+    :param make: :meth:`Plan.make` with all but ``alpha`` given
+    :param blocks: the plan's blocks, with the Linears that it prunes
+    :return: the plan, with all candidates and their losses
+    """
+    unit = 2 / (len(blocks) - 1) if len(blocks) > 1 else 1.0
+    plans = [make(alpha=half) for half in HALF_RANGES]
+    if plans[0].method == "linear":  # its strength is the step from block to block
+        plans = [make(alpha=half * unit) for half in HALF_RANGES]
+    losses = [trial.loss(sparsities_of(plan, blocks)) for plan in plans]
+    if not any(math.isfinite(loss) for loss in losses):
+        raise ValueError(
+            "the loss of the pruned model is not finite at any strength: check the "
+            "calibration data, or lower the sparsity"
+        )
+    best = min(range(len(plans)), key=lambda i: (not math.isfinite(losses[i]), losses[i]))
+    candidates = tuple(
+        Candidate(alpha=plan.alpha, loss=loss)
+        for plan, loss in zip(plans, losses, strict=True)
+        if math.isfinite(loss)
+    )
+    return plans[best].model_copy(update={"candidates": candidates})
+
+
+class _Units:
+    """What the search gives sparsities to: blocks, or single Linears."""
+
+    def __init__(self, members: Mapping[str, list[str]], weights: Mapping[str, int]) -> None:
+        """Take each unit's Linears, and the number of weights of each Linear."""
+        self.members = members
+        self.weights = {
+            unit: sum(weights[name] for name in names) for unit, names in members.items()
+        }
+        self.costs = dict.fromkeys(members, 0.0)  # per weight moved, estimated
+
+    def switched(
+        self, sparsities: Mapping[str, float], chance: random.Random
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Mutate: move weights to be pruned between units, the total staying the same.
+
+        :return: the Linears' sparsities, and by how many weights each unit has changed
+        """
+        mutated, moved = dict(sparsities), dict.fromkeys(self.members, 0.0)
+        blind = chance.random() < BLIND
+        switches = min(chance.randint(1, SWITCHES), chance.randint(1, SWITCHES))
+        done = 0
+        for _ in range(20 * switches):
+            up, down = self._draw(chance, 1, blind), self._draw(chance, -1, blind)
+            weights = chance.choice(STEPS) * min(self.weights[up], self.weights[down])
+            if up != down and self._shift(mutated, up, weights):
+                if self._shift(mutated, down, -weights):
+                    moved[up] += weights
+                    moved[down] -= weights
+                    done += 1
+                else:
+                    self._shift(mutated, up, -weights)
+            if done == switches:
+                break
+        return mutated, moved
+
+    def _draw(self, chance: random.Random, sign: int, blind: bool) -> str:
+        """Draw a unit to prune more (1) or less (-1), cheap or dear ones more often."""
+        units = list(self.members)
+        if blind:
+            return chance.choice(units)
+        order = sorted(units, key=lambda unit: sign * self.costs[unit])
+        odds = [math.exp(-4 * place / len(order)) for place in range(len(order))]
+        return chance.choices(order, odds)[0]
+
+    def _shift(self, sparsities: dict[str, float], unit: str, weights: float) -> bool:
+        """Prune so many weights more in a unit, if none of its Linears goes out of range."""
+        change = weights / self.weights[unit]
+        new = {name: sparsities[name] + change for name in self.members[unit]}
+        if not all(0 <= value <= 1 for value in new.values()):
+            return False
+        sparsities.update(new)
+        return True
+
+    def learn(self, moved: Mapping[str, float], gain: float) -> None:
+        """Correct the estimated costs by how much a mutation has changed the divergence."""
+        norm = math.fsum(weights * weights for weights in moved.values())
+        if norm == 0:
+            return
+        expected = math.fsum(self.costs[unit] * weights for unit, weights in moved.items())
+        for unit, weights in moved.items():
+            self.costs[unit] += LEARNING * (gain - expected) * weights / norm
+
+
+def refine(
+    trial: Trial,
+    plan: Plan,
+    blocks: Sequence[Block],
+    *,
+    generations: int,
+    seed: int = 0,
+    progress_path: str | Path | None = None,
+) -> Plan:
+    """Improve a plan at constant total, in nats of divergence from the dense model.
+
+    The first third of the generations moves whole blocks, the rest single Linears. The same
+    seed gives the same plan.
+
+    :param blocks: the plan's blocks, in its order, with the Linears that it prunes
+    :param generations: at least 1
+    :param progress_path: file that holds how far the search is; a search that was
+        interrupted goes on from it, a finished one removes it
+    :return: a plan that holds the Linears' sparsities and the path of the search
+    """
+    weights = {
+        name: lin.in_features * lin.out_features for b in blocks for name, lin in b.linears.items()
+    }
+    levels = [
+        _Units({block.name: list(block.linears) for block in blocks}, weights),
+        _Units({name: [name] for block in blocks for name in block.linears}, weights),
+    ]
+    fingerprint = hashlib.sha256(
+        json.dumps([plan.model_dump(mode="json"), generations, seed]).encode()
+    ).hexdigest()
+    state = _load(progress_path, fingerprint)
+    if state is None:
+        best = sparsities_of(plan, blocks)
+        divergence = trial.divergence(best)
+        steps = [
+            SearchStep(generation=0, evaluations=1, tokens=trial.tokens, divergence=divergence)
+        ]
+    else:
+        best, steps = state["sparsities"], [SearchStep(**step) for step in state["steps"]]
+        divergence = steps[-1].divergence
+        for units, costs in zip(levels, state["costs"], strict=True):
+            units.costs = costs
+        logger.info("The search goes on from generation {}", steps[-1].generation)
+    few = min(SIFTING_TOKENS, trial.tokens)
+    here = trial.divergence(best, few)
+
+    for generation in range(len(steps), generations + 1):
+        units = levels[generation > generations // 3]
+        chance = random.Random(f"{seed} {generation}")
+        sifted = []
+        for _ in range(OFFSPRING):
+            offspring, moved = units.switched(best, chance)
+            found = trial.divergence(offspring, few)
+            units.learn(moved, found - here)
+            sifted.append((found, offspring))
+        sifted.sort(key=lambda pair: pair[0])
+        for _, offspring in sifted[:SURVIVORS]:
+            found = trial.divergence(offspring)
+            if found < divergence:
+                best, divergence = offspring, found
+        here = trial.divergence(best, few)
+        last = steps[-1]
+        steps.append(
+            SearchStep(
+                generation=generation,
+                evaluations=last.evaluations + OFFSPRING + SURVIVORS,
+                tokens=last.tokens + OFFSPRING * few + SURVIVORS * trial.tokens,
+                divergence=divergence,
+            )
+        )
+        logger.info("generation {} of {}: divergence {:.4f}", generation, generations, divergence)
+        if progress_path is not None and is_source_process():
+            content = {
+                "fingerprint": fingerprint,
+                "sparsities": best,
+                "steps": [step.model_dump() for step in steps],
+                "costs": [units.costs for units in levels],
+            }
+            with replacing(progress_path) as beside:
+                beside.write_text(json.dumps(content))
+
+    if progress_path is not None and is_source_process():
+        Path(progress_path).unlink(missing_ok=True)
+    return plan.model_copy(
+        update={"blocks": _rows(plan, blocks, best, weights), "search": tuple(steps)}
+    )
+
+
+def _rows(
+    plan: Plan, blocks: Sequence[Block], best: Mapping[str, float], weights: Mapping[str, int]
+) -> tuple[BlockPlan, ...]:
+    rows = []
+    for row, block in zip(plan.blocks, blocks, strict=True):
+        linears = {name: best[name] for name in block.linears}
+        pruned = math.fsum(weights[name] * sparsity for name, sparsity in linears.items())
+        sparsity = min(max(pruned / row.weights, 0.0), 1.0)
+        rows.append(row.model_copy(update={"linears": linears, "sparsity": sparsity}))
+    return tuple(rows)
+
+
+def _load(path: str | Path | None, fingerprint: str) -> dict[str, Any] | None:
+    """What an interrupted search of the very same start and settings left."""
+    if path is None or not Path(path).is_file():
+        return None
+    state: dict[str, Any] = json.loads(Path(path).read_text())
+    if state.get("fingerprint") != fingerprint:
+        logger.warning("{} is of another search, which begins anew", path)
+        return None
+    return state

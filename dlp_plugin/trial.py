@@ -1,0 +1,230 @@
+"""The model as it would be if it were pruned: losses without touching a weight.
+
+Wanda's mask of a Linear follows at any sparsity from the weight and the norms of its input
+channels (arXiv 2306.11695): in each row the weights with the smallest ``|W| * norm`` go. So a
+pruned model can be measured by masking each weight as it is used; what is kept is one
+threshold per row and sparsity, not a second model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.utils import get_execution_device, patch_attr
+from llmcompressor.utils.dev import get_main_device
+from torch import distributed as dist
+from torch.nn import functional
+
+__all__ = ["Trial"]
+
+Batch = dict[str, Any]
+
+# Tokens that are run together, and tokens whose logits are widened to float32 together.
+_TOGETHER = 2048
+_WIDE = 256
+# Tokens of the vocabulary that the dense model's predictions are kept for, the likeliest
+# ones; the others are one class.
+_LIKELIEST = 512
+
+
+class _Kept(NamedTuple):
+    """The dense model's predictions for ``n`` tokens."""
+
+    places: torch.Tensor  # int32 [n, likeliest]
+    logs: torch.Tensor  # float32 [n, likeliest + 1], the last of all other tokens
+
+
+class Trial:
+    """Losses of a causal language model at any sparsities of its Linears.
+
+    In a distributed run every process measures its own samples, and all get the loss over
+    all of them.
+
+    :param model: a causal language model of transformers
+    :param linears: full name to Linear, those that are to be pruned
+    :param norms: full name to the l2 norms of the Linear's input channels, float32 ``[in]``
+    :param batches: token ids to measure on, as
+        :func:`dlp_plugin.calibration.scoring_batches` makes them
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        linears: Mapping[str, torch.nn.Linear],
+        norms: Mapping[str, torch.Tensor],
+        batches: Sequence[Batch],
+    ) -> None:
+        self._model = model
+        self._linears = linears
+        self._norms = norms
+        self._thresholds: dict[tuple[str, int], torch.Tensor] = {}
+        self._batches = _together(batches)
+        self._kept: list[_Kept] = []
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that a measurement on all samples runs."""
+        return sum(batch["input_ids"].numel() for batch in self._batches)
+
+    def loss(self, sparsities: Mapping[str, float]) -> float:
+        """Mean cross-entropy per predicted token, in nats.
+
+        :param sparsities: full name to sparsity of every Linear that is not to stay dense
+        """
+        total, count = 0.0, 0
+        with self._pruned(sparsities):
+            for batch in self._batches:
+                logits = self._logits(batch)[:, :-1].flatten(0, 1)
+                wanted = batch["input_ids"][:, 1:].flatten().to(logits.device)
+                for few, right in zip(logits.split(_WIDE), wanted.split(_WIDE), strict=True):
+                    losses = functional.cross_entropy(few.float(), right, reduction="sum")
+                    total += float(losses)
+                count += len(wanted)
+        return _mean(total, count)
+
+    def divergence(self, sparsities: Mapping[str, float], tokens: int | None = None) -> float:
+        """Mean Kullback-Leibler divergence from the dense model per token, in nats.
+
+        Of the vocabulary the 512 tokens that the dense model thinks likeliest count one by
+        one and the others as one, so that what is kept of the dense model stays small; that
+        is a lower bound of the divergence over the whole vocabulary.
+
+        :param sparsities: as in :meth:`loss`
+        :param tokens: measure on the first so many tokens (rounded up); None for all
+        """
+        if not self._kept:
+            with self._pruned({}):
+                self._kept = [_keep(self._logits(batch).flatten(0, 1)) for batch in self._batches]
+        total, count = 0.0, 0
+        with self._pruned(sparsities):
+            for batch, kept in zip(self._batches, self._kept, strict=True):
+                if tokens is not None and count >= tokens:
+                    break
+                logits = self._logits(batch).flatten(0, 1)
+                total += _divergence(logits, kept)
+                count += len(logits)
+        return _mean(total, count)
+
+    @torch.no_grad()
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        device = get_main_device()
+        inputs = {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+            if key != "labels"
+        }
+        logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
+        return logits
+
+    @contextmanager
+    def _pruned(self, sparsities: Mapping[str, float]) -> Iterator[None]:
+        """Have Linears compute with masked weights."""
+        was_training = self._model.training
+        self._model.eval()
+        with ExitStack() as stack:
+            stack.callback(self._model.train, was_training)
+            for name, sparsity in sparsities.items():
+                linear = self._linears[name]
+                count = int(linear.in_features * sparsity)
+                if count:
+                    norms = self._norms[name]
+                    masked = _Masked(linear, norms, self._threshold(name, count))
+                    stack.enter_context(patch_attr(linear, "forward", masked))
+            yield
+
+    @torch.no_grad()
+    def _threshold(self, name: str, count: int) -> torch.Tensor:
+        """The score in each row up to which ``count`` weights go, float32 ``[out, 1]``."""
+        if (name, count) not in self._thresholds:
+            scores = _scores(self._linears[name], self._norms[name])
+            value = scores.kthvalue(count, dim=1, keepdim=True).values
+            self._thresholds[name, count] = value
+        return self._thresholds[name, count]
+
+
+def _scores(linear: torch.nn.Linear, norms: torch.Tensor) -> torch.Tensor:
+    weight = linear.weight.to(get_execution_device(linear))
+    return weight.abs().float() * norms.to(weight.device)
+
+
+class _Masked:
+    """A Linear's forward with the weights up to each row's threshold at zero."""
+
+    def __init__(
+        self, linear: torch.nn.Linear, norms: torch.Tensor, threshold: torch.Tensor
+    ) -> None:
+        self._parts = linear, norms, threshold
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        linear, norms, threshold = self._parts
+        weight = linear.weight.to(inputs.device)
+        keep = _scores(linear, norms) > threshold
+        return functional.linear(inputs, weight * keep, linear.bias)
+
+
+def _together(batches: Sequence[Batch]) -> list[Batch]:
+    """Join neighbouring batches that hold nothing but tensors of one shape per token."""
+    joined: list[Batch] = []
+    for batch in batches:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.keys() == batch.keys()
+            and all(_per_token(one) for one in (last, batch))
+            and last["input_ids"].shape[1:] == batch["input_ids"].shape[1:]
+            and last["input_ids"].numel() + batch["input_ids"].numel() <= _TOGETHER
+        ):
+            joined[-1] = {key: torch.cat([last[key], batch[key]]) for key in batch}
+        else:
+            joined.append(batch)
+    return joined
+
+
+def _per_token(batch: Batch) -> bool:
+    shape = batch["input_ids"].shape
+    return all(isinstance(v, torch.Tensor) and v.shape == shape for v in batch.values())
+
+
+def _mean(total: float, count: int) -> float:
+    """Mean over the samples of all processes."""
+    if is_distributed():
+        sums = torch.tensor([total, count], dtype=torch.float64, device=get_main_device())
+        dist.all_reduce(sums)
+        total, count = sums[0].item(), int(sums[1])
+    return total / count if count else math.nan
+
+
+def _keep(logits: torch.Tensor) -> _Kept:
+    likeliest = min(_LIKELIEST, logits.shape[1])
+    places, logs = [], []
+    for few in logits.split(_WIDE):
+        every = few.float().log_softmax(-1)
+        top = every.topk(likeliest)
+        places.append(top.indices.int().cpu())
+        logs.append(torch.cat([top.values, _rest(top.values)], dim=1).cpu())
+    return _Kept(torch.cat(places), torch.cat(logs))
+
+
+def _rest(logs: torch.Tensor) -> torch.Tensor:
+    """Logarithm of what probabilities leave, ``[n, 1]``."""
+    left = 1 - logs.double().exp().sum(1, keepdim=True)
+    return left.clamp_min(1e-12).log().float()
+
+
+def _divergence(logits: torch.Tensor, kept: _Kept) -> float:
+    """Summed over tokens."""
+    total = 0.0
+    for few, places, logs in zip(
+        logits.split(_WIDE), kept.places.split(_WIDE), kept.logs.split(_WIDE), strict=True
+    ):
+        every = few.float().log_softmax(-1)
+        top = every.gather(1, places.long().to(every.device))
+        other = torch.cat([top, _rest(top)], dim=1)
+        logs = logs.to(every.device)
+        total += float((logs.exp() * (logs - other)).double().sum())
+    return total

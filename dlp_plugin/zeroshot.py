@@ -1,0 +1,156 @@
+"""Zero-shot accuracy by lm-evaluation-harness, the extra ``eval``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+__all__ = ["TASK_SETS", "zero_shot"]
+
+TASK_SETS = {
+    "paper7": (
+        "boolq",
+        "rte",
+        "hellaswag",
+        "winogrande",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+    ),
+}
+METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+SEED = 0
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: str | Sequence[str],
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    task_folder: str | Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Accuracy of a causal language model on tasks of lm-evaluation-harness, no examples shown.
+
+    A choice's score is the sum of its tokens' log-probabilities, in float32 whatever the
+    model's dtype; ``acc_norm`` divides it by the choice's characters. The papers of Wanda,
+    OWL and DLP report ``acc``. Tasks fetch their data as they say: the built-in ones from
+    the hub, a task of your own from where its YAML file points. Python's, numpy's and
+    torch's global seeds are set; the model's mode is restored.
+
+    :param model: a causal language model of transformers, where it stands
+    :param tokenizer: its tokenizer, which stays as it is
+    :param tasks: names of tasks, groups or tags, or ``paper7``: BoolQ, RTE, HellaSwag,
+        WinoGrande, ARC easy and challenge, OpenbookQA
+    :param batch_size: choices evaluated together, at least 1
+    :param limit: questions per task, the first ones, at least 1; all by default
+    :param task_folder: folder with YAML files of further tasks, which win over built-in
+        ones of the same name; paths in them start at the current folder
+    :return: task to ``acc`` and ``acc_stderr``, and ``acc_norm`` and ``acc_norm_stderr`` where
+        the task has it (no error with one question only); ``mean`` to the tasks' mean ``acc``
+    :raises ImportError: if lm-evaluation-harness is not installed
+    :raises ValueError: before any evaluation, if a task is unknown or has no accuracy, or
+        a number is out of bounds
+    """
+    for name, number in {"batch_size": batch_size, "limit": limit}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    try:
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError(
+            "zero-shot accuracy needs lm-evaluation-harness: pip install 'dlp_plugin[eval]'"
+        ) from error
+
+    names = _names(tasks)
+    set_seed(SEED)
+    loaded = _manager(names, task_folder).load(names)["tasks"]
+    for name, task in loaded.items():
+        if "acc" not in task.aggregation():
+            raise ValueError(
+                f"task {name} is not measured by accuracy but by "
+                f"{', '.join(task.aggregation())}; leave it out"
+            )
+        task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(SEED)
+
+    was_training = model.training
+    try:
+        with _hushed("lm_eval.models.huggingface"):
+            wrapped = HFLM(
+                pretrained=model,
+                tokenizer=deepcopy(tokenizer),  # it may be given a token to pad with
+                batch_size=batch_size,
+                softmax_dtype="float32",
+            )
+        found = evaluate(wrapped, {"tasks": loaded}, limit=limit, log_samples=False)["results"]
+    finally:
+        model.train(was_training)
+
+    results = {
+        name: {
+            metric: float(found[name][f"{metric},none"])
+            for metric in METRICS
+            if isinstance(found[name].get(f"{metric},none"), float)
+        }
+        for name in loaded
+    }
+    mean = sum(result["acc"] for result in results.values()) / len(results)
+    return {**results, "mean": {"acc": mean}}
+
+
+def _names(tasks: str | Sequence[str]) -> list[str]:
+    """The tasks meant, each once, sets spelled out."""
+    asked = [tasks] if isinstance(tasks, str) else tasks
+    names = dict.fromkeys(name for entry in asked for name in TASK_SETS.get(entry, (entry,)))
+    if not names:
+        raise ValueError(f"no task given; name some, or one of the sets {', '.join(TASK_SETS)}")
+    return list(names)
+
+
+def _manager(names: list[str], task_folder: str | Path | None) -> TaskManager:
+    """What knows all these tasks: the folder alone if it can, since the rest takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    if task_folder is not None:
+        if not Path(task_folder).is_dir():
+            raise ValueError(f"task_folder {task_folder} is not a folder; give one of YAML files")
+        manager = TaskManager(include_path=task_folder, include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=task_folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = get_close_matches(name, manager.all_tasks)
+            raise ValueError(
+                f"task {name!r} is unknown"
+                + (f"; did you mean {' or '.join(close)}?" if close else "")
+                + "; `lm-eval ls tasks` lists those that come with lm-evaluation-harness, and "
+                f"task_folder ({task_folder or 'not given'}) is where a YAML file of your own "
+                f"is looked for; sets: {', '.join(TASK_SETS)}"
+            )
+    return manager
+
+
+@contextmanager
+def _hushed(name: str) -> Iterator[None]:
+    """Keep back a logger's warnings, here that a model is handed over in memory."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
