@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ app = typer.Typer(
         "Prune language models with a sparsity for every block (DLP), inside "
         "llm-compressor.\n\n"
         "A run in three steps: `dlp-plugin oneshot` prunes a model by a recipe and "
-        "saves it, `dlp-plugin inspect` shows what zeros were written, `dlp-plugin ppl` "
-        "measures what they cost. `score` and `show` make and look at a plan only."
+        "saves it, `dlp-plugin inspect` shows what zeros were written, `dlp-plugin ppl` and "
+        "`zero-shot` measure what they cost. `score` and `show` make and look at a plan only, "
+        "`compare` tells which method is best for a model."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -107,7 +109,12 @@ def score(
     data: Data,
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.")],
     sparsity: Annotated[float, typer.Option(help="Target over all blocks.")] = 0.7,
-    alpha: Annotated[float, typer.Option(help="Half the range of the sparsities.")] = 0.15,
+    alpha: Annotated[
+        str, typer.Option(help="Half the range of the sparsities, or `auto`.")
+    ] = "0.15",
+    refine: Annotated[
+        int, typer.Option(min=0, help="Generations of a search that improves the plan.")
+    ] = 0,
     statistic: Annotated[str, typer.Option(help="`median` (paper) or `mean` (its code).")] = (
         "median"
     ),
@@ -129,7 +136,8 @@ def score(
     with _told(), _processes() as first:
         modifier = DLPModifier(
             sparsity=sparsity,
-            alpha=alpha,
+            alpha=alpha if alpha == "auto" else float(alpha),
+            refine=refine,
             statistic=statistic,
             plan_path=str(output),
         )
@@ -220,8 +228,7 @@ def ppl(
 
     Windows do not overlap, and every token after a window's first counts once.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from dlp_plugin.evaluate import perplexity
     from dlp_plugin.text import read_tokens, token_windows
@@ -231,16 +238,77 @@ def ppl(
         tokenizer = AutoTokenizer.from_pretrained(model)
         tokens = read_tokens(data, tokenizer, config=config, split=split, column=column)
         windows = token_windows(tokens, length)
-        loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        device = torch.accelerator.current_accelerator(check_available=True)
-        if device is not None:
-            loaded = loaded.to(device)
+        loaded = _loaded(model)
         with _progress("Measuring", len(windows)) as advance:
             value = perplexity(loaded, windows, batch_size, advance)
         console.print(
             f"perplexity {value:.4f} ({len(tokens):,} tokens in {len(windows):,} windows "
             f"of {length})"
         )
+
+
+@app.command()
+def zero_shot(
+    model: Model,
+    tasks: Annotated[
+        list[str], typer.Argument(help="Tasks of lm-evaluation-harness, or the set `paper7`.")
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, help="Choices at a time.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder with YAML files of tasks of your own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
+) -> None:
+    """Measure a model's accuracy on tasks, without examples or training.
+
+    `paper7` is what the pruning papers report: BoolQ, RTE, HellaSwag, WinoGrande, ARC
+    easy and challenge, OpenbookQA; and the mean. Needs `pip install 'dlp_plugin[eval]'`.
+    """
+    from transformers import AutoTokenizer
+
+    from dlp_plugin.files import replacing
+    from dlp_plugin.zeroshot import zero_shot as measure
+
+    with _told():
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        found = measure(
+            _loaded(model),
+            tokenizer,
+            tasks,
+            batch_size=batch_size,
+            limit=limit,
+            task_folder=task_folder,
+        )
+        table = Table(title=f"Zero-shot accuracy of {escape(model)}")
+        for column in ("task", "acc", "acc_norm"):
+            table.add_column(column, justify="right" if table.columns else "left")
+        for task, values in found.items():
+            if task == "mean":
+                table.add_section()
+            table.add_row(task, *(_with_error(values, metric) for metric in ("acc", "acc_norm")))
+        console.print(table)
+        if output is not None:
+            with replacing(output) as beside:
+                beside.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _with_error(values: dict[str, float], metric: str) -> str:
+    """A measured value and its standard error, as far as there are any."""
+    if metric not in values:
+        return ""
+    error = values.get(f"{metric}_stderr")
+    return f"{values[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _loaded(model: str) -> Any:
+    """A model in its own dtype, on the accelerator if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    return loaded.to(device)
 
 
 def _calibration(

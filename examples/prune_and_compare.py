@@ -1,4 +1,4 @@
-"""The full job on one model: dense, uniform 70 %, DLP 70 %, then 4 bits; saved and loaded.
+"""The full job on one model: dense; uniform, DLP and refined DLP at 70 %; then 4 bits.
 
     python examples/prune_and_compare.py                      # the small model shipped here
     python examples/prune_and_compare.py MODEL --calibration a.txt --test b.txt
@@ -59,9 +59,9 @@ def main() -> None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
 
-    def prune(recipe: str, **save: str) -> torch.nn.Module:
+    def apply(recipe: str, model: str | Path = arguments.model, **save: str) -> torch.nn.Module:
         return oneshot(
-            model=arguments.model,
+            model=str(model),
             recipe=str(RECIPES / recipe),
             tokenizer=tokenizer,
             dataset=dataset,
@@ -74,11 +74,12 @@ def main() -> None:
     pruned, packed = arguments.output / "pruned", arguments.output / "w4a16"
     steps = {
         "dense": lambda: load(arguments.model),
-        "uniform": lambda: prune("uniform_wanda.yaml"),
-        "DLP": lambda: prune("dlp_wanda.yaml", output_dir=str(pruned)),
-        "DLP, loaded": lambda: load(pruned),
-        "DLP + W4A16": lambda: prune("dlp_wanda_w4a16.yaml", output_dir=str(packed)),
-        "DLP + W4A16, loaded": lambda: load(packed),
+        "uniform": lambda: apply("uniform_wanda.yaml"),
+        "DLP, alpha 0.15": lambda: apply("dlp_wanda.yaml"),
+        "DLP, alpha auto, refined": lambda: apply("dlp_refined_wanda.yaml", output_dir=str(pruned)),
+        "the same, loaded": lambda: load(pruned),
+        "the same + W4A16": lambda: apply("w4a16.yaml", pruned, output_dir=str(packed)),
+        "the same + W4A16, loaded": lambda: load(packed),
     }
     table = Table("", "zeros", "perplexity", "to dense", "seconds", title="perplexity")
     dense = 0.0
@@ -91,13 +92,13 @@ def main() -> None:
         zeros = sparsity_of(model)
         row = f"{zeros:.4f}", f"{value:.3f}", f"{value / dense:.3f}", f"{seconds:.1f}"
         table.add_row(name, *row)
-        if name == "DLP":
+        if "refined" in name:
             (plan,) = last_plans()
             plan.save(arguments.output / "plan.json")
             plan.plot(arguments.output / "plan.png")
 
     sizes = Table("", "MB on disk", "under zstd", "1 bit a weight + values", title="sizes")
-    for name, folder in {"DLP": pruned, "DLP + W4A16": packed}.items():
+    for name, folder in {"refined": pruned, "refined + W4A16": packed}.items():
         found = inspect_checkpoint(folder)
         parts = found.bytes_on_disk, zstd_bytes(folder), found.bytes_if_sparse
         sizes.add_row(name, *(f"{part / 1e6:.2f}" for part in parts))

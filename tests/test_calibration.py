@@ -1,5 +1,7 @@
 """Calibration batches: the first so many samples, and padding that does not count."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,3 +141,17 @@ def test_num_samples_scores_on_the_first(
     assert plan(dataset, num_samples=99) == plan(dataset)
     with pytest.raises(ValueError, match="num_samples"):
         DLPModifier(num_samples=0)
+
+
+def test_peak_memory_does_not_grow_with_blocks_that_stay_on_disk() -> None:
+    """One block at a time is in memory: 34 MB of weights here, and what scoring takes."""
+    found = []
+    for blocks in (2, 8):
+        probe = Path(__file__).with_name("offload_probe.py")
+        command = [sys.executable, str(probe), str(blocks)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found.append([float(number) for number in done.stdout.split()[-2:]])
+    (small, less), (large, more) = found
+    assert large - small > 190
+    assert less < 140
+    assert more < less + 25

@@ -92,7 +92,9 @@ def test_ppl_is_that_of_the_model_card(tmp_path: Path) -> None:
     assert 5 < float(re.search(r"perplexity (\d+\.\d+)", output).group(1)) < 60
 
 
-@pytest.mark.parametrize("name", ["oneshot", "score", "show", "inspect", "export-gptq", "ppl"])
+@pytest.mark.parametrize(
+    "name", ["oneshot", "score", "show", "inspect", "export-gptq", "ppl", "zero-shot"]
+)
 def test_help_teaches(name: str) -> None:
     assert name in command("--help").output
     assert len(command(name, "--help").output.splitlines()) > 10

@@ -111,7 +111,10 @@ def test_every_recipe_runs_in_one_call(file: Path, calibration, tmp_path: Path) 
     found = inspect_checkpoint(tmp_path / "out")
     blocks = found.blocks.values()
     sparsity = sum(b.zeros for b in blocks) / sum(b.weights for b in blocks)
-    assert sparsity == pytest.approx(0.5 if "2of4" in file.stem else 0.7, abs=0.01)
+    if file.stem == "w4a16":  # prunes nothing; some weights round to zero
+        assert sparsity < 0.2
+    else:
+        assert sparsity == pytest.approx(0.5 if "2of4" in file.stem else 0.7, abs=0.01)
     assert found.quantization == ("pack-quantized" if "a16" in file.stem else None)
 
 
@@ -152,9 +155,11 @@ def test_the_example_of_the_readme(
     assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
     rows = {row[1]: row[2:5] for line in output.splitlines() if len(row := cells(line)) == 7}
     assert rows["dense"][0] == "0.0000"
-    assert rows["DLP"] == rows["DLP, loaded"]
-    assert rows["DLP + W4A16"] == rows["DLP + W4A16, loaded"]
-    assert rows["DLP + W4A16"][0] >= rows["DLP"][0] >= "0.69"
+    refined, packed = rows["DLP, alpha auto, refined"], rows["the same + W4A16"]
+    assert refined == rows["the same, loaded"]
+    assert packed == rows["the same + W4A16, loaded"]
+    assert packed[0] >= refined[0] >= "0.69"
+    assert float(refined[1]) < float(rows["uniform"][1])
 
 
 def cells(line: str) -> list[str]:

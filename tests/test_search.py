@@ -1,0 +1,244 @@
+"""Choosing a strength and refining a plan, on losses made by hand and on the real thing."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_samples, run
+from llmcompressor.modifiers.pruning import WandaPruningModifier
+
+from dlp_plugin import DLPModifier, LinearSparsityModifier, OWLModifier, Plan
+from dlp_plugin.blocks import Block
+from dlp_plugin.search import choose_strength, refine, sparsities_of
+
+SCORES = [1.0, 2.0, 3.0, 4.0]
+
+
+class Judge:
+    """Stands in for a model whose divergence is known: a square distance from an optimum."""
+
+    tokens = 4096
+
+    def __init__(self, best: Callable[[str], float]) -> None:
+        self.best = best
+        self.calls = 0
+
+    def divergence(self, sparsities: Mapping[str, float], tokens: int | None = None) -> float:
+        self.calls += 1
+        return sum((s - self.best(name)) ** 2 for name, s in sparsities.items())
+
+    loss = divergence
+
+
+def blocks() -> list[Block]:
+    """Four blocks of a large and a small Linear."""
+    return [
+        Block(f"b{i}", {f"b{i}.up": torch.nn.Linear(8, 40), f"b{i}.q": torch.nn.Linear(8, 10)})
+        for i in range(4)
+    ]
+
+
+def start(method: str = "dlp", alpha: float = 0.0) -> Plan:
+    rows = [(block.name, block.weights, s) for block, s in zip(blocks(), SCORES, strict=True)]
+    return Plan.make(rows, method=method, model="m", statistic="median", alpha=alpha, target=0.6)
+
+
+def total(sparsities: Mapping[str, float]) -> float:
+    weights = {n: lin.weight.numel() for b in blocks() for n, lin in b.linears.items()}
+    return sum(weights[n] * s for n, s in sparsities.items()) / sum(weights.values())
+
+
+class TestChooseStrength:
+    @pytest.mark.parametrize(("alpha", "chosen"), [(0.0, 0.0), (0.1, 0.1), (0.29, 0.3)])
+    def test_the_least_loss_wins(self, alpha: float, chosen: float) -> None:
+        wanted = sparsities_of(start(alpha=alpha), blocks())
+        judge = Judge(wanted.__getitem__)
+        make = partial(
+            Plan.make,
+            [(b.name, b.weights, s) for b, s in zip(blocks(), SCORES, strict=True)],
+            model="m",
+            statistic="median",
+            target=0.6,
+        )
+        plan = choose_strength(judge, make, blocks())
+        assert plan.alpha == chosen
+        assert judge.calls == len(plan.candidates) <= 8
+        assert plan.candidates[0].alpha == 0
+        assert min(c.loss for c in plan.candidates) == next(
+            c.loss for c in plan.candidates if c.alpha == chosen
+        )
+
+    def test_the_linear_one_chooses_a_step(self) -> None:
+        wanted = {f"b{i}.{n}": 0.45 + 0.1 * i for i in range(4) for n in ("up", "q")}
+        make = partial(
+            Plan.make,
+            [(b.name, b.weights, float(i)) for i, b in enumerate(blocks())],
+            method="linear",
+            model="m",
+            statistic="depth",
+            target=0.6,
+        )
+        plan = choose_strength(Judge(wanted.__getitem__), make, blocks())
+        assert plan.alpha == pytest.approx(0.1)
+        assert [b.sparsity for b in plan.blocks] == pytest.approx([0.45, 0.55, 0.65, 0.75])
+
+    def test_of_equal_losses_the_uniform_one_wins(self) -> None:
+        make = partial(Plan.make, [("b0", 480, 1.0)], model="m", statistic="median", target=0.6)
+        assert choose_strength(Judge(lambda _: 0.6), make, blocks()[:1]).alpha == 0
+
+
+class TestRefine:
+    def test_it_finds_the_optimum_at_the_same_total(self) -> None:
+        best = {f"b{i}.up": 0.4 + 0.1 * i for i in range(4)}
+        best |= {f"b{i}.q": 0.8 for i in range(4)}
+        judge = Judge(lambda name: best[name])
+        plan = refine(judge, start(), blocks(), generations=150)
+        found = sparsities_of(plan, blocks())
+        assert total(found) == pytest.approx(0.6, abs=1e-9)
+        assert plan.sparsity == pytest.approx(0.6, abs=1e-9)
+        assert plan.search[-1].divergence < 0.05 * plan.search[0].divergence
+        assert judge.divergence(found) == plan.search[-1].divergence
+
+    def test_it_never_gets_worse_and_says_what_it_took(self) -> None:
+        judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
+        plan = refine(judge, start(), blocks(), generations=9)
+        path = [step.divergence for step in plan.search]
+        assert path == sorted(path, reverse=True)
+        assert [step.generation for step in plan.search] == list(range(10))
+        assert plan.search[-1].evaluations == 1 + 9 * (8 + 2)
+        assert plan.search[-1].tokens == 4096 + 9 * (8 * 2048 + 2 * 4096)
+
+    def test_the_first_third_moves_whole_blocks(self) -> None:
+        class Recorder(Judge):
+            def divergence(self, sparsities: Mapping, tokens: int | None = None) -> float:
+                whole.append(all(sparsities[f"b{i}.up"] == sparsities[f"b{i}.q"] for i in range(4)))
+                return super().divergence(sparsities, tokens)
+
+        whole: list[bool] = []
+        refine(Recorder(lambda name: 0.2 * int(name[1])), start(), blocks(), generations=6)
+        first_two = 2 + 2 * 11
+        assert all(whole[:first_two])
+        assert not all(whole[first_two : first_two + 8])
+
+    def test_the_seed_decides(self) -> None:
+        def refined(seed: int) -> Plan:
+            judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
+            return refine(judge, start(), blocks(), generations=4, seed=seed)
+
+        assert refined(0) == refined(0)
+        assert refined(0) != refined(1)
+
+    def test_an_interrupted_search_goes_on(self, tmp_path: Path) -> None:
+        class Tired(Judge):
+            def divergence(self, sparsities: Mapping, tokens: int | None = None) -> float:
+                if self.calls == 60:
+                    raise KeyboardInterrupt
+                return super().divergence(sparsities, tokens)
+
+        def optimum(name: str) -> float:
+            return 0.9 if name.endswith("q") else 0.55
+
+        path = tmp_path / "search"
+        search = partial(refine, plan=start(), blocks=blocks(), generations=12, progress_path=path)
+        with pytest.raises(KeyboardInterrupt):
+            search(Tired(optimum))
+        done = len(json.loads(path.read_text())["steps"]) - 1
+        assert 0 < done < 12
+        judge = Judge(optimum)
+        assert search(judge) == refine(Judge(optimum), start(), blocks(), generations=12)
+        assert judge.calls <= 2 + (12 - done) * 11
+        assert not path.exists()
+
+    def test_progress_of_another_search_is_left(self, tmp_path: Path) -> None:
+        path = tmp_path / "search"
+        path.write_text(json.dumps({"fingerprint": "another"}))
+        judge = Judge(lambda name: 0.6)
+        plan = refine(judge, start(), blocks(), generations=1, progress_path=path)
+        assert plan == refine(judge, start(), blocks(), generations=1)
+
+    def test_a_refined_plan_holds_for_its_target_only(self, tmp_path: Path) -> None:
+        plan = refine(Judge(lambda name: 0.5), start(), blocks(), generations=1)
+        plan.save(tmp_path / "plan.json")
+        loaded = Plan.load(tmp_path / "plan.json")
+        assert loaded == plan
+        assert loaded.at(target=0.6) is loaded
+        with pytest.raises(ValueError, match="refined by a search at target 0.6"):
+            loaded.at(target=0.5)
+
+
+def zeros_by_linear(model: torch.nn.Module) -> dict[str, float]:
+    return {
+        name: (module.weight == 0).float().mean().item()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    }
+
+
+STAGE = {"sparsity": 0.6, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+
+
+@pytest.mark.parametrize("kind", [DLPModifier, OWLModifier, LinearSparsityModifier])
+def test_auto_in_a_recipe(make_model: Callable[..., torch.nn.Module], kind: type) -> None:
+    modifier = kind(**{kind.strength_field: "auto"})
+    model = make_model()
+    run(model, [modifier, WandaPruningModifier(**STAGE)], random_samples(8))
+    plan = modifier.plan
+    assert len(plan.candidates) == 7
+    best = min(plan.candidates, key=lambda c: c.loss)
+    assert plan.alpha == best.alpha == modifier.strength
+    assert plan.sparsity == pytest.approx(0.6)
+    assert modifier.from_plan == plan.model_dump(mode="json")
+
+
+def test_refine_in_a_recipe_and_again_from_its_plan(
+    make_model: Callable[..., torch.nn.Module], tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    model = make_model()
+    modifier = DLPModifier(alpha="auto", refine=3, plan_path=str(path))
+    run(model, [modifier, WandaPruningModifier(**STAGE)], random_samples(8))
+    plan = Plan.load(path)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_file()] == ["plan.json"]
+    assert plan.search[-1].divergence <= plan.search[0].divergence
+    found = zeros_by_linear(model)
+    for block in plan.blocks:
+        for name, sparsity in block.linears.items():
+            columns = model.get_submodule(name).in_features
+            assert found[name] == pytest.approx(int(columns * sparsity) / columns)
+    again = make_model()
+    run(
+        again,
+        [DLPModifier(from_plan=str(path)), WandaPruningModifier(**STAGE)],
+        random_samples(8),
+    )
+    assert zeros_by_linear(again) == found
+
+
+class TestBadInput:
+    def run(self, model: torch.nn.Module, modifier: object, samples: int = 8, **stage) -> None:
+        run(model, [modifier, WandaPruningModifier(**{**STAGE, **stage})], random_samples(samples))
+
+    def test_too_few_samples_to_split(self, make_model: Callable) -> None:
+        with pytest.raises(ValueError, match=r"not scored on.*one batch only"):
+            self.run(make_model(), DLPModifier(alpha="auto"), samples=1)
+
+    def test_targets_that_hold_several_linears_cannot_be_refined(
+        self, make_model: Callable
+    ) -> None:
+        with pytest.raises(ValueError, match=r"matches model.layers.0, which holds 7"):
+            self.run(make_model(), DLPModifier(refine=1), targets=["LlamaDecoderLayer"])
+
+    def test_a_plan_leaves_nothing_to_judge_by(self, make_model: Callable, tmp_path: Path) -> None:
+        path = tmp_path / "plan.json"
+        self.run(make_model(), DLPModifier(plan_path=str(path)))
+        for wanted in ({"alpha": "auto"}, {"refine": 2}):
+            with pytest.raises(ValueError, match="from_plan prunes without calibration samples"):
+                self.run(make_model(), DLPModifier(from_plan=str(path), **wanted))
+
+    @pytest.mark.parametrize("value", ["often", -0.1, float("nan")])
+    def test_a_strength_is_a_number_or_auto(self, value: object) -> None:
+        with pytest.raises(ValueError, match="alpha"):
+            DLPModifier(alpha=value)

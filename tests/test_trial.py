@@ -1,0 +1,113 @@
+"""Losses of a model as if it were pruned, against really pruning it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import random_samples
+from torch.nn import functional
+
+from dlp_plugin.trial import Trial
+
+MakeModel = Callable[..., torch.nn.Module]
+
+
+def batches(samples: int = 6, length: int = 16) -> list[dict[str, torch.Tensor]]:
+    rows = random_samples(samples, length)
+    return [
+        {"input_ids": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}
+        for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
+    ]
+
+
+def parts(model: torch.nn.Module) -> tuple[dict, dict]:
+    linears = {
+        name: module
+        for name, module in model.model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    generator = torch.Generator().manual_seed(1)
+    norms = {
+        name: torch.rand(linear.in_features, generator=generator) + 0.1
+        for name, linear in linears.items()
+    }
+    return linears, norms
+
+
+def really_prune(linears: dict, norms: dict, sparsities: dict[str, float]) -> None:
+    """Wanda as written: in each row the ``int(columns * sparsity)`` smallest scores go."""
+    for name, sparsity in sparsities.items():
+        weight = linears[name].weight.data
+        order = (weight.abs().float() * norms[name]).sort(dim=1, stable=True).indices
+        weight.scatter_(1, order[:, : int(weight.shape[1] * sparsity)], 0)
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    """All samples' logits in float64, ``[samples, tokens, vocabulary]``."""
+    rows = [model(input_ids=batch["input_ids"], use_cache=False).logits for batch in batches()]
+    return torch.cat(rows).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_divergence_are_those_of_the_really_pruned_model(
+    make_model: MakeModel, dtype: torch.dtype
+) -> None:
+    model = make_model(dtype)
+    linears, norms = parts(model)
+    before = {name: linear.weight.clone() for name, linear in linears.items()}
+    names = list(linears)
+    sparsities = {name: 0.2 + 0.03 * i for i, name in enumerate(names[:-1])} | {names[-1]: 0.001}
+    trial = Trial(model, linears, norms, batches())
+    dense = logits_of(model).log_softmax(-1)
+    loss, divergence = trial.loss(sparsities), trial.divergence(sparsities)
+    for name, linear in linears.items():
+        assert torch.equal(linear.weight, before[name])
+    assert torch.equal(logits_of(model).log_softmax(-1), dense), "a forward was left masked"
+
+    really_prune(linears, norms, sparsities)
+    pruned = logits_of(model).log_softmax(-1)
+    wanted = torch.cat([batch["input_ids"] for batch in batches()])[:, 1:]
+    expected = functional.nll_loss(pruned[:, :-1].flatten(0, 1), wanted.flatten()).item()
+    assert loss == pytest.approx(expected, rel=1e-5 if dtype is torch.float32 else 1e-2)
+    expected = (dense.exp() * (dense - pruned)).sum(-1).mean().item()
+    assert divergence == pytest.approx(expected, rel=1e-3 if dtype is torch.float32 else 5e-2)
+
+
+def test_the_dense_model_diverges_from_itself_by_nothing(make_model: MakeModel) -> None:
+    model = make_model()
+    trial = Trial(model, *parts(model), batches())
+    assert trial.divergence({}) == pytest.approx(0, abs=1e-6)
+
+
+def test_tokens_that_are_not_likely_count_as_one(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lower bound of the whole divergence, that gets closer with more tokens."""
+    model = make_model()
+    linears, norms = parts(model)
+    sparsities = dict.fromkeys(linears, 0.7)
+    found = []
+    for likeliest in (8, 64, 256):
+        monkeypatch.setattr("dlp_plugin.trial._LIKELIEST", likeliest)
+        found.append(Trial(model, linears, norms, batches()).divergence(sparsities))
+    assert 0 < found[0] < found[1] < found[2]
+
+
+def test_divergence_on_the_first_tokens(make_model: MakeModel) -> None:
+    model = make_model()
+    linears, norms = parts(model)
+    # samples of unequal length are not run together
+    unequal = [*batches(1, 16), *batches(1, 9), *batches(1, 5)]
+    trial = Trial(model, linears, norms, unequal)
+    assert trial.tokens == 30
+    sparsities = dict.fromkeys(linears, 0.5)
+    first = Trial(model, linears, norms, unequal[:1]).divergence(sparsities)
+    assert trial.divergence(sparsities, 10) == pytest.approx(first)
+    assert trial.divergence(sparsities, 17) != pytest.approx(first)
+
+
+def test_the_mode_of_the_model_comes_back(make_model: MakeModel) -> None:
+    model = make_model().train()
+    Trial(model, *parts(model), batches()).loss({})
+    assert model.training
