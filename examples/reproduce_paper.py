@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from dlp_plugin import DLPModifier
+from dlp_plugin import DLPModifier, OWLModifier
 from dlp_plugin.evaluate import perplexity
 from dlp_plugin.text import calibration_set, read_tokens, token_windows
 
@@ -47,9 +47,7 @@ def recipe(pruner: str, method: str) -> list[Modifier]:
         return [stage]
     if method == "DLP":
         return [DLPModifier(alpha=ALPHA), stage]
-    from dlp_plugin import OWLModifier
-
-    return [OWLModifier(multiple=5, strength=0.08), stage]
+    return [OWLModifier(owl_m=5, owl_lmbda=0.08), stage]
 
 
 def windows_of(source: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[torch.Tensor]:

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import random_samples, run, word_tokenizer
+from conftest import CALIBRATION_TEXT, ROOT, SHIPPED, random_samples, run, word_tokenizer
+from llmcompressor.modifiers.pruning import WandaPruningModifier as StockWanda
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from dlp_plugin import Plan
+from dlp_plugin import DLPModifier, Plan, last_plans
+from dlp_plugin.cli import app
 
 RECIPE = {
     "pruning_stage": {
@@ -36,6 +40,21 @@ def recipe(pruner: str = "WandaPruningModifier", **dlp: object) -> str:
     )
 
 
+def torchrun(*command: object) -> str:
+    """Run in two processes; what they print."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*run, *(str(word) for word in command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
 def in_two_processes(folder: Path, **job: object) -> list[tuple[Plan, dict[str, torch.Tensor]]]:
     """Each rank's plan and weights."""
     out = folder / "out"
@@ -43,13 +62,7 @@ def in_two_processes(folder: Path, **job: object) -> list[tuple[Plan, dict[str, 
     job = {"same_rows_on_all": False, "arguments": {}, "out": str(out), **job}
     (folder / "job.json").write_text(json.dumps(job))
     probe = Path(__file__).with_name("distributed_probe.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*command, "--standalone", str(probe), str(folder / "job.json")],
-        check=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    torchrun(probe, folder / "job.json")
     ranks = [out / f"rank{rank}" for rank in range(2)]
     return [(Plan.load(rank / "plan.json"), torch.load(rank / "weights.pt")) for rank in ranks]
 
@@ -64,8 +77,6 @@ def saved(make_model: Callable[..., torch.nn.Module], tmp_path: Path) -> str:
 def alone(make_model: Callable, text: str) -> tuple[Plan, dict[str, torch.Tensor]]:
     model = make_model()
     run(model, text, random_samples(8))
-    from dlp_plugin import last_plans
-
     return last_plans()[0], model.state_dict()
 
 
@@ -96,3 +107,42 @@ def test_two_processes_prune_like_one(
         else:
             assert (first[name] == 0).sum() == (weight == 0).sum(), name
             torch.testing.assert_close(first[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(
+    make_model: Callable, saved: str, tmp_path: Path
+) -> None:
+    """If this fails, the release deals each process its part: the warning can go."""
+    rows = random_samples(8).to_list()
+    probes = in_two_processes(
+        tmp_path, model=saved, rows=rows, recipe=recipe(), same_rows_on_all=True
+    )
+    model = make_model()
+    run(model, recipe(), random_samples(8).select(range(4)))
+    assert_same_plan(probes[0][0], last_plans()[0])
+
+
+def test_a_stock_stage_is_refused(
+    make_model: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlp_plugin.modifier.is_distributed", lambda: True)
+    stage = StockWanda(sparsity=0.6, targets=["Linear"])
+    with pytest.raises(ValueError, match="llm-compressor's own class.*import it from dlp_plugin"):
+        run(make_model(), [DLPModifier(), stage], random_samples(2))
+
+
+def test_the_terminal_command(tmp_path: Path) -> None:
+    """The shipped model by torchrun; the first process alone shows and writes."""
+    arguments = ["--recipe", ROOT / "recipes" / "dlp_wanda.yaml", "--data", CALIBRATION_TEXT]
+    arguments += ["--samples", "8", "--length", "64", "--output", tmp_path / "two"]
+    output = torchrun("-m", "dlp_plugin.cli", "oneshot", SHIPPED, *arguments)
+    assert output.count("Zeros in") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["two"]
+    arguments[-1] = tmp_path / "one"
+    result = CliRunner().invoke(app, ["oneshot", str(SHIPPED), *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    zeros = sum(int((weight == 0).sum()) for weight in one.values())
+    differ = sum(int(((one[name] == 0) != (two[name] == 0)).sum()) for name in one)
+    assert differ <= 1e-5 * zeros  # scores equal but for rounding in the sum over samples
