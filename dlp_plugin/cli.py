@@ -248,6 +248,100 @@ def ppl(
 
 
 @app.command()
+def compare(
+    model: Model,
+    data: Data,
+    test: Annotated[
+        str,
+        typer.Option(help="What to measure perplexity on: a text or dataset.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results; what it holds is not measured again.")
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="With commas: `uniform`, `dlp`, `owl`, `alpha-pruning`, `linear`; with a strength "
+            "`dlp:0.1`, a chosen one `dlp:auto`, improved by a search `dlp-refined`."
+        ),
+    ] = "uniform,dlp,dlp:auto,owl,alpha-pruning,linear:auto",
+    sparsities: Annotated[str, typer.Option(help="With commas.")] = "0.5,0.6,0.7",
+    pruners: Annotated[str, typer.Option(help="`wanda`, `sparsegpt` or both.")] = "wanda",
+    refine: Annotated[int, typer.Option(min=0, help="Generations, for `-refined`.")] = 0,
+    write_recipe: Annotated[
+        Path | None, typer.Option(help="YAML file to write the best recipe to.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="The sparsity it shall have; by default the highest.")
+    ] = None,
+    config: Config = None,
+    split: Split = "train",
+    column: Column = "text",
+    test_config: Config = None,
+    test_split: Split = "test",
+    samples: Samples = 128,
+    length: Length = None,
+) -> None:
+    """Compare methods, sparsities and pruners on a model, by perplexity.
+
+    Blocks are scored once for all methods; a run that was interrupted goes on when the
+    command is repeated. The folder gets results.json, table.md, perplexity.png,
+    sparsities.png and, where plans were refined, search.png. The best recipe is that of the
+    least perplexity over methods and pruners at one sparsity; it holds its plan, and
+    `dlp-plugin oneshot` runs it as it is.
+    """
+    from transformers import AutoTokenizer
+
+    from dlp_plugin.compare import Cell
+    from dlp_plugin.compare import compare as run
+    from dlp_plugin.files import replacing
+    from dlp_plugin.text import read_tokens, token_windows
+
+    def tell(cell: Cell) -> None:
+        console.print(
+            f"{cell.pruner} {cell.sparsity:g} {cell.method}: {cell.perplexity:.4f} "
+            f"({cell.seconds:.0f} s)",
+            highlight=False,
+        )
+
+    with _told():
+        wanted = [_number(text) for text in sparsities.split(",")]
+        if sparsity is not None and sparsity not in wanted:
+            raise ValueError(f"--sparsity {sparsity:g} is none of --sparsities {sparsities}")
+        if write_recipe is not None and not write_recipe.resolve().parent.is_dir():
+            raise FileNotFoundError(f"--write-recipe {write_recipe}: its folder does not exist")
+        length = length or _default_length(model)
+        calibration = _calibration(model, data, config, split, column, length, samples)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokens = read_tokens(test, tokenizer, config=test_config, split=test_split, column=column)
+        found = run(
+            model,
+            calibration,
+            token_windows(tokens, length),
+            output,
+            methods=methods.split(","),
+            sparsities=wanted,
+            pruners=pruners.split(","),
+            generations=refine,
+            report=tell,
+        )
+        console.print(found.table())
+        with replacing(output / "table.md") as beside:
+            beside.write_text(found.markdown())
+        if write_recipe is not None:
+            with replacing(write_recipe) as beside:
+                beside.write_text(found.recipe(sparsity))
+            best = found.best(sparsity)
+            console.print(
+                f"{best.method} at {best.sparsity:g} with {best.pruner} written:",
+                str(write_recipe),
+                markup=False,
+            )
+        found.draw(output)
+        console.print("written:", str(output), markup=False)
+
+
+@app.command()
 def zero_shot(
     model: Model,
     tasks: Annotated[
@@ -309,6 +403,13 @@ def _loaded(model: str) -> Any:
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     return loaded.to(device)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--sparsities: {text!r} is no number; give e.g. 0.5,0.7") from None
 
 
 def _calibration(

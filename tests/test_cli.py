@@ -93,7 +93,7 @@ def test_ppl_is_that_of_the_model_card(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["oneshot", "score", "show", "inspect", "export-gptq", "ppl", "zero-shot"]
+    "name", ["oneshot", "score", "show", "inspect", "export-gptq", "ppl", "zero-shot", "compare"]
 )
 def test_help_teaches(name: str) -> None:
     assert name in command("--help").output

@@ -1,0 +1,372 @@
+"""The comparison on the shipped model: its figures, and that nothing is measured twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import CALIBRATION_TEXT, SHIPPED, TEST_TEXT
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dlp_plugin.compare as module
+from dlp_plugin import (
+    AlphaPruningModifier,
+    DLPModifier,
+    LinearSparsityModifier,
+    OWLModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
+from dlp_plugin.compare import Cell, Comparison, compare, method_named, recipe_of
+from dlp_plugin.evaluate import perplexity
+from dlp_plugin.text import calibration_set, read_tokens, token_windows
+
+STAGES = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
+
+
+@pytest.fixture(scope="module")
+def calibration() -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    dataset = calibration_set(read_tokens(CALIBRATION_TEXT, tokenizer), 64, 8)
+    return {
+        "tokenizer": tokenizer,
+        "dataset": dataset,
+        "num_calibration_samples": len(dataset),
+        "max_seq_length": 64,
+        "shuffle_calibration_samples": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def windows(calibration: dict[str, Any]) -> list[torch.Tensor]:
+    return token_windows(read_tokens(TEST_TEXT, calibration["tokenizer"], limit=512), 64)
+
+
+@pytest.fixture(scope="module")
+def compared(calibration: dict[str, Any], windows: list[torch.Tensor]) -> Callable[..., Comparison]:
+    def run(folder: Path, methods: str, *sparsities: float, **changes: Any) -> Comparison:
+        settings = {"methods": methods.split(","), "sparsities": sparsities, **changes}
+        data = settings.pop("calibration", calibration)
+        return compare(str(SHIPPED), data, settings.pop("windows", windows), folder, **settings)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(
+    compared: Callable[..., Comparison], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Comparison]:
+    folder = tmp_path_factory.mktemp("compare") / "results"
+    return folder, compared(folder, "uniform,owl:0.1", 0.5, 0.7)
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, Comparison], tmp_path: Path) -> Path:
+    """A folder of its own that holds the finished comparison."""
+    (tmp_path / "results.json").write_text((finished[0] / "results.json").read_text())
+    return tmp_path
+
+
+class Runs:
+    """``oneshot()``, counted, and broken off at one of its calls."""
+
+    def __init__(self, broken_at: int = 0) -> None:
+        self.count = 0
+        self.broken_at = broken_at
+
+    def __call__(self, **arguments: Any) -> torch.nn.Module:
+        self.count += 1
+        if self.count == self.broken_at:
+            raise KeyboardInterrupt
+        return oneshot(**arguments)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, broken_at: int = 0) -> Runs:
+    runs = Runs(broken_at)
+    monkeypatch.setattr(module, "oneshot", runs)
+    return runs
+
+
+def figures(cells: list[Cell]) -> list[tuple[Any, ...]]:
+    return [(c.method, c.sparsity, c.pruner, c.perplexity, c.achieved) for c in cells]
+
+
+class TestFigures:
+    def test_every_method_is_measured_at_every_sparsity(
+        self, finished: tuple[Path, Comparison]
+    ) -> None:
+        _, found = finished
+        assert [(c.sparsity, c.method) for c in found.cells] == [
+            (0.5, "uniform"),
+            (0.5, "owl:0.1"),
+            (0.7, "uniform"),
+            (0.7, "owl:0.1"),
+        ]
+        for cell in found.cells:
+            assert found.dense < cell.perplexity
+            assert cell.sparsity - 0.01 < cell.achieved <= cell.sparsity
+            assert cell.seconds > 0
+
+    def test_the_dense_perplexity_is_the_model_s(
+        self, finished: tuple[Path, Comparison], windows: list[torch.Tensor]
+    ) -> None:
+        model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype="auto")
+        assert finished[1].dense == perplexity(model, windows)
+
+    def test_every_cell_is_what_its_recipe_gives(
+        self,
+        compared: Callable[..., Comparison],
+        calibration: dict[str, Any],
+        windows: list[torch.Tensor],
+        tmp_path: Path,
+    ) -> None:
+        """Scored together in two portions, or each alone by its modifier: the same."""
+        methods = "uniform,owl,alpha-pruning,dlp:auto,dlp-refined"
+        alone = [
+            None,
+            OWLModifier(),
+            AlphaPruningModifier(),
+            DLPModifier(alpha="auto"),
+            DLPModifier(refine=2),
+        ]
+        found = compared(tmp_path, methods, 0.6, generations=2)
+        assert len({cell.perplexity for cell in found.cells}) >= 4
+        for cell, modifier in zip(found.cells, alone, strict=True):
+            stage = WandaPruningModifier(sparsity=0.6, targets=["Linear"], ignore=["re:.*lm_head"])
+            recipe = [stage] if modifier is None else [modifier, stage]
+            model = oneshot(model=str(SHIPPED), recipe=recipe, **calibration)
+            assert cell.perplexity == perplexity(model, windows), cell.method
+            if modifier is not None:
+                assert modifier.plan.blocks == found.plans[cell.method][0.6].blocks
+
+    def test_weights_of_measured_models_are_let_go(
+        self,
+        compared: Callable[..., Comparison],
+        copied: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        models = []
+
+        def kept(**arguments: Any) -> torch.nn.Module:
+            models.append(oneshot(**arguments))
+            return models[-1]
+
+        monkeypatch.setattr(module, "oneshot", kept)
+        compared(copied, "dlp:0.05", 0.5)
+        assert len(models) == 2  # scoring, and the cell
+        assert {p.device.type for model in models for p in model.parameters()} == {"meta"}
+
+
+class TestGoingOn:
+    def test_what_was_measured_is_not_measured_again(
+        self,
+        compared: Callable[..., Comparison],
+        finished: tuple[Path, Comparison],
+        copied: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        runs, seen = counted(monkeypatch), []
+        again = compared(copied, "uniform,owl:0.1", 0.5, 0.7, report=seen.append)
+        assert (runs.count, seen) == (0, [])
+        assert again == finished[1]
+
+    def test_only_new_cells_are_measured(
+        self, compared: Callable[..., Comparison], copied: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runs, seen = counted(monkeypatch), []
+        pruners = ["wanda", "sparsegpt"]
+        found = compared(copied, "owl:0.1", 0.7, pruners=pruners, report=seen.append)
+        assert runs.count == 1  # the plan is there, so nothing is scored
+        assert [(c.method, c.sparsity, c.pruner) for c in seen] == [("owl:0.1", 0.7, "sparsegpt")]
+        assert [c.pruner for c in found.cells] == pruners
+        found = compared(copied, "uniform", 0.6, 0.7, report=seen.append)
+        assert runs.count == 3  # one pass that scores, one cell
+        assert [c.sparsity for c in found.cells] == [0.6, 0.7]
+        assert len(json.loads((copied / "results.json").read_text())["cells"]) == 6
+
+    def test_a_comparison_broken_off_goes_on(
+        self,
+        compared: Callable[..., Comparison],
+        finished: tuple[Path, Comparison],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        counted(monkeypatch, broken_at=3)  # scoring, the first cell, and no further
+        with pytest.raises(KeyboardInterrupt):
+            compared(tmp_path, "uniform,owl:0.1", 0.5)
+        left = Comparison.model_validate_json((tmp_path / "results.json").read_text())
+        assert [cell.method for cell in left.cells] == ["uniform"]
+        runs = counted(monkeypatch)
+        found = compared(tmp_path, "uniform,owl:0.1", 0.5)
+        assert runs.count == 1
+        assert figures(found.cells) == figures(finished[1].cells[:2])
+        assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+    def test_results_of_other_data_are_refused(
+        self,
+        compared: Callable[..., Comparison],
+        copied: Path,
+        calibration: dict[str, Any],
+        windows: list[torch.Tensor],
+    ) -> None:
+        before = (copied / "results.json").read_text()
+        fewer = {**calibration, "dataset": calibration["dataset"].select(range(7))}
+        with pytest.raises(ValueError, match=r"differs in: calibration data; name another folder"):
+            compared(copied, "dlp", 0.5, calibration=fewer)
+        with pytest.raises(ValueError, match=rf"{copied} holds .* in: test data; .*delete"):
+            compared(copied, "dlp", 0.5, windows=windows[1:])
+        assert (copied / "results.json").read_text() == before
+
+    def test_a_file_of_another_kind_is_refused(
+        self, compared: Callable[..., Comparison], tmp_path: Path
+    ) -> None:
+        (tmp_path / "results.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"results.json holds no comparison"):
+            compared(tmp_path, "dlp", 0.5)
+
+
+class TestMethodNames:
+    @pytest.mark.parametrize(
+        ("text", "name", "kind", "strength"),
+        [
+            ("uniform", "uniform", DLPModifier, 0.0),
+            ("dlp", "dlp:0.15", DLPModifier, 0.15),
+            (" dlp:0.1 ", "dlp:0.1", DLPModifier, 0.1),
+            ("dlp-auto", "dlp:auto", DLPModifier, "auto"),
+            ("owl:auto", "owl:auto", OWLModifier, "auto"),
+            ("alpha-pruning:0.2", "alpha-pruning:0.2", AlphaPruningModifier, 0.2),
+            ("linear", "linear:auto", LinearSparsityModifier, "auto"),
+            ("dlp-auto-refined", "dlp:auto refined 5", DLPModifier, "auto"),
+            ("owl-refined:0.1", "owl:0.1 refined 5", OWLModifier, 0.1),
+        ],
+    )
+    def test_a_name_with_and_without_a_strength(
+        self, text: str, name: str, kind: type, strength: float | str
+    ) -> None:
+        found, modifier = method_named(text, 5)
+        assert (found, type(modifier), modifier.strength) == (name, kind, strength)
+        assert modifier.refine == (5 if "refined" in text else 0)
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("dpl", "there is no 'dpl'"),
+            ("", "there is no ''"),
+            ("dlp:much", "could not convert"),
+            ("dlp:-1", "alpha must be finite and at least 0"),
+            ("uniform:0.1", "uniform has no strength"),
+            ("alpha-pruning:auto", "valid number"),
+            ("dlp-refined", "--refine"),
+        ],
+    )
+    def test_a_bad_one_is_named_with_what_there_is(self, text: str, problem: str) -> None:
+        with pytest.raises(ValueError, match=rf"method '{text}': .*{problem}.* owl, alpha-pruning"):
+            method_named(text)
+
+    def test_pruners_and_sparsities_are_checked_before_any_work(
+        self, compared: Callable[..., Comparison], tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=r"no pruner 'magnitude'; there are wanda, sparsegpt"):
+            compared(tmp_path / "new", "dlp", 0.5, pruners=["magnitude"])
+        with pytest.raises(ValueError, match="strictly between 0 and 1, got 50"):
+            compared(tmp_path / "new", "dlp", 50)
+        assert not (tmp_path / "new").exists()
+
+
+def cell(method: str, sparsity: float, pruner: str, value: float) -> Cell:
+    return Cell(
+        method=method, sparsity=sparsity, pruner=pruner, perplexity=value, achieved=0, seconds=0
+    )
+
+
+class TestTheBest:
+    found = Comparison(
+        subject={"model": "m"},
+        dense=2.0,
+        cells=[
+            cell("a", 0.5, "wanda", 4.0),
+            cell("b", 0.5, "wanda", 3.0),
+            cell("a", 0.7, "wanda", 8.0),
+            cell("b", 0.7, "wanda", float("nan")),
+            cell("a", 0.7, "sparsegpt", 9.0),
+            cell("b", 0.7, "sparsegpt", 7.0),
+        ],
+    )
+
+    def test_it_is_over_pruners_at_the_highest_sparsity_or_the_given(self) -> None:
+        assert self.found.best() == self.found.cells[5]
+        assert self.found.best(0.5) == self.found.cells[1]
+        assert self.found.best(pruner="wanda") == self.found.cells[2]
+        with pytest.raises(ValueError, match=r"at sparsity 0.6; there are \[0.5, 0.7\]"):
+            self.found.best(0.6)
+
+    def test_an_undefined_perplexity_survives_the_file(self, tmp_path: Path) -> None:
+        self.found.save(tmp_path / "r.json")
+        text = (tmp_path / "r.json").read_text()
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert Comparison.model_validate_json(text).cells[3].perplexity != 0
+        assert str(Comparison.model_validate_json(text)) == str(self.found)
+
+
+class TestWhatIsWritten:
+    def test_the_recipe_gives_the_same_model(
+        self,
+        finished: tuple[Path, Comparison],
+        calibration: dict[str, Any],
+        windows: list[torch.Tensor],
+        tmp_path: Path,
+    ) -> None:
+        _, found = finished
+        file = tmp_path / "recipe.yaml"
+        file.write_text(found.recipe())
+        best = min(found.cells[2:], key=lambda cell: cell.perplexity)
+        assert file.read_text().startswith(f"# {SHIPPED}, {best.method} at 0.7, wanda: perplexity")
+        model = oneshot(model=str(SHIPPED), recipe=str(file), **calibration)
+        assert perplexity(model, windows) == best.perplexity
+
+    @pytest.mark.parametrize("pruner", STAGES)
+    def test_a_recipe_holds_the_plan_to_the_last_digit(
+        self, finished: tuple[Path, Comparison], pruner: str
+    ) -> None:
+        plan = finished[1].plans["owl:0.1"][0.5]
+        (stage,) = yaml.safe_load(recipe_of(plan, pruner)).values()
+        modifiers = stage["pruning_modifiers"]
+        assert list(modifiers) == ["OWLModifier", STAGES[pruner].__name__]
+        assert type(plan).load(modifiers["OWLModifier"]["from_plan"]) == plan
+
+    def test_tables_show_every_figure_and_the_best(self, finished: tuple[Path, Comparison]) -> None:
+        _, found = finished
+        best = found.best(0.7)
+        table = found.table()
+        columns = [list(column.cells) for column in table.columns]
+        assert columns[:2] == [["wanda", "wanda"], ["uniform", "owl:0.1"]]
+        ratio = best.perplexity / found.dense
+        assert f"[bold]{best.perplexity:.2f} ({ratio:.2f})[/]" in columns[3]
+        assert sum("bold" in entry for entry in columns[2] + columns[3]) == 2
+        lines = found.markdown().splitlines()
+        assert len(lines) == 3 + len(found.cells)
+        assert len({line.count("|") for line in lines}) == 1
+        assert f"| **{best.perplexity:.4f}** | {ratio:.3f} | {best.achieved:.4f} |" in "".join(
+            lines
+        )
+
+    def test_pictures(self, finished: tuple[Path, Comparison], tmp_path: Path) -> None:
+        finished[1].draw(tmp_path)
+        for name in ("perplexity.png", "sparsities.png"):
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_pictures_need_matplotlib(
+        self,
+        finished: tuple[Path, Comparison],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+        with pytest.raises(ImportError, match=r"dlp_plugin\[plot\]"):
+            finished[1].draw(tmp_path)
