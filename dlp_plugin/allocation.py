@@ -98,10 +98,13 @@ def half_range(
     :param scores: one per block, as the method makes them
     :param weights: number of prunable weights per block
     :param sparsity: target over all blocks together
+    :raises ValueError: if an epsilon is above 1
     """
     if method == "linear":
         return strength * (len(scores) - 1) / 2
     if method == "alpha_pruning":
+        if strength > 1:
+            raise ValueError(f"AlphaPruning's epsilon must be at most 1, got {strength}")
         lowest, highest = min(scores), max(scores)
         if lowest == highest:
             return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -44,6 +45,8 @@ def scoring_batches(loader: Iterable[Batch], num_samples: int | None = None) -> 
 def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Batches to score on, and a quarter of them, at least one, to judge by.
 
+    The judging ones are spread over the data, which may be in order of length.
+
     :raises ValueError: if there is but one batch
     """
     judging = max(len(batches) // 4, 1)
@@ -52,16 +55,21 @@ def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
             "choosing a strength or refining a plan takes calibration samples that were not "
             "scored on, and there is one batch only: give more samples, or a fixed strength"
         )
-    return batches[:-judging], batches[-judging:]
+    step = len(batches) // judging
+    judges = range(len(batches) - 1, -1, -step)[:judging]
+    return (
+        [batch for place, batch in enumerate(batches) if place not in judges],
+        [batches[place] for place in sorted(judges)],
+    )
 
 
 def _warn_if_all_have_the_same(batches: list[Batch]) -> None:
     """Tell of a loader that deals all processes the same samples instead of a share each."""
     main = [batch["input_ids"].tolist() for batch in batches if "input_ids" in batch]
-    own = hash(str(main))  # numbers only, so the hash is the same in every process
+    own = hashlib.sha256(str(main).encode()).hexdigest()
     hashes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, own)
-    if len(set(hashes)) == 1:
+    if main and len(set(hashes)) == 1:
         logger.warning(
             "All {} processes calibrate on the same samples: llm-compressor deals every process "
             "the first part of a data set that they share. Give each its own part, "
@@ -102,13 +110,18 @@ def _without_padding(batch: Batch) -> Iterator[Batch]:
         yield batch
         return
     samples = _samples(batch)
-    for value in batch.values():
-        if samples > 1 and isinstance(value, torch.Tensor) and len(value) != samples:
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor) or not value.ndim:
+            continue
+        by_axis = key.endswith("position_ids") and value.ndim > 2
+        if by_axis or (samples > 1 and len(value) != samples):
             logger.warning(
-                "A padded batch of {} samples holds a tensor of shape {} that cannot be told "
-                "apart by sample, so its padding counts: calibrate with batch_size=1",
+                "A padded batch of {} samples holds {} of shape {}, which cannot be told "
+                "apart by sample, so its padding counts: calibrate with batch_size=1{}",
                 samples,
+                key,
                 tuple(value.shape),
+                " and without it" if by_axis else "",
             )
             yield batch
             return

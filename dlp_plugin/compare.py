@@ -460,6 +460,7 @@ class _Scoring(AllocationModifier):
             batches = self._judging  # the norms go on from what they are
         if fixed := [wanted for wanted in self._wanted if not wanted[1]._judges]:
             self._pass(state.model, batches, fixed)
+        self._blocks = []  # the host's own epoch, which follows, has nothing to score
 
     def _pass(
         self,

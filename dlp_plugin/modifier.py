@@ -263,11 +263,13 @@ class AllocationModifier(Modifier):
 
     def _check_causal(self, model: torch.nn.Module) -> None:
         """Refuse to judge a model that predicts no next token."""
+        kind = type(model).__name__
         get_output = getattr(model, "get_output_embeddings", lambda: None)
-        if get_output() is None:
+        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if get_output() is None or encoder_decoder or "MaskedLM" in kind:
             raise ValueError(
                 f"{self.strength_field}: auto and refine judge by the loss of a causal language "
-                f"model, and {type(model).__name__} has no output embeddings: fix the strength"
+                f"model, and {kind} is none: fix {self.strength_field}, leave out refine"
             )
 
     def _match(
@@ -377,6 +379,13 @@ class AllocationModifier(Modifier):
                 f"makes {self.method}: use the modifier it was made with"
             )
         self._check_settings(plan)
+        ours = {block.name: set(block.without(plan.unseen).linears) for block in self._blocks}
+        for row in plan.blocks:
+            if row.linears is not None and set(row.linears) != ours.get(row.name, set()):
+                raise ValueError(
+                    f"the refined plan (of {plan.model}) names other Linears in block {row.name} "
+                    "than this model and its stages have: search again with the same stages"
+                )
         planned = {block.name: block.weights for block in plan.blocks}
         wanted = {block.name: block.without(plan.unseen).weights for block in self._blocks}
         for name in planned | wanted:

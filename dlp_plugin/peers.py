@@ -54,6 +54,10 @@ class OWLModifier(AllocationModifier):
                 "leave owl_m out, or from_plan to score again"
             )
 
+    def _read_as(self, plan: Plan) -> None:
+        super()._read_as(plan)
+        self.owl_m = float(plan.statistic.removeprefix("% of scores above ").split()[0])
+
 
 class AlphaPruningModifier(AllocationModifier):
     """AlphaPruning (arXiv 2410.10912): the heavier a block's spectra, the less it is pruned.
@@ -61,7 +65,7 @@ class AlphaPruningModifier(AllocationModifier):
     Needs no calibration data of its own.
 
     :param epsilon: half the range of the blocks' sparsities in proportion to their mean,
-        at least 0
+        from 0 to 1
     :param tail: where a spectrum's tail starts: at the best fit up to its ``peak`` (the
         released code's default) or at its ``median``
     """
@@ -76,6 +80,8 @@ class AlphaPruningModifier(AllocationModifier):
     @field_validator("epsilon")
     @classmethod
     def _check_epsilon(cls, value: float) -> float:
+        if value > 1:
+            raise ValueError(f"epsilon must be at most 1, got {value}; the paper's is 0.3")
         return check_alpha(value, "epsilon")
 
     @property
@@ -93,6 +99,10 @@ class AlphaPruningModifier(AllocationModifier):
                 f"tail is {self.tail}, but the plan's scores are {plan.statistic}: "
                 "leave tail out, or from_plan to score again"
             )
+
+    def _read_as(self, plan: Plan) -> None:
+        super()._read_as(plan)
+        self.tail = "median" if plan.statistic.endswith("median") else "peak"
 
 
 class LinearSparsityModifier(AllocationModifier):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
@@ -65,7 +65,7 @@ class BlockPlan(BaseModel):
     score: float = Field(ge=0)
     importance: float
     sparsity: float = Field(ge=0, le=1)
-    linears: dict[str, float] | None = None
+    linears: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
 
 
 class Candidate(BaseModel):

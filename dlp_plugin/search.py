@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.distributed import is_source_process
+from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
 from loguru import logger
+from torch import distributed as dist
 
 from dlp_plugin.blocks import Block
 from dlp_plugin.files import replacing
@@ -174,13 +175,17 @@ def refine(
         _Units({block.name: list(block.linears) for block in blocks}, weights),
         _Units({name: [name] for block in blocks for name in block.linears}, weights),
     ]
-    fingerprint = hashlib.sha256(
-        json.dumps([plan.model_dump(mode="json"), generations, seed]).encode()
-    ).hexdigest()
+    content = [plan.model_dump(mode="json"), generations, seed, trial.fingerprint]
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     state = _load(progress_path, fingerprint)
     if state is None:
         best = sparsities_of(plan, blocks)
         divergence = trial.divergence(best)
+        if not math.isfinite(divergence):
+            raise ValueError(
+                "the divergence of the plan to refine is not finite: load the model in a wider "
+                "dtype, lower the sparsity, or leave out refine"
+            )
         steps = [
             SearchStep(generation=0, evaluations=1, tokens=trial.tokens, divergence=divergence)
         ]
@@ -200,6 +205,8 @@ def refine(
         for _ in range(OFFSPRING):
             offspring, moved = units.switched(best, chance)
             found = trial.divergence(offspring, few)
+            if not math.isfinite(found):
+                continue
             units.learn(moved, found - here)
             sifted.append((found, offspring))
         sifted.sort(key=lambda pair: pair[0])
@@ -219,14 +226,14 @@ def refine(
         )
         logger.info("generation {} of {}: divergence {:.4f}", generation, generations, divergence)
         if progress_path is not None and is_source_process():
-            content = {
+            progress = {
                 "fingerprint": fingerprint,
                 "sparsities": best,
                 "steps": [step.model_dump() for step in steps],
                 "costs": [units.costs for units in levels],
             }
             with replacing(progress_path) as beside:
-                beside.write_text(json.dumps(content))
+                beside.write_text(json.dumps(progress))
 
     if progress_path is not None and is_source_process():
         Path(progress_path).unlink(missing_ok=True)
@@ -248,11 +255,18 @@ def _rows(
 
 
 def _load(path: str | Path | None, fingerprint: str) -> dict[str, Any] | None:
-    """What an interrupted search of the very same start and settings left."""
-    if path is None or not Path(path).is_file():
-        return None
-    state: dict[str, Any] = json.loads(Path(path).read_text())
-    if state.get("fingerprint") != fingerprint:
-        logger.warning("{} is of another search, which begins anew", path)
-        return None
+    """What an interrupted search of the very same start, samples and settings left.
+
+    The first process of several writes it, and reads it for all.
+    """
+    state: dict[str, Any] | None = None
+    if path is not None and is_source_process() and Path(path).is_file():
+        state = json.loads(Path(path).read_text())
+        if state is not None and state.get("fingerprint") != fingerprint:
+            logger.warning("{} is of another search; this one begins anew", path)
+            state = None
+    if is_distributed():
+        shared = [state]
+        dist.broadcast_object_list(shared, src=get_source_rank())
+        state = shared[0]
     return state

@@ -8,6 +8,8 @@ threshold per row and sparsity, not a second model.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +32,8 @@ _WIDE = 256
 # Tokens of the vocabulary that the dense model's predictions are kept for, the likeliest
 # ones; the others are one class.
 _LIKELIEST = 512
+# Sparsities per Linear whose thresholds are kept.
+_REMEMBERED = 16
 
 
 class _Kept(NamedTuple):
@@ -70,6 +74,16 @@ class Trial:
     def tokens(self) -> int:
         """Number of tokens that a measurement on all samples runs."""
         return sum(batch["input_ids"].numel() for batch in self._batches)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart what losses are measured with: samples and norms."""
+        digest = hashlib.sha256()
+        for batch in self._batches:
+            digest.update(str(batch["input_ids"].tolist()).encode())
+        for name, norms in self._norms.items():
+            digest.update(f"{name} {float(norms.double().sum())!r}".encode())
+        return digest.hexdigest()
 
     def loss(self, sparsities: Mapping[str, float]) -> float:
         """Mean cross-entropy per predicted token, in nats.
@@ -113,10 +127,11 @@ class Trial:
     @torch.no_grad()
     def _logits(self, batch: Batch) -> torch.Tensor:
         device = get_main_device()
+        known = inspect.signature(type(self._model).forward).parameters
         inputs = {
             key: value.to(device) if isinstance(value, torch.Tensor) else value
             for key, value in batch.items()
-            if key != "labels"
+            if key in known and key != "labels"
         }
         logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
         return logits
@@ -141,14 +156,16 @@ class Trial:
     def _threshold(self, name: str, count: int) -> torch.Tensor:
         """The score in each row up to which ``count`` weights go, float32 ``[out, 1]``."""
         if (name, count) not in self._thresholds:
-            scores = _scores(self._linears[name], self._norms[name])
-            value = scores.kthvalue(count, dim=1, keepdim=True).values
-            self._thresholds[name, count] = value
+            linear = self._linears[name]
+            weight = linear.weight.to(get_execution_device(linear))
+            value = _scores(weight, self._norms[name]).kthvalue(count, dim=1, keepdim=True)
+            if len(self._thresholds) >= _REMEMBERED * len(self._linears):
+                del self._thresholds[next(iter(self._thresholds))]  # the oldest
+            self._thresholds[name, count] = value.values
         return self._thresholds[name, count]
 
 
-def _scores(linear: torch.nn.Linear, norms: torch.Tensor) -> torch.Tensor:
-    weight = linear.weight.to(get_execution_device(linear))
+def _scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return weight.abs().float() * norms.to(weight.device)
 
 
@@ -163,7 +180,7 @@ class _Masked:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         linear, norms, threshold = self._parts
         weight = linear.weight.to(inputs.device)
-        keep = _scores(linear, norms) > threshold
+        keep = _scores(weight, norms) > threshold.to(weight.device)
         return functional.linear(inputs, weight * keep, linear.bias)
 
 

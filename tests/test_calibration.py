@@ -51,7 +51,7 @@ class TestScoringBatches:
         handle = logger.add(messages.append, level="WARNING", format="{message}")
         assert scoring_batches([patches]) == [patches]
         logger.remove(handle)
-        assert "tensor of shape (7, 4)" in messages[0]
+        assert "pixel_values of shape (7, 4)" in messages[0]
         assert "batch_size=1" in messages[0]
 
     def test_encoder_and_decoder_have_masks_of_their_own(self) -> None:

@@ -55,14 +55,18 @@ def torchrun(*command: object) -> str:
     return done.stdout
 
 
-def in_two_processes(folder: Path, **job: object) -> list[tuple[Plan, dict[str, torch.Tensor]]]:
+def in_two_processes(
+    folder: Path, printed: list[str] | None = None, **job: object
+) -> list[tuple[Plan, dict[str, torch.Tensor]]]:
     """Each rank's plan and weights."""
     out = folder / "out"
     out.mkdir()
     job = {"same_rows_on_all": False, "arguments": {}, "out": str(out), **job}
     (folder / "job.json").write_text(json.dumps(job))
     probe = Path(__file__).with_name("distributed_probe.py")
-    torchrun(probe, folder / "job.json")
+    output = torchrun(probe, folder / "job.json")
+    if printed is not None:
+        printed.append(output)
     ranks = [out / f"rank{rank}" for rank in range(2)]
     return [(Plan.load(rank / "plan.json"), torch.load(rank / "weights.pt")) for rank in ranks]
 
@@ -114,9 +118,16 @@ def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(
 ) -> None:
     """If this fails, the release deals each process its part: the warning can go."""
     rows = random_samples(8).to_list()
+    printed: list[str] = []
     probes = in_two_processes(
-        tmp_path, model=saved, rows=rows, recipe=recipe(), same_rows_on_all=True
+        tmp_path,
+        printed,
+        model=saved,
+        rows=rows,
+        recipe=recipe(),
+        same_rows_on_all=True,
     )
+    assert "All 2 processes calibrate on the same samples" in printed[0]
     model = make_model()
     run(model, recipe(), random_samples(8).select(range(4)))
     assert_same_plan(probes[0][0], last_plans()[0])

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import linears_of, random_samples, recorded_inputs, run, zeros
+from conftest import as_if_loaded, linears_of, random_samples, recorded_inputs, run, zeros
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from loguru import logger
+from transformers import BertConfig, BertForMaskedLM
 
 from dlp_plugin import (
     AlphaPruningModifier,
@@ -52,6 +53,8 @@ class TestFormulas:
         found = self.sparsities("alpha_pruning", 0.8, [2.5, 4, 3, 2], [1] * 4)
         assert found[1] == 1
         assert sum(found) / 4 == pytest.approx(0.7)
+        with pytest.raises(ValueError, match="epsilon must be at most 1, got 2"):
+            self.sparsities("alpha_pruning", 2, [2, 2, 2, 10], [1] * 4)
 
     def test_linear_is_an_arithmetic_progression(self) -> None:
         found = self.sparsities("linear", 0.05, [0, 1, 2, 3], [1] * 4)
@@ -204,6 +207,22 @@ class TestBadInput:
         prune(make_model(), modifier(plan_path=path))
         with pytest.raises(ValueError, match="but the plan's scores are"):
             prune(make_model(), modifier(from_plan=path, **fields))
+        other = tmp_path / "other.json"
+        prune(make_model(), modifier(plan_path=str(other), **fields))
+        again = modifier(from_plan=str(other))
+        prune(make_model(), again)
+        ((name, value),) = fields.items()
+        assert getattr(again, name) == value  # what a saved recipe then says
+
+    @pytest.mark.parametrize("kind", [DLPModifier, LinearSparsityModifier])
+    def test_what_is_no_causal_language_model_is_not_judged(
+        self, kind: type, tmp_path: Path
+    ) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+        model = BertForMaskedLM(BertConfig(vocab_size=256, num_hidden_layers=2, **sizes))
+        as_if_loaded(model, tmp_path)
+        with pytest.raises(ValueError, match="BertForMaskedLM is none: fix"):
+            prune(model, kind(**{kind.strength_field: "auto"}))
 
     @pytest.mark.parametrize(
         ("modifier", "fields"),
@@ -212,6 +231,7 @@ class TestBadInput:
             (OWLModifier, {"owl_lmbda": -1}),
             (AlphaPruningModifier, {"epsilon": -0.1}),
             (AlphaPruningModifier, {"epsilon": "auto"}),
+            (AlphaPruningModifier, {"epsilon": 1.1}),
             (AlphaPruningModifier, {"tail": "head"}),
             (LinearSparsityModifier, {"beta": -0.1}),
         ],

@@ -111,3 +111,26 @@ def test_the_mode_of_the_model_comes_back(make_model: MakeModel) -> None:
     model = make_model().train()
     Trial(model, *parts(model), batches()).loss({})
     assert model.training
+
+
+def test_columns_that_the_model_does_not_take_are_left_out(make_model: MakeModel) -> None:
+    model = make_model()
+    linears, norms = parts(model)
+    more = [{**batch, "length": torch.tensor([16]), "labels": "?"} for batch in batches()]
+    sparsities = dict.fromkeys(linears, 0.5)
+    found = Trial(model, linears, norms, more).loss(sparsities)
+    assert found == pytest.approx(Trial(model, linears, norms, batches()).loss(sparsities))
+
+
+def test_few_thresholds_are_remembered(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlp_plugin.trial._REMEMBERED", 2)
+    model = make_model()
+    linears, norms = parts(model)
+    trial = Trial(model, linears, norms, batches())
+    first = trial.loss(dict.fromkeys(linears, 0.5))
+    for sparsity in (0.2, 0.3, 0.4):
+        trial.loss(dict.fromkeys(linears, sparsity))
+    assert len(trial._thresholds) <= 2 * len(linears)
+    assert trial.loss(dict.fromkeys(linears, 0.5)) == first
