@@ -36,7 +36,7 @@ OFFSPRING = 8
 SIFTING_TOKENS = 2048
 SURVIVORS = 2
 # A switch moves weights to be pruned from one unit to another, by these shares of the smaller.
-STEPS = (0.01, 0.02, 0.04)
+STEPS = (0.02, 0.04, 0.08)
 SWITCHES = 3
 # How far a measurement moves the estimated cost of pruning a unit, and how many of the
 # offspring are drawn blindly.

@@ -68,6 +68,7 @@ class Trial:
         self._norms = norms
         self._thresholds: dict[tuple[str, int], torch.Tensor] = {}
         self._batches = _together(batches)
+        self._device = get_main_device()
         self._kept: list[_Kept] = []
 
     @property
@@ -99,7 +100,7 @@ class Trial:
                     losses = functional.cross_entropy(few.float(), right, reduction="sum")
                     total += float(losses)
                 count += len(wanted)
-        return _mean(total, count)
+        return _mean(total, count, self._device)
 
     def divergence(self, sparsities: Mapping[str, float], tokens: int | None = None) -> float:
         """Mean Kullback-Leibler divergence from the dense model per token, in nats.
@@ -122,14 +123,13 @@ class Trial:
                 logits = self._logits(batch).flatten(0, 1)
                 total += _divergence(logits, kept)
                 count += len(logits)
-        return _mean(total, count)
+        return _mean(total, count, self._device)
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> torch.Tensor:
-        device = get_main_device()
         known = inspect.signature(type(self._model).forward).parameters
         inputs = {
-            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            key: value.to(self._device) if isinstance(value, torch.Tensor) else value
             for key, value in batch.items()
             if key in known and key != "labels"
         }
@@ -207,10 +207,10 @@ def _per_token(batch: Batch) -> bool:
     return all(isinstance(v, torch.Tensor) and v.shape == shape for v in batch.values())
 
 
-def _mean(total: float, count: int) -> float:
+def _mean(total: float, count: int, device: torch.device) -> float:
     """Mean over the samples of all processes."""
     if is_distributed():
-        sums = torch.tensor([total, count], dtype=torch.float64, device=get_main_device())
+        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         total, count = sums[0].item(), int(sums[1])
     return total / count if count else math.nan
