@@ -21,16 +21,18 @@ from dlp_plugin import last_plans
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     dist.init_process_group("gloo")
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     rows = job["rows"]
     if not job["same_rows_on_all"]:
         rows = rows[dist.get_rank() :: dist.get_world_size()]
-    out = Path(job["out"]) / f"rank{dist.get_rank()}"
-    out.mkdir()
-    run(model, job["recipe"], Dataset.from_list(rows), **job["arguments"])
-    (plan,) = last_plans()
-    plan.save(out / "plan.json")
-    torch.save({k: v.detach().clone() for k, v in model.state_dict().items()}, out / "weights.pt")
+    for number, recipe in enumerate(job["recipes"]):
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+        run(model, recipe, Dataset.from_list(rows))
+        (plan,) = last_plans()
+        out = Path(job["out"]) / f"recipe{number}-rank{dist.get_rank()}"
+        out.mkdir()
+        plan.save(out / "plan.json")
+        weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+        torch.save(weights, out / "weights.pt")
     dist.barrier()
     dist.destroy_process_group()
 

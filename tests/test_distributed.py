@@ -55,20 +55,30 @@ def torchrun(*command: object) -> str:
     return done.stdout
 
 
+Result = tuple[Plan, dict[str, torch.Tensor]]
+
+
 def in_two_processes(
-    folder: Path, printed: list[str] | None = None, **job: object
-) -> list[tuple[Plan, dict[str, torch.Tensor]]]:
-    """Each rank's plan and weights."""
+    folder: Path, *recipes: str, model: str, rows: list[dict], same_rows_on_all: bool = False
+) -> tuple[list[list[Result]], str]:
+    """For each recipe both ranks' plan and weights; and what the processes print."""
     out = folder / "out"
     out.mkdir()
-    job = {"same_rows_on_all": False, "arguments": {}, "out": str(out), **job}
+    job = {
+        "recipes": recipes,
+        "model": model,
+        "rows": rows,
+        "same_rows_on_all": same_rows_on_all,
+        "out": str(out),
+    }
     (folder / "job.json").write_text(json.dumps(job))
-    probe = Path(__file__).with_name("distributed_probe.py")
-    output = torchrun(probe, folder / "job.json")
-    if printed is not None:
-        printed.append(output)
-    ranks = [out / f"rank{rank}" for rank in range(2)]
-    return [(Plan.load(rank / "plan.json"), torch.load(rank / "weights.pt")) for rank in ranks]
+    printed = torchrun(Path(__file__).with_name("distributed_probe.py"), folder / "job.json")
+
+    def result(recipe: int, rank: int) -> Result:
+        saved = out / f"recipe{recipe}-rank{rank}"
+        return Plan.load(saved / "plan.json"), torch.load(saved / "weights.pt")
+
+    return [[result(number, rank) for rank in range(2)] for number in range(len(recipes))], printed
 
 
 @pytest.fixture
@@ -91,26 +101,29 @@ def assert_same_plan(one: Plan, other: Plan) -> None:
     )
 
 
-@pytest.mark.parametrize("pruner", ["WandaPruningModifier", "SparseGPTModifier"])
-def test_two_processes_prune_like_one(
-    make_model: Callable, saved: str, tmp_path: Path, pruner: str
-) -> None:
+def test_two_processes_prune_like_one(make_model: Callable, saved: str, tmp_path: Path) -> None:
     plan_path = tmp_path / "plan.json"
-    rows = random_samples(8).to_list()
-    text = recipe(pruner, plan_path=str(plan_path))
-    (first_plan, first), (second_plan, second) = in_two_processes(
-        tmp_path, model=saved, rows=rows, recipe=text
-    )
-    plan, weights = alone(make_model, recipe(pruner))
-    assert first_plan == second_plan == Plan.load(plan_path)
-    assert_same_plan(first_plan, plan)
-    for name, weight in weights.items():
-        assert torch.equal(first[name], second[name]), name
-        if pruner == "WandaPruningModifier":
-            assert torch.equal(first[name], weight), name
-        else:
-            assert (first[name] == 0).sum() == (weight == 0).sum(), name
-            torch.testing.assert_close(first[name], weight, atol=1e-4, rtol=1e-3)
+    pruners = ["WandaPruningModifier", "SparseGPTModifier"]
+    recipes = [recipe(pruner, plan_path=str(plan_path)) for pruner in pruners]
+    recipes.append(recipe(alpha="auto", refine=1))
+    results, _ = in_two_processes(tmp_path, *recipes, model=saved, rows=random_samples(8).to_list())
+    for pruner, ranks in zip(pruners, results[:2], strict=True):
+        (first_plan, first), (second_plan, second) = ranks
+        plan, weights = alone(make_model, recipe(pruner))
+        assert first_plan == second_plan == Plan.load(plan_path)
+        assert_same_plan(first_plan, plan)
+        for name, weight in weights.items():
+            assert torch.equal(first[name], second[name]), name
+            if pruner == "WandaPruningModifier":
+                assert torch.equal(first[name], weight), name
+            else:
+                assert (first[name] == 0).sum() == (weight == 0).sum(), name
+                torch.testing.assert_close(first[name], weight, atol=1e-4, rtol=1e-3)
+    (first_plan, first), (second_plan, second) = results[2]
+    assert first_plan == second_plan, "processes decide differently"
+    assert first_plan.search
+    assert len(first_plan.candidates) == 7
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(
@@ -118,19 +131,13 @@ def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(
 ) -> None:
     """If this fails, the release deals each process its part: the warning can go."""
     rows = random_samples(8).to_list()
-    printed: list[str] = []
-    probes = in_two_processes(
-        tmp_path,
-        printed,
-        model=saved,
-        rows=rows,
-        recipe=recipe(),
-        same_rows_on_all=True,
+    (((plan, _), _),), printed = in_two_processes(
+        tmp_path, recipe(), model=saved, rows=rows, same_rows_on_all=True
     )
-    assert "All 2 processes calibrate on the same samples" in printed[0]
+    assert "All 2 processes calibrate on the same samples" in printed
     model = make_model()
     run(model, recipe(), random_samples(8).select(range(4)))
-    assert_same_plan(probes[0][0], last_plans()[0])
+    assert_same_plan(plan, last_plans()[0])
 
 
 def test_a_stock_stage_is_refused(
