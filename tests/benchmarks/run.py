@@ -47,7 +47,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a GPU a model of 1.1 billion parameters; on a CPU what ends in minutes.
 BLOCKS, WIDTH, TOKENS = (16, 2048, 65536) if torch.cuda.is_available() else (4, 1024, 16384)
 LLAMA_2_7B_BLOCK = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-ROUNDS = 5
+ROUNDS = 3
 
 
 def block() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -201,19 +201,22 @@ def epochs(folder: Path, dataset: Dataset, work: dict[str, Modifier]) -> dict[st
     return {name: end - start for name, start, end in zip(work, times, times[1:], strict=False)}
 
 
-def stages(folder: Path, dataset: Dataset) -> dict[str, float]:
+def stages(folder: Path, dataset: Dataset, pruners: bool = True) -> dict[str, float]:
     """Median seconds of the DLP, Wanda and SparseGPT epochs and of a bare forward pass.
 
     SparseGPT, whose minutes go to inverting Hessians, runs in the first round only.
     """
     stage = {"sparsity": 0.7, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
     rounds = []
-    for number in range(ROUNDS):
-        seconds = {"bare forward pass": bare_forward(folder, dataset)}
-        work = {"DLP": DLPModifier(), "Wanda": WandaPruningModifier(**stage)}
-        if number == 0:
-            work["SparseGPT"] = SparseGPTModifier(**stage)
-        rounds.append(seconds | epochs(folder, dataset, work))
+    with TemporaryDirectory() as plans:
+        for number in range(ROUNDS):
+            seconds = {"bare forward pass": bare_forward(folder, dataset)}
+            work = {"DLP": DLPModifier(sparsity=0.7, plan_path=f"{plans}/plan.json")}
+            if pruners:
+                work["Wanda"] = WandaPruningModifier(**stage)
+            if pruners and number == 0:
+                work["SparseGPT"] = SparseGPTModifier(**stage)
+            rounds.append(seconds | epochs(folder, dataset, work))
     return {
         name: statistics.median(one[name] for one in rounds if name in one) for name in rounds[0]
     }
@@ -229,6 +232,7 @@ def stages_by_length() -> dict[str, dict[str, float]]:
             results[f"width {WIDTH}, {count} x {length}"] = stages(
                 Path(folder), samples(count, length)
             )
+        results[f"width {WIDTH}, 128 x 512"] = stages(Path(folder), samples(128, 512), False)
     return results
 
 
@@ -296,7 +300,10 @@ def show(console: Console, title: str, results: dict[str, dict[str, float]], bas
     if base in names:  # ratios within a row
         table = Table("", *names, title=title)
         for row, found in results.items():
-            cells = [f"{found[n]:.2f} s ({found[n] / found[base]:.2f})" for n in names]
+            cells = [
+                f"{found[n]:.2f} s ({found[n] / found[base]:.2f})" if n in found else ""
+                for n in names
+            ]
             table.add_row(row, *cells)
     else:  # ratios of the first column to a row's
         table = Table("", *names, f"to {base}", title=title)
