@@ -313,7 +313,7 @@ class AllocationModifier(Modifier):
                     if other != name:
                         raise ValueError(
                             f"{other} and {name} share one weight, which would be counted and "
-                            "pruned twice: add one of the two to the stage's ignore"
+                            f"pruned twice: add re:{name} to the stage's ignore"
                         )
 
     def _choose_target(self, stages: list[host.PruningStage], plan: Plan | None) -> float:

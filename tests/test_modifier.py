@@ -505,3 +505,15 @@ class TestBadInput:
             model.model.layers[2].mlp.down_proj.weight[0, 0] = math.nan
         refuses(model, recipe({"plan_path": str(tmp_path / "plan.json")}), "holds infinite")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_one_weight_in_two_modules_is_refused(make_model: MakeModel) -> None:
+    """It would be counted twice, and pruned twice (Zamba2 has such blocks)."""
+    model = make_model()
+    first, second = (model.model.layers[i].mlp.up_proj for i in (0, 1))
+    second.weight = first.weight
+    match = r"layers.0.mlp.up_proj and .*layers.1.mlp.up_proj share one.*add re:model.layers.1"
+    with pytest.raises(ValueError, match=match):
+        prune(model, recipe())
+    model = prune(model, recipe(ignore=["re:.*lm_head", "re:model.layers.1.mlp.up_proj"]))
+    assert (model.model.layers[0].mlp.up_proj.weight == 0).any()
