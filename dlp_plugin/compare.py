@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from dlp_plugin.evaluate import perplexity
 from dlp_plugin.files import replacing
 from dlp_plugin.modifier import AllocationModifier, DLPModifier
 from dlp_plugin.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
-from dlp_plugin.plan import Plan
+from dlp_plugin.plan import Plan, package_versions
 from dlp_plugin.scores import Part
 from dlp_plugin.search import choose_strength, refine
 
@@ -56,7 +55,6 @@ METHODS: dict[str, type[AllocationModifier]] = {
 PRUNERS = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifier"}
 
 _MODIFIERS = {kind.method: kind.__name__ for kind in METHODS.values()}
-_PACKAGES = ("dlp_plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
 
 
 def method_named(text: str, generations: int = 0) -> tuple[str, AllocationModifier]:
@@ -409,7 +407,7 @@ def _subject(
         "calibration data": digest([calibration["dataset"].to_dict(), others]),
         "test data": digest([window.tolist() for window in windows]),
         "device": str(device),
-        **{package: version(package) for package in _PACKAGES},
+        **package_versions(),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from dlp_plugin.scores import _INTEGER, Part, _check_finite, _count, _magnitudes, _mean
+from dlp_plugin.scores import Part, _check_dtype, _check_finite, _count, _magnitudes, _mean
 
 __all__ = ["Tail", "block_exponent", "outlier_ratio", "power_law_exponent"]
 
@@ -134,15 +134,6 @@ def block_exponent(weights: Mapping[str, torch.Tensor], tail: Tail = "peak") -> 
         raise ValueError("a block's exponent is a mean over its Linears, got none")
     exponents = [power_law_exponent(name, weight, tail) for name, weight in weights.items()]
     return math.fsum(exponents) / len(exponents)
-
-
-def _check_dtype(name: str, weight: torch.Tensor) -> None:
-    """Refuse what :func:`dlp_plugin.scores.block_score` refuses."""
-    if weight.dtype.itemsize not in _INTEGER or not weight.is_floating_point():
-        raise ValueError(
-            f"weight of {name} is {weight.dtype}; scoring takes bfloat16, float16, "
-            "float32 or float64: load the model dequantized"
-        )
 
 
 def _log_spectrum(weight: torch.Tensor) -> torch.Tensor:

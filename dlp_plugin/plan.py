@@ -26,7 +26,7 @@ from dlp_plugin.allocation import (
 )
 from dlp_plugin.files import replacing
 
-__all__ = ["BlockPlan", "Candidate", "Plan", "SearchStep"]
+__all__ = ["BlockPlan", "Candidate", "Plan", "SearchStep", "package_versions"]
 
 _TITLES: dict[Method, str] = {
     "dlp": "DLP",
@@ -42,6 +42,11 @@ _PACKAGES = (
     "transformers",
     "torch",
 )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what comes out."""
+    return {package: version(package) for package in _PACKAGES}
 
 
 class BlockPlan(BaseModel):
@@ -183,7 +188,7 @@ class Plan(BaseModel):
                 for n, w, u, i, s in rows
             ),
             unseen=tuple(unseen),
-            versions={package: version(package) for package in _PACKAGES},
+            versions=package_versions(),
         )
 
     def at(self, *, target: float | None = None, alpha: float | None = None) -> Plan:

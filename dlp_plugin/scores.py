@@ -135,11 +135,7 @@ def block_score(parts: Mapping[str, Part], statistic: Statistic = "median") -> f
     :raises ValueError: if a weight is not finite (names the module)
     """
     for name, (weight, _) in parts.items():
-        if weight.dtype.itemsize not in _INTEGER or not weight.is_floating_point():
-            raise ValueError(
-                f"weight of {name} is {weight.dtype}; scoring takes bfloat16, float16, "
-                "float32 or float64: load the model dequantized"
-            )
+        _check_dtype(name, weight)
     return _mean(parts) if statistic == "mean" else _lower_median(parts)
 
 
@@ -182,6 +178,15 @@ def _largest(dtype: torch.dtype) -> int:
     """Bits of the largest finite number of a float type."""
     largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
     return int(largest.view(_INTEGER[dtype.itemsize]))
+
+
+def _check_dtype(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight that is not of a float type."""
+    if weight.dtype.itemsize not in _INTEGER or not weight.is_floating_point():
+        raise ValueError(
+            f"weight of {name} is {weight.dtype}; scoring takes bfloat16, float16, "
+            "float32 or float64: load the model dequantized"
+        )
 
 
 def _check_finite(name: str, dtype: torch.dtype, peaks: Sequence[torch.Tensor]) -> None:
