@@ -2,7 +2,8 @@
 
 ``import dlp_plugin`` makes ``DLPModifier``, its peers ``OWLModifier``,
 ``AlphaPruningModifier`` and ``LinearSparsityModifier``, and ``MaskedGPTQModifier`` known to
-recipes, and has SparseGPT and Wanda stages agree over several processes.
+recipes, adds ``OneShotMagnitudeModifier``, and has SparseGPT and Wanda stages take an N of N:M
+for every block and agree over several processes.
 """
 
 from llmcompressor.modifiers.factory import ModifierFactory
@@ -11,7 +12,11 @@ from dlp_plugin.masked_gptq import MaskedGPTQModifier
 from dlp_plugin.modifier import DLPModifier, last_plans
 from dlp_plugin.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
 from dlp_plugin.plan import BlockPlan, Plan
-from dlp_plugin.stages import SparseGPTModifier, WandaPruningModifier
+from dlp_plugin.stages import (
+    OneShotMagnitudeModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
 
 __all__ = [
     "AlphaPruningModifier",
@@ -20,6 +25,7 @@ __all__ = [
     "LinearSparsityModifier",
     "MaskedGPTQModifier",
     "OWLModifier",
+    "OneShotMagnitudeModifier",
     "Plan",
     "SparseGPTModifier",
     "WandaPruningModifier",
@@ -31,6 +37,7 @@ for _modifier in (
     DLPModifier,
     LinearSparsityModifier,
     MaskedGPTQModifier,
+    OneShotMagnitudeModifier,
     OWLModifier,
     SparseGPTModifier,
     WandaPruningModifier,

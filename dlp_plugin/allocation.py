@@ -17,9 +17,12 @@ __all__ = [
     "allocate",
     "check_alpha",
     "check_sparsity",
+    "check_target",
     "half_range",
     "importances",
+    "split_structure",
     "unimportances",
+    "whole_numbers",
 ]
 
 Method = Literal["dlp", "owl", "alpha_pruning", "linear"]
@@ -51,6 +54,36 @@ def check_alpha(value: float, field: str = "alpha") -> float:
         raise ValueError(
             f"{field} must be finite and at least 0, got {value}; 0 is uniform "
             "sparsity, the default of DLP's paper is 0.15"
+        )
+    return value
+
+
+def split_structure(mask_structure: str) -> tuple[int, int]:
+    """N and M of a stage's ``mask_structure``: of every M consecutive weights N are zero.
+
+    :return: 0 and 0 for ``0:0``, which is no structure
+    :raises ValueError: if it is neither ``0:0`` nor ``N:M`` with N from 1 to M - 1
+    """
+    left, _, right = mask_structure.partition(":")
+    n, m = (int(part) if part.isdecimal() else -1 for part in (left, right))
+    if not (0 < n < m or n == m == 0):
+        raise ValueError(
+            f"mask_structure must be N:M, with N zeros in every M weights and 0 < N < M, or "
+            f"0:0 for none, got {mask_structure!r}"
+        )
+    return n, m
+
+
+def check_target(value: float, mask_structure: str, field: str = "sparsity") -> float:
+    """Return ``value`` if it is the sparsity that a structure has on average.
+
+    :raises ValueError: naming both, if it is not
+    """
+    n, m = split_structure(mask_structure)
+    if m and abs(value - n / m) > 1e-9:
+        raise ValueError(
+            f"{field} is {value:g}, but mask_structure {mask_structure} is {n / m:g} on average: "
+            f"state the one that is meant"
         )
     return value
 
@@ -180,3 +213,37 @@ def _shift(extra: Sequence[float], weights: Sequence[int], keep: float) -> float
     full = sum(w for k, w in zip(extra, weights, strict=True) if k + middle >= 1)
     wanted = keep * total - full - math.fsum(k * w for k, w in free)
     return wanted / sum(w for _, w in free)
+
+
+def whole_numbers(
+    sparsities: Sequence[float], weights: Sequence[int], sparsity: float, m: int
+) -> list[int]:
+    """Round sparsities to N zeros in every M weights, with the total as near as can be.
+
+    Every block gets the whole part of ``sparsity_b * m``. What is missing in total is then
+    handed out, one N a block, to the largest fractional parts (of equal ones to the less
+    important block) for as long as that brings the total nearer to the target. With blocks
+    of equal size this is the rounding with the least square error of all that hit the
+    target, which they always do; with others the total is off by at most half of one N of
+    one block.
+
+    Three blocks of equal size, 4.6, 3.7 and 3.7 of 8 wanted, 4 on average: the whole parts
+    leave two to hand out, so 4, 4 and 4. (Each rounded alone: 5, 4 and 4.)
+
+    :param sparsities: per block in [0, 1], as :func:`allocate` returns them
+    :param weights: number of prunable weights per block
+    :param sparsity: target over all blocks together
+    :param m: M, at least 2
+    :return: N per block, from 0 to ``m``; a block with a larger sparsity never gets a
+        smaller N
+    """
+    exact = [m * s for s in sparsities]
+    numbers = [math.floor(x) for x in exact]
+    missing = math.fsum(w * (sparsity * m - n) for n, w in zip(numbers, weights, strict=True))
+    order = sorted(range(len(exact)), key=lambda b: (numbers[b] - exact[b], -exact[b], b))
+    for block in order:
+        if numbers[block] == exact[block] or 2 * missing <= weights[block]:
+            break
+        numbers[block] += 1
+        missing -= weights[block]
+    return numbers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from compressed_tensors.utils import match_named_modules
 
-__all__ = ["Block", "find_blocks", "group_by_block", "outer_block"]
+__all__ = ["Block", "check_columns", "find_blocks", "group_by_block", "outer_block"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,19 @@ def group_by_block(
         else:
             members[block][name] = linear
     return [Block(name, held) for name, held in members.items() if held], outside
+
+
+def check_columns(modules: Mapping[str, torch.nn.Module], m: int, where: str) -> None:
+    """Make sure that groups of M consecutive weights fill every row.
+
+    :param modules: full name to module with a weight ``[out, ...]``
+    :param where: the field that says what is not pruned
+    :raises ValueError: naming the first module whose rows they do not fill
+    """
+    for name, module in modules.items():
+        columns = module.get_parameter("weight").flatten(1).shape[1]
+        if columns % m:
+            raise ValueError(
+                f"{name} has {columns} columns, which groups of {m} weights do not divide: add "
+                f"re:{name} to {where}, or take another mask_structure"
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,15 @@ __all__ = ["Checkpoint", "Zeros", "inspect_checkpoint", "zeros_lost", "zstd_byte
 
 @dataclass(frozen=True)
 class Zeros:
-    """Zeros among a number of weights."""
+    """Zeros among a number of weights.
+
+    :param in_group: the least and the most zeros in any group of M consecutive weights of a
+        row; None where groups were not looked at, or do not fill the rows
+    """
 
     weights: int
     zeros: int
+    in_group: tuple[int, int] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -32,7 +36,13 @@ class Zeros:
         return self.zeros / self.weights
 
     def __add__(self, other: Zeros) -> Zeros:
-        return Zeros(self.weights + other.weights, self.zeros + other.zeros)
+        both = None
+        if self.in_group is not None and other.in_group is not None:
+            both = (
+                min(self.in_group[0], other.in_group[0]),
+                max(self.in_group[1], other.in_group[1]),
+            )
+        return Zeros(self.weights + other.weights, self.zeros + other.zeros, both)
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,12 @@ class Checkpoint:
     @property
     def blocks(self) -> dict[str, Zeros]:
         """Zeros of every block, in depth order."""
-        blocks: defaultdict[str, Zeros] = defaultdict(lambda: Zeros(0, 0))
+        blocks: dict[str, Zeros] = {}
         for name, zeros in self.linears.items():
             block = _block_of(name)
             if block is not None:
-                blocks[block] += zeros
-        return dict(blocks)
+                blocks[block] = blocks[block] + zeros if block in blocks else zeros
+        return blocks
 
     @property
     def outside(self) -> dict[str, Zeros]:
@@ -71,7 +81,7 @@ class Checkpoint:
 
 
 def inspect_checkpoint(
-    folder: str | Path, advance: Callable[[float], Any] = lambda _: None
+    folder: str | Path, advance: Callable[[float], Any] = lambda _: None, group: int = 0
 ) -> Checkpoint:
     """Count the zeros of every weight matrix in a checkpoint's safetensors files.
 
@@ -80,6 +90,7 @@ def inspect_checkpoint(
 
     :param folder: a checkpoint as transformers or llm-compressor saves it
     :param advance: called with the fraction of matrices done by each step
+    :param group: M of a pattern N:M that is to be looked for in every row; 0 for none
     :raises FileNotFoundError: if the folder holds no safetensors file
     :raises ValueError: if a quantized weight has no scheme in ``config.json``
     """
@@ -92,7 +103,7 @@ def inspect_checkpoint(
         state = _read(module, files)
         weight = _dense_weight(module, state, quantization)
         if weight is not None and weight.ndim == 2:
-            zeros = Zeros(weight.numel(), weight.numel() - int(weight.count_nonzero()))
+            zeros = _zeros(weight, group)
             linears[module] = zeros
             if _block_of(module) is not None:
                 stored = state.pop("weight_packed", None)
@@ -139,6 +150,15 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
             )
         lost[module] = int(((left == 0) & (right != 0)).sum())
     return lost
+
+
+def _zeros(weight: torch.Tensor, group: int) -> Zeros:
+    """Count the zeros of a matrix ``[out, in]``."""
+    zeros = weight.numel() - int(weight.count_nonzero())
+    if not group or weight.shape[1] % group:
+        return Zeros(weight.numel(), zeros)
+    counts = (weight == 0).unflatten(1, (-1, group)).sum(2)
+    return Zeros(weight.numel(), zeros, (int(counts.min()), int(counts.max())))
 
 
 def zstd_bytes(folder: str | Path) -> int:

@@ -51,6 +51,9 @@ Column = Annotated[str, typer.Option(help="The dataset's text column.")]
 Samples = Annotated[
     int, typer.Option(min=1, help="Calibration samples, spread evenly over the text.")
 ]
+MaskStructure = Annotated[
+    str | None, typer.Option(help="For stages of this structure: 4:8 is 4 of every 8 on average.")
+]
 Length = Annotated[
     int | None,
     typer.Option(
@@ -108,7 +111,10 @@ def score(
     model: Model,
     data: Data,
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.")],
-    sparsity: Annotated[float, typer.Option(help="Target over all blocks.")] = 0.7,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Target over all blocks; by default 0.7, or N / M.")
+    ] = None,
+    mask_structure: MaskStructure = None,
     alpha: Annotated[
         str, typer.Option(help="Half the range of the sparsities, or `auto`.")
     ] = "0.15",
@@ -135,7 +141,8 @@ def score(
 
     with _told(), _processes() as first:
         modifier = DLPModifier(
-            sparsity=sparsity,
+            sparsity=0.7 if sparsity is None and mask_structure is None else sparsity,
+            mask_structure=mask_structure,
             alpha=alpha if alpha == "auto" else float(alpha),
             refine=refine,
             statistic=statistic,
@@ -157,14 +164,21 @@ def show(
     plan: Annotated[Path, typer.Argument(help="A plan file.")],
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, e.g. plan.png.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Look at it at another target.")] = None,
+    mask_structure: MaskStructure = None,
     alpha: Annotated[float | None, typer.Option(help="Look at it at another alpha.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write what is shown to.")
+    ] = None,
 ) -> None:
-    """Show a plan as a table, and as a picture."""
+    """Show a plan as a table, and as a picture; at another target it is another plan."""
     from dlp_plugin.plan import Plan
 
     with _told():
-        found = Plan.load(plan).at(target=sparsity, alpha=alpha)
+        found = Plan.load(plan).at(target=sparsity, alpha=alpha, mask_structure=mask_structure)
         console.print(found.table())
+        if output is not None:
+            found.save(output)
+            console.print("written:", str(output), markup=False)
         if plot is not None:
             found.plot(plot)
             console.print("drawn:", str(plot), markup=False)
@@ -174,6 +188,10 @@ def show(
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
     linears: Annotated[bool, typer.Option(help="One row per Linear, not per block.")] = False,
+    group: Annotated[
+        int,
+        typer.Option(min=0, help="M of N:M: how many zeros has every group of M weights of a row?"),
+    ] = 0,
     against: Annotated[
         Path | None,
         typer.Option(help="A pruned checkpoint: how many of its zeros are lost in FOLDER?"),
@@ -188,8 +206,8 @@ def inspect(
 
     with _told():
         with _progress("Reading the checkpoint", 1) as advance:
-            found = inspect_checkpoint(folder, advance)
-        console.print(_zeros_table(found, linears))
+            found = inspect_checkpoint(folder, advance, group)
+        console.print(_zeros_table(found, linears, group))
         if against is not None:
             lost = zeros_lost(against, folder)
             console.print(f"zeros of {against} lost: {sum(lost.values()):,}", markup=False)
@@ -265,14 +283,18 @@ def compare(
             "`dlp:0.1`, a chosen one `dlp:auto`, improved by a search `dlp-refined`."
         ),
     ] = "uniform,dlp,dlp:auto,owl,alpha-pruning,linear:auto",
-    sparsities: Annotated[str, typer.Option(help="With commas.")] = "0.5,0.6,0.7",
-    pruners: Annotated[str, typer.Option(help="`wanda`, `sparsegpt` or both.")] = "wanda",
+    sparsities: Annotated[
+        str, typer.Option(help="With commas; `4:8` is 4 of every 8 weights on average.")
+    ] = "0.5,0.6,0.7",
+    pruners: Annotated[
+        str, typer.Option(help="With commas: `wanda`, `sparsegpt`, `magnitude`.")
+    ] = "wanda",
     refine: Annotated[int, typer.Option(min=0, help="Generations, for `-refined`.")] = 0,
     write_recipe: Annotated[
         Path | None, typer.Option(help="YAML file to write the best recipe to.")
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="The sparsity it shall have; by default the highest.")
+        str | None, typer.Option(help="The sparsity it shall have; by default the highest.")
     ] = None,
     config: Config = None,
     split: Split = "train",
@@ -292,22 +314,23 @@ def compare(
     """
     from transformers import AutoTokenizer
 
-    from dlp_plugin.compare import Cell
+    from dlp_plugin.compare import Cell, target_named
     from dlp_plugin.compare import compare as run
     from dlp_plugin.files import replacing
     from dlp_plugin.text import read_tokens, token_windows
 
     def tell(cell: Cell) -> None:
         console.print(
-            f"{cell.pruner} {cell.sparsity:g} {cell.method}: {cell.perplexity:.4f} "
+            f"{cell.pruner} {cell.target} {cell.method}: {cell.perplexity:.4f} "
             f"({cell.seconds:.0f} s)",
             highlight=False,
         )
 
     with _told():
-        wanted = [_number(text) for text in sparsities.split(",")]
-        if sparsity is not None and sparsity not in wanted:
-            raise ValueError(f"--sparsity {sparsity:g} is none of --sparsities {sparsities}")
+        wanted = [target_named(text) for text in sparsities.split(",")]
+        best_at = None if sparsity is None else target_named(sparsity)
+        if best_at not in (None, *wanted):
+            raise ValueError(f"--sparsity {sparsity} is none of --sparsities {sparsities}")
         if write_recipe is not None and not write_recipe.resolve().parent.is_dir():
             raise FileNotFoundError(f"--write-recipe {write_recipe}: its folder does not exist")
         length = length or _default_length(model)
@@ -330,10 +353,10 @@ def compare(
             beside.write_text(found.markdown())
         if write_recipe is not None:
             with replacing(write_recipe) as beside:
-                beside.write_text(found.recipe(sparsity))
-            best = found.best(sparsity)
+                beside.write_text(found.recipe(best_at))
+            best = found.best(best_at)
             console.print(
-                f"{best.method} at {best.sparsity:g} with {best.pruner} written:",
+                f"{best.method} at {best.target} with {best.pruner} written:",
                 str(write_recipe),
                 markup=False,
             )
@@ -405,13 +428,6 @@ def _loaded(model: str) -> Any:
     return loaded.to(device)
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--sparsities: {text!r} is no number; give e.g. 0.5,0.7") from None
-
-
 def _calibration(
     model: str,
     data: str,
@@ -458,16 +474,21 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.2f} MB"
 
 
-def _zeros_table(found: Checkpoint, linears: bool = False) -> Table:
+def _zeros_table(found: Checkpoint, linears: bool = False, group: int = 0) -> Table:
     from dlp_plugin.checkpoint import zstd_bytes
 
     table = Table(title=f"Zeros in {escape(str(found.folder))}")
-    for column in ("linear" if linears else "block", "weights", "zeros", "sparsity"):
+    columns = ["linear" if linears else "block", "weights", "zeros", "sparsity"]
+    for column in [*columns, f"in every {group}"] if group else columns:
         table.add_column(column, justify="right" if table.columns else "left")
     blocks = found.blocks
 
     def add(name: str, zeros: Any) -> None:
-        table.add_row(name, f"{zeros.weights:,}", f"{zeros.zeros:,}", f"{zeros.sparsity:.4f}")
+        row = [name, f"{zeros.weights:,}", f"{zeros.zeros:,}", f"{zeros.sparsity:.4f}"]
+        if group and zeros.in_group is not None:
+            least, most = zeros.in_group
+            row.append(str(least) if least == most else f"{least} to {most}")
+        table.add_row(*row)
 
     outside = found.outside
     for name, zeros in (found.linears if linears else blocks).items():

@@ -32,8 +32,8 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dlp_plugin import host
-from dlp_plugin.allocation import check_sparsity
-from dlp_plugin.blocks import outer_block
+from dlp_plugin.allocation import check_sparsity, split_structure
+from dlp_plugin.blocks import check_columns, outer_block
 from dlp_plugin.calibration import Batch, scoring_batches, split
 from dlp_plugin.evaluate import perplexity
 from dlp_plugin.files import replacing
@@ -43,7 +43,16 @@ from dlp_plugin.plan import Plan, package_versions
 from dlp_plugin.scores import Part
 from dlp_plugin.search import choose_strength, refine
 
-__all__ = ["METHODS", "PRUNERS", "Cell", "Comparison", "compare", "method_named", "recipe_of"]
+__all__ = [
+    "METHODS",
+    "PRUNERS",
+    "Cell",
+    "Comparison",
+    "compare",
+    "method_named",
+    "recipe_of",
+    "target_named",
+]
 
 METHODS: dict[str, type[AllocationModifier]] = {
     "uniform": DLPModifier,
@@ -52,7 +61,11 @@ METHODS: dict[str, type[AllocationModifier]] = {
     "alpha-pruning": AlphaPruningModifier,
     "linear": LinearSparsityModifier,
 }
-PRUNERS = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifier"}
+PRUNERS = {
+    "wanda": "WandaPruningModifier",
+    "sparsegpt": "SparseGPTModifier",
+    "magnitude": "OneShotMagnitudeModifier",
+}
 
 _MODIFIERS = {kind.method: kind.__name__ for kind in METHODS.values()}
 
@@ -97,12 +110,37 @@ def method_named(text: str, generations: int = 0) -> tuple[str, AllocationModifi
     return name + (f" refined {generations}" if refined else ""), modifier
 
 
+def target_named(target: float | str) -> str:
+    """A target as it is written: a sparsity, or N:M for N of every M weights on average.
+
+    :raises ValueError: if it is neither
+    """
+    if isinstance(target, str) and ":" in target:
+        n, m = split_structure(target.strip())
+        check_sparsity(n / m if m else 0, "sparsities")
+        return f"{n}:{m}"
+    try:
+        value = float(target)
+    except ValueError:
+        raise ValueError(
+            f"sparsities: {target!r} is no number; give e.g. 0.5, 0.7 or 4:8"
+        ) from None
+    return str(check_sparsity(value, "sparsities"))
+
+
+def _sparsity_and_structure(target: str) -> tuple[float, str]:
+    n, m = split_structure(target) if ":" in target else (0, 0)
+    return (n / m, target) if m else (float(target), "0:0")
+
+
 def recipe_of(plan: Plan, pruner: str) -> str:
     """The YAML recipe that prunes by a plan, which it holds.
 
-    :param pruner: ``wanda`` or ``sparsegpt``
+    :param pruner: ``wanda``, ``sparsegpt`` or ``magnitude``
     """
     stage = {"sparsity": plan.target, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    if plan.group:
+        stage["mask_structure"] = plan.mask_structure
     given = {"from_plan": plan.model_dump(mode="json", exclude_none=True)}
     modifiers = {_MODIFIERS[plan.method]: given, PRUNERS[pruner]: stage}
     recipe = {"pruning_stage": {"pruning_modifiers": modifiers}}
@@ -110,10 +148,10 @@ def recipe_of(plan: Plan, pruner: str) -> str:
 
 
 class Cell(BaseModel):
-    """One method at one sparsity with one pruner, measured.
+    """One method at one target with one pruner, measured.
 
     :param method: full name, as :func:`method_named` gives it
-    :param sparsity: the target
+    :param target: a sparsity or N:M, as :func:`target_named` writes it
     :param achieved: zeros among the weights of the pruned Linears
     :param seconds: to load, prune and measure; making the plan is not in it
     """
@@ -121,11 +159,16 @@ class Cell(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     method: str
-    sparsity: float
+    target: str
     pruner: str
     perplexity: float
     achieved: float
     seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity that was aimed at."""
+        return _sparsity_and_structure(self.target)[0]
 
 
 class Comparison(BaseModel):
@@ -134,54 +177,58 @@ class Comparison(BaseModel):
     :param subject: what the figures hold for: model, data, device, package versions
     :param dense: perplexity of the dense model
     :param plans: full name of a method to target to plan
-    :param cells: one per method, sparsity and pruner
+    :param cells: one per method, target and pruner
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     subject: dict[str, str]
     dense: float | None = None
-    plans: dict[str, dict[float, Plan]] = Field(default_factory=dict)
+    plans: dict[str, dict[str, Plan]] = Field(default_factory=dict)
     cells: list[Cell] = Field(default_factory=list)
 
-    def cell(self, method: str, sparsity: float, pruner: str) -> Cell | None:
+    def cell(self, method: str, target: str, pruner: str) -> Cell | None:
         """One cell; None if it was not measured."""
-        wanted = (method, sparsity, pruner)
-        return next((c for c in self.cells if (c.method, c.sparsity, c.pruner) == wanted), None)
+        wanted = (method, target, pruner)
+        return next((c for c in self.cells if (c.method, c.target, c.pruner) == wanted), None)
 
     def only(
-        self, methods: Iterable[str], sparsities: Iterable[float], pruners: Iterable[str]
+        self, methods: Iterable[str], targets: Iterable[str], pruners: Iterable[str]
     ) -> Comparison:
         """Some of the cells, in the order of the arguments."""
-        asked = [self.cell(m, s, p) for p, s, m in product(pruners, sparsities, methods)]
+        asked = [self.cell(m, t, p) for p, t, m in product(pruners, targets, methods)]
         return self.model_copy(update={"cells": [cell for cell in asked if cell is not None]})
 
-    def best(self, sparsity: float | None = None, pruner: str | None = None) -> Cell:
+    def best(self, target: str | None = None, pruner: str | None = None) -> Cell:
         """The cell with the least perplexity; of equal ones the first.
 
-        :param sparsity: at this target; the highest by default
+        :param target: at this one; by default at the highest sparsity, whatever its structure
         :param pruner: with this one; any by default
         :raises ValueError: if there is no such cell
         """
-        if sparsity is None:
-            sparsity = max((cell.sparsity for cell in self.cells), default=math.nan)
-        cells = [c for c in self.cells if c.sparsity == sparsity and pruner in (None, c.pruner)]
+        highest = max((cell.sparsity for cell in self.cells), default=math.nan)
+        cells = [
+            c
+            for c in self.cells
+            if (c.target == target or (target is None and c.sparsity == highest))
+            and pruner in (None, c.pruner)
+        ]
         if not cells:
             raise ValueError(
-                f"nothing was measured at sparsity {sparsity:g}; there are "
-                f"{sorted({cell.sparsity for cell in self.cells})}"
+                f"nothing was measured at {target or 'any sparsity'}; there are "
+                f"{', '.join(self._values('target'))}"
             )
         return min(cells, key=lambda c: (math.isnan(c.perplexity), c.perplexity))
 
-    def recipe(self, sparsity: float | None = None) -> str:
+    def recipe(self, target: str | None = None) -> str:
         """The recipe of the best cell over methods and pruners, with its figures on top.
 
-        :param sparsity: at this target; the highest by default
+        :param target: as in :meth:`best`
         """
-        cell = self.best(sparsity)
+        cell = self.best(target)
         figures = f"perplexity {cell.perplexity:.4f}, {self._ratio(cell):.3f} x dense"
-        title = f"{cell.method} at {cell.sparsity:g}, {cell.pruner}: {figures}"
-        plan = self.plans[cell.method][cell.sparsity]
+        title = f"{cell.method} at {cell.target}, {cell.pruner}: {figures}"
+        plan = self.plans[cell.method][cell.target]
         return f"# {self.subject['model']}, {title}\n{recipe_of(plan, cell.pruner)}"
 
     def table(self) -> Table:
@@ -189,13 +236,13 @@ class Comparison(BaseModel):
         model = escape(self.subject["model"])
         caption = f"in brackets: times the dense model's, {self.dense:.4f}"
         table = Table(title=f"Perplexity of {model}", caption=caption)
-        sparsities = self._values("sparsity")
-        for column in ("pruner", "method", *(f"{sparsity:g}" for sparsity in sparsities)):
+        targets = self._values("target")
+        for column in ("pruner", "method", *targets):
             table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
         for pruner in self._values("pruner"):
             table.add_section()
             for method in self._values("method"):
-                cells = [self.cell(method, sparsity, pruner) for sparsity in sparsities]
+                cells = [self.cell(method, target, pruner) for target in targets]
                 table.add_row(pruner, method, *(self._entry(cell) for cell in cells))
         return table
 
@@ -203,21 +250,21 @@ class Comparison(BaseModel):
         if cell is None:
             return ""
         text = f"{cell.perplexity:.2f} ({self._ratio(cell):.2f})"
-        return f"[bold]{text}[/]" if cell == self.best(cell.sparsity, cell.pruner) else text
+        return f"[bold]{text}[/]" if cell == self.best(cell.target, cell.pruner) else text
 
     def markdown(self) -> str:
         """All figures as a table in Markdown, the best at each sparsity in bold."""
         lines = [
-            ["pruner", "sparsity", "method", "strength", "perplexity", "ratio", "zeros", "seconds"],
+            ["pruner", "target", "method", "strength", "perplexity", "ratio", "zeros", "seconds"],
             ["---"] * 3 + ["---:"] * 5,
             ["", "0", "dense", "", f"{self.dense:.4f}", "1", "", ""],
         ]
         for cell in self.cells:
             value = f"{cell.perplexity:.4f}"
-            if cell == self.best(cell.sparsity, cell.pruner):
+            if cell == self.best(cell.target, cell.pruner):
                 value = f"**{value}**"
-            strength = f"{self.plans[cell.method][cell.sparsity].alpha:g}"
-            row = [cell.pruner, f"{cell.sparsity:g}", cell.method, strength, value]
+            strength = f"{self.plans[cell.method][cell.target].alpha:g}"
+            row = [cell.pruner, cell.target, cell.method, strength, value]
             row += [f"{self._ratio(cell):.3f}", f"{cell.achieved:.4f}", f"{cell.seconds:.1f}"]
             lines.append(row)
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -250,18 +297,22 @@ class Comparison(BaseModel):
         def perplexities(axes: Any, pruner: str) -> None:
             for method in methods:
                 cells = [c for c in self.cells if (c.method, c.pruner) == (method, pruner)]
-                points = sorted((cell.sparsity, cell.perplexity) for cell in cells)
-                axes.plot(*zip(*points, strict=True), marker="o", label=method)
+                axes.plot(
+                    [cell.target for cell in cells],
+                    [cell.perplexity for cell in cells],
+                    marker="o",
+                    label=method,
+                )
             axes.axhline(self.dense, color="black", linestyle="--", label="dense")
             axes.set(title=pruner, xlabel="sparsity", yscale="log")
 
-        def sparsities(axes: Any, target: float) -> None:
+        def sparsities(axes: Any, target: str) -> None:
             for method in methods:
                 blocks = self.plans[method][target].blocks
                 axes.plot([block.sparsity for block in blocks], marker=".", label=method)
-            axes.set(title=f"target {target:g}", xlabel="block", ylim=(0, 1))
+            axes.set(title=f"target {target}", xlabel="block", ylim=(0, 1))
 
-        def searches(axes: Any, target: float) -> None:
+        def searches(axes: Any, target: str) -> None:
             for method in refined:
                 path = self.plans[method][target].search
                 axes.plot(
@@ -269,14 +320,14 @@ class Comparison(BaseModel):
                     [step.divergence for step in path],
                     label=method,
                 )
-            axes.set(title=f"target {target:g}", xlabel="pruned models measured", ylim=(0, None))
+            axes.set(title=f"target {target}", xlabel="pruned models measured", ylim=(0, None))
 
         refined = [m for m in methods if any(plan.search for plan in self.plans[m].values())]
         if refined:
             label = "divergence from dense (nats per token)"
-            panels("search.png", label, self._values("sparsity"), searches)
+            panels("search.png", label, self._values("target"), searches)
         panels("perplexity.png", "perplexity", self._values("pruner"), perplexities)
-        panels("sparsities.png", "sparsity", self._values("sparsity"), sparsities)
+        panels("sparsities.png", "sparsity", self._values("target"), sparsities)
 
     def _ratio(self, cell: Cell) -> float:
         return cell.perplexity / (self.dense or math.nan)
@@ -297,7 +348,7 @@ def compare(
     folder: str | Path,
     *,
     methods: Sequence[str],
-    sparsities: Sequence[float],
+    sparsities: Sequence[float | str],
     pruners: Sequence[str] = ("wanda",),
     generations: int = 0,
     report: Callable[[Cell], Any] = lambda _: None,
@@ -313,6 +364,7 @@ def compare(
     :param windows: test text, int64 ``[tokens]`` each, as
         :func:`dlp_plugin.text.token_windows` cuts it
     :param methods: as :func:`method_named` takes them
+    :param sparsities: targets as :func:`target_named` takes them
     :param generations: of the search, for the methods that are refined
     :param report: called with every cell that is measured now
     :return: what was asked for, of all that ``results.json`` holds
@@ -320,7 +372,7 @@ def compare(
         or other data
     """
     asked = dict(method_named(text, generations) for text in methods)
-    sparsities = sorted({check_sparsity(sparsity, "sparsities") for sparsity in sparsities})
+    targets = sorted({target_named(one) for one in sparsities}, key=_sparsity_and_structure)
     if unknown := [pruner for pruner in pruners if pruner not in PRUNERS]:
         raise ValueError(f"there is no pruner {unknown[0]!r}; there are {', '.join(PRUNERS)}")
     path = Path(folder) / "results.json"
@@ -332,26 +384,27 @@ def compare(
         found.save(path)
 
     def keep(method: str, plan: Plan) -> None:
-        found.plans.setdefault(method, {})[plan.target] = plan
+        target = plan.mask_structure if plan.group else str(plan.target)
+        found.plans.setdefault(method, {})[target] = plan
         found.save(path)
 
     planned = {(method, target) for method, plans in found.plans.items() for target in plans}
-    missing = [pair for pair in product(asked, sparsities) if pair not in planned]
+    missing = [pair for pair in product(asked, targets) if pair not in planned]
     if missing:
         scoring = _Scoring()
         scoring._wanted = [(method, asked[method], target) for method, target in missing]
         scoring._keep, scoring._search = keep, path.with_name("search.json")
         _let_go(oneshot(model=model, recipe=scoring, **calibration))
 
-    for pruner, sparsity, method in product(dict.fromkeys(pruners), sparsities, asked):
-        if found.cell(method, sparsity, pruner) is None:
-            plan = found.plans[method][sparsity]
+    for pruner, target, method in product(dict.fromkeys(pruners), targets, asked):
+        if found.cell(method, target, pruner) is None:
+            plan = found.plans[method][target]
             started = time.perf_counter()
             pruned = oneshot(model=model, recipe=recipe_of(plan, pruner), **calibration)
             value, achieved = _measured(pruned, windows, plan)
             cell = Cell(
                 method=method,
-                sparsity=sparsity,
+                target=target,
                 pruner=pruner,
                 perplexity=value,
                 achieved=achieved,
@@ -360,7 +413,7 @@ def compare(
             found.cells.append(cell)
             found.save(path)
             report(cell)
-    return found.only(asked, sparsities, dict.fromkeys(pruners))
+    return found.only(asked, targets, dict.fromkeys(pruners))
 
 
 def _measured(
@@ -391,7 +444,7 @@ def _let_go(model: torch.nn.Module) -> None:
 def _subject(
     model: str, calibration: Mapping[str, Any], windows: Sequence[torch.Tensor]
 ) -> dict[str, str]:
-    """All that a figure depends on but method, sparsity and pruner."""
+    """All that a figure depends on but method, target and pruner."""
 
     def digest(content: object) -> str:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -430,7 +483,7 @@ def _loaded(path: Path, subject: dict[str, str]) -> Comparison:
 class _Scoring(AllocationModifier):
     """One pass of the dense model for many methods; makes plans and prunes nothing."""
 
-    _wanted: list[tuple[str, AllocationModifier, float]] = PrivateAttr(default_factory=list)
+    _wanted: list[tuple[str, AllocationModifier, str]] = PrivateAttr(default_factory=list)
     _keep: Callable[[str, Plan], None] = PrivateAttr()
     _search: Path = PrivateAttr()
     _scorers: dict[str, AllocationModifier] = PrivateAttr(default_factory=dict)
@@ -443,6 +496,10 @@ class _Scoring(AllocationModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the blocks, and in them the Linears that a stage on all Linears prunes."""
         self._match(state.model, [], kwargs.get("sequential_targets"))
+        for _, _, target in self._wanted:
+            if m := split_structure(_sparsity_and_structure(target)[1])[1]:
+                for block in self._blocks:
+                    check_columns(block.linears, m, "the recipe's ignore")
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -464,7 +521,7 @@ class _Scoring(AllocationModifier):
         self,
         model: torch.nn.Module,
         batches: list[Batch],
-        wanted: list[tuple[str, AllocationModifier, float]],
+        wanted: list[tuple[str, AllocationModifier, str]],
     ) -> None:
         """Run batches, score on all that ran so far, and make the plans."""
         self._scorers = {scorer.statistic_name: scorer for _, scorer, _ in wanted}
@@ -482,13 +539,15 @@ class _Scoring(AllocationModifier):
         trial = self._trial(model, blocks)
         for method, scorer, target in wanted:
             statistic = scorer.statistic_name
+            sparsity, structure = _sparsity_and_structure(target)
             make = partial(
                 Plan.make,
                 [(b.name, b.weights, self._values[statistic, i]) for i, b in enumerate(blocks)],
                 method=scorer.method,
                 model=getattr(model, "name_or_path", "") or type(model).__name__,
                 statistic=statistic,
-                target=target,
+                target=sparsity,
+                mask_structure=structure,
                 unseen=[name for block in self._blocks for name in self._unseen[block.name]],
             )
             strength = scorer.strength

@@ -18,24 +18,32 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
 
 from dlp_plugin import host
-from dlp_plugin.allocation import Method, Statistic, check_alpha, check_sparsity
+from dlp_plugin.allocation import (
+    Method,
+    Statistic,
+    check_alpha,
+    check_sparsity,
+    check_target,
+    split_structure,
+)
 from dlp_plugin.blocks import Block, group_by_block, outer_block
 from dlp_plugin.calibration import scoring_batches, split
 from dlp_plugin.plan import Plan
 from dlp_plugin.scores import ChannelNorms, Part, block_score
 from dlp_plugin.search import choose_strength, refine
-from dlp_plugin.stages import SparseGPTModifier, WandaPruningModifier
+from dlp_plugin.stages import Stage
 from dlp_plugin.trial import Trial
 
 __all__ = ["AllocationModifier", "DLPModifier", "Strength", "checked_strength", "last_plans"]
 
 
 class AllocationModifier(Modifier):
-    """Give every block its own sparsity before SparseGPT or Wanda prunes it.
+    """Give every block its own sparsity before SparseGPT, Wanda or magnitude prunes it.
 
     What DLP and its peers share: each of them is told apart by how it scores a block. It
-    feeds every SparseGPT and Wanda stage that follows, up to the next modifier of this
-    kind; together they are one plan with one target. After the run the recipe reads as it
+    feeds every pruning stage that follows, up to the next modifier of this kind; together
+    they are one plan with one target. Where their structure is N:M, every block gets an N of
+    its own, N on average. After the run the recipe reads as it
     was written, and holds the plan: run again, it prunes from that plan without scoring.
 
     Lifecycle:
@@ -48,7 +56,9 @@ class AllocationModifier(Modifier):
     - on_finalize: give the stages back the sparsity they were written with
 
     :param sparsity: target over all weights that the stages prune, in (0, 1); left
-        out, the stages' own
+        out, the stages' own, or that of their N:M
+    :param mask_structure: ``N:M`` for a plan that no stage follows, to be pruned from later;
+        otherwise the stages' own
     :param num_samples: use the first so many calibration samples; None for all
     :param plan_path: JSON file to write the plan to
     :param from_plan: a plan file (or its content) to prune from without scoring, at
@@ -60,6 +70,7 @@ class AllocationModifier(Modifier):
     """
 
     sparsity: float | None = None
+    mask_structure: str | None = None
     num_samples: int | None = Field(default=None, ge=1)
     plan_path: str | None = None
     from_plan: str | dict[str, Any] | None = None
@@ -75,6 +86,7 @@ class AllocationModifier(Modifier):
 
     _plan: Plan | None = PrivateAttr(default=None)
     _target: float = PrivateAttr(default=0.0)
+    _structure: str = PrivateAttr(default="0:0")
     _stages: list[_FedStage] = PrivateAttr(default_factory=list)
     _blocks: list[Block] = PrivateAttr(default_factory=list)
     _norms: ChannelNorms = PrivateAttr(default_factory=ChannelNorms)
@@ -132,8 +144,9 @@ class AllocationModifier(Modifier):
             _check_stage(stage, type(self).__name__)
         if not stages and self.plan_path is None:
             raise ValueError(
-                f"no SparseGPTModifier or WandaPruningModifier follows {type(self).__name__} in "
-                "the recipe: add one, or set plan_path to only write the plan"
+                f"no SparseGPTModifier, WandaPruningModifier or OneShotMagnitudeModifier follows "
+                f"{type(self).__name__} in the recipe: add one, or set plan_path to only write "
+                "the plan"
             )
         if self.plan_path is not None and not Path(self.plan_path).parent.is_dir():
             raise ValueError(f"plan_path {self.plan_path}: its folder does not exist; create it")
@@ -146,6 +159,7 @@ class AllocationModifier(Modifier):
             )
 
         plan = None if self.from_plan is None else Plan.load(self.from_plan)
+        self._structure = self._common_structure(stages, plan)
         self._target = self._choose_target(stages, plan)
         self._match(state.model, stages, kwargs.get("sequential_targets"))
         if plan is not None:
@@ -219,6 +233,7 @@ class AllocationModifier(Modifier):
             statistic=self.statistic_name,
             target=self._target,
             unseen=[linear for name in names for linear in self._unseen[name]],
+            mask_structure=self._structure,
         )
         blocks = [block.without(self._unseen[block.name]) for block in self._blocks]
         if self.strength == "auto":
@@ -316,6 +331,21 @@ class AllocationModifier(Modifier):
                             f"pruned twice: add re:{name} to the stage's ignore"
                         )
 
+    def _common_structure(self, stages: list[host.PruningStage], plan: Plan | None) -> str:
+        own = type(self).__name__
+        stated = {stage.mask_structure: type(stage).__name__ for stage in stages}
+        if self.mask_structure is not None:
+            stated.setdefault(self.mask_structure, own)
+        if len(stated) > 1:
+            raise ValueError(
+                "mask_structure is "
+                + ", ".join(f"{value} in {kind}" for value, kind in stated.items())
+                + f": state the same, or give each stage a {own} of its own"
+            )
+        if stated:
+            return next(iter(stated))
+        return "0:0" if plan is None else plan.mask_structure
+
     def _choose_target(self, stages: list[host.PruningStage], plan: Plan | None) -> float:
         own = type(self).__name__
         stated = [] if self.sparsity is None else [(own, self.sparsity)]
@@ -329,6 +359,11 @@ class AllocationModifier(Modifier):
                 + ", ".join(f"{value} by {kind}" for kind, value in stated)
                 + f": state it once, or give each stage a {own} of its own"
             )
+        n, m = split_structure(self._structure)
+        if m:
+            for kind, value in stated:
+                check_target(value, self._structure, f"{kind}.sparsity")
+            return n / m
         if stated:
             return stated[0][1]
         if plan is not None:
@@ -379,6 +414,14 @@ class AllocationModifier(Modifier):
                 f"makes {self.method}: use the modifier it was made with"
             )
         self._check_settings(plan)
+        if plan.mask_structure != self._structure:
+            known = {"0:0": "unstructured pruning"}
+            raise ValueError(
+                f"the plan (of {plan.model}) is for "
+                f"{known.get(plan.mask_structure, plan.mask_structure)}, and the stages' "
+                f"mask_structure is {self._structure}: make it fit, `dlp-plugin show plan.json "
+                f"--mask-structure {self._structure} --output fitting.json`, or state the plan's"
+            )
         ours = {block.name: set(block.without(plan.unseen).linears) for block in self._blocks}
         for row in plan.blocks:
             if row.linears is not None and set(row.linears) != ours.get(row.name, set()):
@@ -438,7 +481,7 @@ def checked_strength(value: float | str, field: str) -> float | str:
 
 
 class DLPModifier(AllocationModifier):
-    """Give every block its own sparsity before SparseGPT or Wanda prunes it.
+    """Give every block its own sparsity before SparseGPT, Wanda or magnitude prunes it.
 
     Dynamic Layerwise Pruning (arXiv 2505.23807): the blocks whose weights matter less
     on the calibration data are pruned harder, with the same total. Put it in front of
@@ -588,10 +631,12 @@ def _check_stage(stage: host.PruningStage, decider: str) -> None:
     :raises ValueError: naming the stage, the field and the remedy
     """
     kind = type(stage).__name__
-    if is_distributed() and not isinstance(stage, (SparseGPTModifier, WandaPruningModifier)):
+    structured = split_structure(stage.mask_structure) != (0, 0)
+    if not isinstance(stage, Stage) and (structured or is_distributed()):
+        lack = "has one N for the whole model" if structured else "does not agree over processes"
         raise ValueError(
-            f"{kind} is llm-compressor's own class, which does not agree over processes: "
-            f"import it from dlp_plugin, or write it in a YAML recipe"
+            f"{kind} is llm-compressor's own class, which {lack}: import it from dlp_plugin, or "
+            "write it in a YAML recipe"
         )
     if stage.sparsity_profile is not None:
         raise ValueError(
@@ -602,10 +647,4 @@ def _check_stage(stage: host.PruningStage, decider: str) -> None:
         raise ValueError(
             f"{kind}.sparsity is a list, but {decider} decides the sparsities: state "
             f"the target as one number, or remove {decider}"
-        )
-    if stage.mask_structure != "0:0":
-        raise ValueError(
-            f"{kind}.mask_structure is {stage.mask_structure!r}: an N:M stage has one "
-            "sparsity for the whole model and ignores the blocks'; use '0:0', or remove "
-            f"{decider}"
         )

@@ -20,9 +20,12 @@ from dlp_plugin.allocation import (
     allocate,
     check_alpha,
     check_sparsity,
+    check_target,
     half_range,
     importances,
+    split_structure,
     unimportances,
+    whole_numbers,
 )
 from dlp_plugin.files import replacing
 
@@ -113,6 +116,9 @@ class Plan(BaseModel):
     :param alpha: the method's strength: DLP's alpha or OWL's lambda, half the range of the
         sparsities before clipping; AlphaPruning's epsilon; the linear one's beta
     :param target: sparsity over all ``weights`` together
+    :param mask_structure: ``0:0`` if weights are pruned wherever they are least; ``N:M`` if
+        of every M consecutive weights as many are pruned as a block's ``sparsity`` says, N on
+        average. The total is then as near to ``target`` as whole numbers allow
     :param blocks: one row per block, in the model's order
     :param unseen: Linears that saw no calibration token: neither scored nor counted
         in ``weights``, and left dense
@@ -129,6 +135,7 @@ class Plan(BaseModel):
     statistic: str
     alpha: float
     target: float
+    mask_structure: str = "0:0"
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)
     unseen: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
@@ -142,7 +149,18 @@ class Plan(BaseModel):
         names = [block.name for block in self.blocks]
         if len(set(names)) < len(names):
             raise ValueError("blocks: a name stands twice")
-        if abs(self.sparsity - self.target) > 1e-6:
+        allowed = 1e-6
+        if m := self.group:
+            check_target(self.target, self.mask_structure, "target")
+            allowed += max(b.weights for b in self.blocks) / m / self._weights
+            for block in self.blocks:
+                for name, sparsity in (block.linears or {block.name: block.sparsity}).items():
+                    if abs(sparsity * m - round(sparsity * m)) > 1e-6:
+                        raise ValueError(
+                            f"blocks: {name} has sparsity {sparsity}, which is no whole number "
+                            f"of every {m} weights"
+                        )
+        if abs(self.deviation) > allowed:
             raise ValueError(
                 f"blocks: their sparsities come to {self.sparsity:.6f} of all weights, "
                 f"but target is {self.target}"
@@ -160,21 +178,27 @@ class Plan(BaseModel):
         target: float,
         unseen: Sequence[str] = (),
         method: Method = "dlp",
+        mask_structure: str = "0:0",
     ) -> Plan:
         """Allocate sparsities to scored blocks.
 
         :param blocks: name, number of prunable weights and score of every block
-        :raises ValueError: as :func:`dlp_plugin.allocation.allocate` does
+        :raises ValueError: as :func:`dlp_plugin.allocation.allocate` does, or if ``target`` is
+            not the sparsity that ``mask_structure`` is on average
         """
         names, weights, scores = zip(*blocks, strict=True)
+        check_target(target, mask_structure, "target")
         unimportant = unimportances(method, scores)
         half = half_range(method, alpha, scores, weights, target)
+        sparsities = allocate(unimportant, weights, target, half)
+        if m := split_structure(mask_structure)[1]:
+            sparsities = [n / m for n in whole_numbers(sparsities, weights, target, m)]
         rows = zip(
             names,
             weights,
             scores,
             importances(unimportant),
-            allocate(unimportant, weights, target, half),
+            sparsities,
             strict=True,
         )
         return cls(
@@ -183,6 +207,7 @@ class Plan(BaseModel):
             statistic=statistic,
             alpha=alpha,
             target=target,
+            mask_structure=mask_structure,
             blocks=tuple(
                 BlockPlan(name=n, weights=w, score=u, importance=i, sparsity=s)
                 for n, w, u, i, s in rows
@@ -191,15 +216,27 @@ class Plan(BaseModel):
             versions=package_versions(),
         )
 
-    def at(self, *, target: float | None = None, alpha: float | None = None) -> Plan:
-        """Allocate the same scores again at another target or strength.
+    def at(
+        self,
+        *,
+        target: float | None = None,
+        alpha: float | None = None,
+        mask_structure: str | None = None,
+    ) -> Plan:
+        """Allocate the same scores again at another target, strength or structure.
 
+        :param mask_structure: with ``N:M`` the target is N / M and need not be stated
         :return: this very plan if nothing would change
-        :raises ValueError: if the plan was refined by a search, which holds for its target
+        :raises ValueError: if the plan was refined by a search, which holds for its target,
+            or if target and structure contradict one another
         """
-        target = self.target if target is None else target
+        if mask_structure is None:
+            mask_structure = self.mask_structure
+        n, m = split_structure(mask_structure)
+        if target is None:
+            target = n / m if m else self.target
         alpha = self.alpha if alpha is None else alpha
-        if (target, alpha) == (self.target, self.alpha):
+        if (target, alpha, mask_structure) == (self.target, self.alpha, self.mask_structure):
             return self
         if self.search:
             raise ValueError(
@@ -214,13 +251,28 @@ class Plan(BaseModel):
             target=target,
             unseen=self.unseen,
             method=self.method,
+            mask_structure=mask_structure,
         )
+
+    @property
+    def _weights(self) -> int:
+        return sum(block.weights for block in self.blocks)
 
     @property
     def sparsity(self) -> float:
         """Sparsity over all blocks together, by their numbers of weights."""
-        weights = sum(block.weights for block in self.blocks)
-        return math.fsum(block.weights * block.sparsity for block in self.blocks) / weights
+        pruned = math.fsum(block.weights * block.sparsity for block in self.blocks)
+        return pruned / self._weights
+
+    @property
+    def deviation(self) -> float:
+        """How far :attr:`sparsity` lies above ``target``; N:M may not come nearer."""
+        return self.sparsity - self.target
+
+    @property
+    def group(self) -> int:
+        """M of ``N:M``; 0 without structure."""
+        return split_structure(self.mask_structure)[1]
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
@@ -268,16 +320,28 @@ class Plan(BaseModel):
                 f"{block.weights:,}",
                 f"{block.score:.4g}",
                 f"{block.importance:.4f}",
-                f"{block.sparsity:.4f}",
+                f"{block.sparsity:.4f}{self._pattern(block)}",
             )
         table.add_section()
-        weights = sum(block.weights for block in self.blocks)
-        table.add_row("all", f"{weights:,}", "", "", f"{self.sparsity:.4f}")
+        table.add_row("all", f"{self._weights:,}", "", "", f"{self.sparsity:.4f}")
         return table
+
+    def _pattern(self, block: BlockPlan) -> str:
+        """A block's N:M, where it has one."""
+        numbers = sorted({round(s * self.group) for s in (block.linears or {}).values()})
+        if not self.group:
+            return ""
+        if len(numbers) > 1:
+            return f" ({numbers[0]} to {numbers[-1]}:{self.group})"
+        return f" ({round(block.sparsity * self.group)}:{self.group})"
 
     @property
     def _caption(self) -> str:
         text = f"target {self.target:g}, alpha {self.alpha:g}, {self.statistic}"
+        if self.group:
+            text += (
+                f"; {self.mask_structure} on average over all weights, off by {self.deviation:+.4%}"
+            )
         if self.candidates:
             tried = ", ".join(f"{c.alpha:g}: {c.loss:.4f}" for c in self.candidates)
             text += f"; chosen by loss ({tried})"
@@ -318,7 +382,9 @@ class Plan(BaseModel):
         axes.set_ylabel("sparsity (bars; dashed: target)")
         axes.set_ylim(0, 1)
         axes.set_title(
-            f"{self.model}: {_TITLES[self.method]}, target {self.target:g}, alpha {self.alpha:g}"
+            f"{self.model}: {_TITLES[self.method]}, target "
+            f"{self.mask_structure if self.group else format(self.target, 'g')}, "
+            f"alpha {self.alpha:g}"
         )
         scores = axes.twinx()
         scores.plot(depth, [b.score for b in self.blocks], color="#c44e52", marker="o")

@@ -69,7 +69,7 @@ def choose_strength(trial: Trial, make: Callable[..., Plan], blocks: Sequence[Bl
     plans = [make(alpha=half) for half in HALF_RANGES]
     if plans[0].method == "linear":  # its strength is the step from block to block
         plans = [make(alpha=half * unit) for half in HALF_RANGES]
-    losses = [trial.loss(sparsities_of(plan, blocks)) for plan in plans]
+    losses = [trial.loss(sparsities_of(plan, blocks), group=plan.group) for plan in plans]
     if not any(math.isfinite(loss) for loss in losses):
         raise ValueError(
             "the loss of the pruned model is not finite at any strength: check the "
@@ -87,9 +87,12 @@ def choose_strength(trial: Trial, make: Callable[..., Plan], blocks: Sequence[Bl
 class _Units:
     """What the search gives sparsities to: blocks, or single Linears."""
 
-    def __init__(self, members: Mapping[str, list[str]], weights: Mapping[str, int]) -> None:
-        """Take each unit's Linears, and the number of weights of each Linear."""
+    def __init__(
+        self, members: Mapping[str, list[str]], weights: Mapping[str, int], group: int
+    ) -> None:
+        """Take each unit's Linears, the number of weights of each Linear, and M of N:M or 0."""
         self.members = members
+        self.group = group
         self.weights = {
             unit: sum(weights[name] for name in names) for unit, names in members.items()
         }
@@ -108,7 +111,7 @@ class _Units:
         done = 0
         for _ in range(20 * switches):
             up, down = self._draw(chance, 1, blind), self._draw(chance, -1, blind)
-            weights = chance.choice(STEPS) * min(self.weights[up], self.weights[down])
+            weights = self._step(chance, self.weights[up], self.weights[down])
             if up != down and self._shift(mutated, up, weights):
                 if self._shift(mutated, down, -weights):
                     moved[up] += weights
@@ -119,6 +122,12 @@ class _Units:
             if done == switches:
                 break
         return mutated, moved
+
+    def _step(self, chance: random.Random, up: int, down: int) -> float:
+        """Weights to move between two units: in N:M the least that is whole in both."""
+        if self.group:
+            return math.lcm(up, down) / self.group
+        return chance.choice(STEPS) * min(up, down)
 
     def _draw(self, chance: random.Random, sign: int, blind: bool) -> str:
         """Draw a unit to prune more (1) or less (-1), cheap or dear ones more often."""
@@ -133,6 +142,8 @@ class _Units:
         """Prune so many weights more in a unit, if none of its Linears goes out of range."""
         change = weights / self.weights[unit]
         new = {name: sparsities[name] + change for name in self.members[unit]}
+        if self.group:
+            new = {name: round(value * self.group) / self.group for name, value in new.items()}
         if not all(0 <= value <= 1 for value in new.values()):
             return False
         sparsities.update(new)
@@ -172,15 +183,15 @@ def refine(
         name: lin.in_features * lin.out_features for b in blocks for name, lin in b.linears.items()
     }
     levels = [
-        _Units({block.name: list(block.linears) for block in blocks}, weights),
-        _Units({name: [name] for block in blocks for name in block.linears}, weights),
+        _Units({block.name: list(block.linears) for block in blocks}, weights, plan.group),
+        _Units({name: [name] for block in blocks for name in block.linears}, weights, plan.group),
     ]
     content = [plan.model_dump(mode="json"), generations, seed, trial.fingerprint]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     state = _load(progress_path, fingerprint)
     if state is None:
         best = sparsities_of(plan, blocks)
-        divergence = trial.divergence(best)
+        divergence = trial.divergence(best, group=plan.group)
         if not math.isfinite(divergence):
             raise ValueError(
                 "the divergence of the plan to refine is not finite: load the model in a wider "
@@ -196,7 +207,7 @@ def refine(
             units.costs = costs
         logger.info("The search goes on from generation {}", steps[-1].generation)
     few = min(SIFTING_TOKENS, trial.tokens)
-    here = trial.divergence(best, few)
+    here = trial.divergence(best, few, plan.group)
 
     for generation in range(len(steps), generations + 1):
         units = levels[generation > generations // 3]
@@ -204,17 +215,17 @@ def refine(
         sifted = []
         for _ in range(OFFSPRING):
             offspring, moved = units.switched(best, chance)
-            found = trial.divergence(offspring, few)
+            found = trial.divergence(offspring, few, plan.group)
             if not math.isfinite(found):
                 continue
             units.learn(moved, found - here)
             sifted.append((found, offspring))
         sifted.sort(key=lambda pair: pair[0])
         for _, offspring in sifted[:SURVIVORS]:
-            found = trial.divergence(offspring)
+            found = trial.divergence(offspring, group=plan.group)
             if found < divergence:
                 best, divergence = offspring, found
-        here = trial.divergence(best, few)
+        here = trial.divergence(best, few, plan.group)
         last = steps[-1]
         steps.append(
             SearchStep(

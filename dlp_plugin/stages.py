@@ -1,13 +1,16 @@
-"""The stock pruning stages, for runs on several processes too.
+"""The pruning stages: SparseGPT, Wanda and one-shot magnitude.
 
-In llm-compressor 0.14 GPTQ sums its statistics over processes, SparseGPT and Wanda do not:
-each process prunes by its own share of the calibration data, and the last writer wins. The
-classes here carry the stock names, so that recipes read the same; on one process they do
-what the stock classes do.
+The first two carry the stock names and do what llm-compressor's do, so that recipes read the
+same, and two things that those of 0.14 do not:
 
-What they rely on, held by ``tests/test_distributed.py``: a stage keeps a mean over
-samples per module (row scalars or Hessian) and the number of samples, and
-``compress_modules`` prunes the modules that have both.
+- with an N:M structure they take a list of sparsities too, an N for each entry; the stock
+  ones have one N for the whole model and ignore the list without a word;
+- on several processes they sum their statistics, as the host's GPTQ does, where the stock
+  ones prune by their own share of the data and the last writer wins.
+
+What they rely on, held by ``tests/test_stages.py`` and ``tests/test_distributed.py``: a stage
+keeps a mean over samples per module (row scalars or Hessian) and the number of samples, and
+``compress_modules`` prunes the modules that have both, each with the stage's N and M.
 """
 
 from __future__ import annotations
@@ -17,46 +20,222 @@ from typing import Any
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing, is_distributed
-from compressed_tensors.utils import get_execution_device
+from compressed_tensors.utils import (
+    align_module_device,
+    get_execution_device,
+    update_offload_parameter,
+)
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import pruning
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import make_empty_hessian
 from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import make_empty_row_scalars
 from llmcompressor.utils.dist import broadcast_qparams_and_cleanup
+from loguru import logger
 from torch import distributed as dist
 
-__all__ = ["SparseGPTModifier", "WandaPruningModifier"]
+from dlp_plugin.allocation import split_structure
+from dlp_plugin.blocks import check_columns
+from dlp_plugin.host import PruningStage, stage_targets
+
+__all__ = ["OneShotMagnitudeModifier", "SparseGPTModifier", "Stage", "WandaPruningModifier"]
 
 Statistics = dict[torch.nn.Module, torch.Tensor]
 
 
-class WandaPruningModifier(pruning.WandaPruningModifier):
-    """llm-compressor's Wanda stage; on several processes it prunes by all their data."""
+class Stage(PruningStage):
+    """What the stages here have in common: an N for every module, where there is an M.
+
+    :param sparsity: of all targets, or one per match of ``targets``; with an N:M structure it
+        may be left out, or be a list of N / M
+    """
+
+    sparsity: float | list[float] | None = None
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check that the structure fits the model.
+
+        :raises ValueError: naming the module or field
+        """
+        if m := split_structure(self.mask_structure)[1]:
+            self._check_structure(state.model, m)
+        return bool(super().on_initialize(state, **kwargs))
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Begin to collect statistics.
+
+        :raises ValueError: if neither the recipe nor a modifier has stated a sparsity
+        """
+        if self.sparsity is None and not self._prune_m:
+            raise ValueError(f"{type(self).__name__}.sparsity is not stated: set it, e.g. 0.7")
+        super().on_calibration_start(state, event, **kwargs)
+
+    def _check_structure(self, model: torch.nn.Module, m: int) -> None:
+        kind = type(self).__name__
+        for modules in stage_targets(model, self).values():
+            check_columns(modules, m, f"{kind}.ignore")
+        for sparsity in self.sparsity if isinstance(self.sparsity, list) else []:
+            if abs(sparsity * m - round(sparsity * m)) > 1e-6:
+                raise ValueError(
+                    f"{kind}.sparsity holds {sparsity}, which is no whole number of every {m} "
+                    f"weights (mask_structure {self.mask_structure}): state N / {m}"
+                )
+
+    def number(self, module: torch.nn.Module) -> int:
+        """How many of every M consecutive weights of a module are to be zero."""
+        if isinstance(self.sparsity, list):
+            return round(float(self._module_sparsities[module]) * (self._prune_m or 0))
+        return self._prune_n or 0
+
+
+class WandaPruningModifier(Stage, pruning.WandaPruningModifier):
+    """llm-compressor's Wanda stage, with an N for every entry of a list of sparsities."""
 
     def compress_modules(self) -> None:
-        """Prune what has been calibrated, each module on one process."""
-        if is_distributed():
-            modules = _gather(self, self._row_scalars, make_empty_row_scalars)
-            super().compress_modules()
-            _spread(modules)
-        else:
-            super().compress_modules()
+        """Prune what has been calibrated."""
+        compress = super().compress_modules
+        _compress(self, self._row_scalars, make_empty_row_scalars, compress)
 
 
-class SparseGPTModifier(pruning.SparseGPTModifier):
-    """llm-compressor's SparseGPT stage; on several processes it prunes by all their data."""
+class SparseGPTModifier(Stage, pruning.SparseGPTModifier):
+    """llm-compressor's SparseGPT stage, with an N for every entry of a list of sparsities."""
 
     def compress_modules(self) -> None:
-        """Prune what has been calibrated, each module on one process."""
-        if is_distributed():
-            modules = _gather(self, self._hessians, make_empty_hessian)
-            super().compress_modules()
-            _spread(modules)
-        else:
-            super().compress_modules()
+        """Prune what has been calibrated."""
+        _compress(self, self._hessians, make_empty_hessian, super().compress_modules)
+
+    def _check_structure(self, model: torch.nn.Module, m: int) -> None:
+        super()._check_structure(model, m)
+        if self.block_size % m:
+            raise ValueError(
+                f"SparseGPTModifier.block_size {self.block_size} would cut through groups of {m} "
+                f"weights (mask_structure {self.mask_structure}): take a multiple of {m}"
+            )
+        if self.preserve_sparsity_mask:
+            raise ValueError(
+                "SparseGPTModifier.preserve_sparsity_mask looks for the zeros of every group in "
+                f"the first columns in llm-compressor 0.14 and breaks mask_structure "
+                f"{self.mask_structure}: leave it out"
+            )
+
+
+Calibrated = SparseGPTModifier | WandaPruningModifier
+
+
+class OneShotMagnitudeModifier(Stage):
+    """Prune the weights of least magnitude in every matrix, at once and without data.
+
+    The third pruner of DLP's tables (and of SparseGPT's and Wanda's), fed like the two
+    others. Of a matrix with ``n`` weights exactly ``int(n * sparsity)`` are set to zero; of
+    equal ones at the threshold the first. With an N:M structure the least N of every M
+    consecutive weights of a row.
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        DLPModifier: {}
+        OneShotMagnitudeModifier:
+          sparsity: 0.5
+          targets: [Linear]
+          ignore: ["re:.*lm_head"]
+    ```
+
+    The fields are those of the host's pruning stages: ``sparsity`` (one, or one per match of
+    ``targets``), ``mask_structure``, ``targets``, ``ignore``.
+    """
+
+    requires_calibration_data: bool = False
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check the settings.
+
+        :raises ValueError: naming the field
+        """
+        if self.sparsity_profile is not None:
+            raise ValueError(
+                "OneShotMagnitudeModifier has no sparsity_profile: put OWLModifier before it"
+            )
+        return super().on_initialize(state, **kwargs)
+
+    def calibrate_module(
+        self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor
+    ) -> None:
+        """Nothing is learned from data."""
+
+    def compress_modules(self) -> None:
+        """Prune the targets, with one matrix at a time on its device."""
+        for module, name in self._module_names.items():
+            logger.info("Sparsifying {}", name)
+            with torch.no_grad(), align_module_device(module):
+                weight = module.get_parameter("weight").detach().clone()
+                weight[self._least(module, weight)] = 0
+            update_offload_parameter(module, "weight", weight)
+        self._module_names.clear()
+
+    def _least(self, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        """Which weights of a matrix go."""
+        if self._prune_m:
+            magnitudes = weight.abs().flatten(1).unflatten(1, (-1, self._prune_m))
+            order = magnitudes.argsort(dim=2, stable=True)[..., : self.number(module)]
+            least = torch.zeros_like(magnitudes, dtype=torch.bool).scatter_(2, order, True)
+            return least.view(weight.shape)
+        return smallest(weight.abs(), int(weight.numel() * float(self._module_sparsities[module])))
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Let go of the model."""
+        self._target_layers.clear()
+        self._module_sparsities.clear()
+        return True
+
+
+def smallest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark exactly ``count`` of the smallest values; of equal ones the first."""
+    flat = values.flatten()
+    if not count:
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = flat.kthvalue(count).values
+    marked = flat < threshold
+    equal = (flat == threshold).nonzero()[: count - int(marked.sum())]
+    marked[equal] = True
+    return marked.view(values.shape)
+
+
+def _compress(
+    stage: Calibrated,
+    statistics: Statistics,
+    empty: Callable[..., torch.Tensor],
+    compress: Callable[[], None],
+) -> None:
+    """Have the host prune what has been calibrated; of several processes each some modules.
+
+    :param compress: the host's ``compress_modules``
+    """
+    ranks = _gather(stage, statistics, empty) if is_distributed() else None
+    if stage._prune_m and isinstance(stage.sparsity, list):
+        _compress_by_number(stage, statistics, compress)
+    else:
+        compress()
+    if ranks is not None:
+        _spread(ranks)
+
+
+def _compress_by_number(
+    stage: Calibrated, statistics: Statistics, compress: Callable[[], None]
+) -> None:
+    """Have the host prune the modules of one N at a time."""
+    waiting, written = stage._num_samples, stage._prune_n
+    for number in sorted({stage.number(module) for module in waiting}):
+        these = {m: count for m, count in waiting.items() if stage.number(m) == number}
+        if number:
+            stage._num_samples, stage._prune_n = these, number
+            compress()
+        else:  # which the host takes for no structure
+            for module in these:
+                del statistics[module]
+    stage._num_samples, stage._prune_n = {}, written
 
 
 def _gather(
-    stage: pruning.SparseGPTModifier | pruning.WandaPruningModifier,
+    stage: Calibrated,
     statistics: Statistics,
     empty: Callable[..., torch.Tensor],
 ) -> dict[torch.nn.Module, int]:

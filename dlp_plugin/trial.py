@@ -1,9 +1,10 @@
 """The model as it would be if it were pruned: losses without touching a weight.
 
 Wanda's mask of a Linear follows at any sparsity from the weight and the norms of its input
-channels (arXiv 2306.11695): in each row the weights with the smallest ``|W| * norm`` go. So a
-pruned model can be measured by masking each weight as it is used; what is kept is one
-threshold per row and sparsity, not a second model.
+channels (arXiv 2306.11695): in each row the weights with the smallest ``|W| * norm`` go, or in
+each M consecutive weights of a row. So a pruned model can be measured by masking each weight as
+it is used; what is kept is one threshold per row (or group of M) and sparsity, not a second
+model.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Trial:
         self._model = model
         self._linears = linears
         self._norms = norms
-        self._thresholds: dict[tuple[str, int], torch.Tensor] = {}
+        self._thresholds: dict[tuple[str, int, int], torch.Tensor] = {}
         self._batches = _together(batches)
         self._device = get_main_device()
         self._kept: list[_Kept] = []
@@ -86,13 +87,14 @@ class Trial:
             digest.update(f"{name} {float(norms.double().sum())!r}".encode())
         return digest.hexdigest()
 
-    def loss(self, sparsities: Mapping[str, float]) -> float:
+    def loss(self, sparsities: Mapping[str, float], group: int = 0) -> float:
         """Mean cross-entropy per predicted token, in nats.
 
         :param sparsities: full name to sparsity of every Linear that is not to stay dense
+        :param group: prune among every so many consecutive weights (M of N:M); 0 for rows
         """
         total, count = 0.0, 0
-        with self._pruned(sparsities):
+        with self._pruned(sparsities, group):
             for batch in self._batches:
                 logits = self._logits(batch)[:, :-1].flatten(0, 1)
                 wanted = batch["input_ids"][:, 1:].flatten().to(logits.device)
@@ -102,7 +104,9 @@ class Trial:
                 count += len(wanted)
         return _mean(total, count, self._device)
 
-    def divergence(self, sparsities: Mapping[str, float], tokens: int | None = None) -> float:
+    def divergence(
+        self, sparsities: Mapping[str, float], tokens: int | None = None, group: int = 0
+    ) -> float:
         """Mean Kullback-Leibler divergence from the dense model per token, in nats.
 
         Of the vocabulary the 512 tokens that the dense model thinks likeliest count one by
@@ -111,12 +115,13 @@ class Trial:
 
         :param sparsities: as in :meth:`loss`
         :param tokens: measure on the first so many tokens (rounded up); None for all
+        :param group: as in :meth:`loss`
         """
         if not self._kept:
-            with self._pruned({}):
+            with self._pruned({}, group):
                 self._kept = [_keep(self._logits(batch).flatten(0, 1)) for batch in self._batches]
         total, count = 0.0, 0
-        with self._pruned(sparsities):
+        with self._pruned(sparsities, group):
             for batch, kept in zip(self._batches, self._kept, strict=True):
                 if tokens is not None and count >= tokens:
                     break
@@ -137,7 +142,7 @@ class Trial:
         return logits
 
     @contextmanager
-    def _pruned(self, sparsities: Mapping[str, float]) -> Iterator[None]:
+    def _pruned(self, sparsities: Mapping[str, float], group: int) -> Iterator[None]:
         """Have Linears compute with masked weights."""
         was_training = self._model.training
         self._model.eval()
@@ -145,24 +150,29 @@ class Trial:
             stack.callback(self._model.train, was_training)
             for name, sparsity in sparsities.items():
                 linear = self._linears[name]
-                count = int(linear.in_features * sparsity)
+                count = round(group * sparsity) if group else int(linear.in_features * sparsity)
                 if count:
                     norms = self._norms[name]
-                    masked = _Masked(linear, norms, self._threshold(name, count))
+                    masked = _Masked(linear, norms, self._threshold(name, count, group))
                     stack.enter_context(patch_attr(linear, "forward", masked))
             yield
 
     @torch.no_grad()
-    def _threshold(self, name: str, count: int) -> torch.Tensor:
-        """The score in each row up to which ``count`` weights go, float32 ``[out, 1]``."""
-        if (name, count) not in self._thresholds:
+    def _threshold(self, name: str, count: int, group: int) -> torch.Tensor:
+        """The score up to which ``count`` weights of a group go, float32 ``[out, groups, 1]``.
+
+        Without structure a row is one group.
+        """
+        key = name, count, group
+        if key not in self._thresholds:
             linear = self._linears[name]
             weight = linear.weight.to(get_execution_device(linear))
-            value = _scores(weight, self._norms[name]).kthvalue(count, dim=1, keepdim=True)
+            scores = _scores(weight, self._norms[name])
+            grouped = scores.unflatten(1, (-1, group or linear.in_features))
             if len(self._thresholds) >= _REMEMBERED * len(self._linears):
                 del self._thresholds[next(iter(self._thresholds))]  # the oldest
-            self._thresholds[name, count] = value.values
-        return self._thresholds[name, count]
+            self._thresholds[key] = grouped.kthvalue(count, dim=2, keepdim=True).values
+        return self._thresholds[key]
 
 
 def _scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -170,7 +180,7 @@ def _scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 class _Masked:
-    """A Linear's forward with the weights up to each row's threshold at zero."""
+    """A Linear's forward with the weights up to each group's threshold at zero."""
 
     def __init__(
         self, linear: torch.nn.Linear, norms: torch.Tensor, threshold: torch.Tensor
@@ -180,8 +190,9 @@ class _Masked:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         linear, norms, threshold = self._parts
         weight = linear.weight.to(inputs.device)
-        keep = _scores(weight, norms) > threshold.to(weight.device)
-        return functional.linear(inputs, weight * keep, linear.bias)
+        threshold = threshold.to(weight.device)
+        scores = _scores(weight, norms).unflatten(1, (threshold.shape[1], -1))
+        return functional.linear(inputs, weight * (scores > threshold).flatten(1), linear.bias)
 
 
 def _together(batches: Sequence[Batch]) -> list[Batch]:

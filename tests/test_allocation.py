@@ -3,14 +3,21 @@
 import math
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from conftest import ROOT, naive_sparsities
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlp_plugin.allocation import allocate, check_alpha, check_sparsity, importances
+from dlp_plugin.allocation import (
+    allocate,
+    check_alpha,
+    check_sparsity,
+    importances,
+    split_structure,
+    whole_numbers,
+)
 
 
 def test_worked_example_of_two_blocks() -> None:
@@ -103,6 +110,63 @@ def test_alpha_negative_or_not_finite_is_refused(value: float) -> None:
 def test_unusable_scores_are_refused(scores: list, weights: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         allocate(scores, weights, 0.7, 0.15)
+
+
+def test_worked_example_of_whole_numbers() -> None:
+    # each rounded alone would be 5, 4 and 4 of 8: 13 where 12 are wanted
+    assert whole_numbers([4.6 / 8, 3.7 / 8, 3.7 / 8], [10, 10, 10], 0.5, 8) == [4, 4, 4]
+    # of equal parts missing the less important block is rounded up
+    assert whole_numbers([5.5 / 8, 3.5 / 8, 3 / 8], [10, 10, 10], 0.5, 8) == [6, 3, 3]
+
+
+allocated = st.integers(1, 7).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.floats(0, 10), min_size=n, max_size=n),
+        st.lists(st.integers(1, 50), min_size=n, max_size=n),
+        st.floats(0, 0.6),
+        st.sampled_from([(2, 4), (1, 4), (4, 8), (3, 7), (8, 16)]),
+    )
+)
+
+
+@given(allocated)
+def test_whole_numbers_come_as_near_as_half_a_weight_of_a_group(drawn: tuple) -> None:
+    scores, weights, alpha, (n, m) = drawn
+    exact = allocate(scores, weights, n / m, alpha)
+    numbers = whole_numbers(exact, weights, n / m, m)
+    total = sum(w * number for w, number in zip(weights, numbers, strict=True))
+    assert abs(total - n / m * m * sum(weights)) <= max(weights) / 2 + 1e-6
+    for number, s in zip(numbers, exact, strict=True):
+        assert number in (math.floor(s * m + 1e-9), math.ceil(s * m - 1e-9))
+    ordered = sorted(zip(exact, numbers, strict=True))
+    assert all(low <= high for (a, low), (b, high) in pairwise(ordered) if a < b - 1e-9)
+
+
+@given(allocated)
+def test_whole_numbers_of_equal_blocks_are_the_best_that_hit_the_target(drawn: tuple) -> None:
+    scores, _, alpha, (n, m) = drawn
+    scores = scores[:5]
+    exact = allocate(scores, [1] * len(scores), n / m, alpha)
+    numbers = whole_numbers(exact, [1] * len(scores), n / m, m)
+    assert sum(numbers) == n * len(scores)
+
+    def error(candidate: tuple[int, ...]) -> float:
+        return sum((c - s * m) ** 2 for c, s in zip(candidate, exact, strict=True))
+
+    near = [{math.floor(s * m), math.ceil(s * m)} for s in exact]
+    best = min(error(c) for c in product(*near) if sum(c) == n * len(scores))
+    assert error(tuple(numbers)) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("text", ["", "4", "4:", "4:4", "5:4", "0:4", "-1:4", "a:b", "1:2:3"])
+def test_a_structure_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="mask_structure must be N:M, with N zeros"):
+        split_structure(text)
+
+
+def test_structures() -> None:
+    assert split_structure("2:4") == (2, 4)
+    assert split_structure("0:0") == (0, 0)
 
 
 def test_the_arithmetic_stands_alone() -> None:

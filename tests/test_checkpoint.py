@@ -20,6 +20,21 @@ def stage() -> WandaPruningModifier:
     return WandaPruningModifier(sparsity=0.6, targets=["Linear"], ignore=["re:.*lm_head"])
 
 
+def test_zeros_of_every_group(tmp_path: Path) -> None:
+    weight = torch.tensor([[0.0, 1, 2, 0, 3, 4, 0, 0], [0.0, 0, 1, 2, 3, 0, 0, 4]])
+    odd = torch.ones(2, 6)
+    left = weight[:, :4].clone()
+    tensors = {"layers.0.a.weight": weight, "layers.0.b.weight": odd, "layers.2.a.weight": left}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = inspect_checkpoint(tmp_path, group=4)
+    assert found.linears["layers.0.a"] == Zeros(16, 8, (2, 2))
+    assert found.linears["layers.0.b"].in_group is None  # 6 columns are not filled by groups of 4
+    assert found.blocks["layers.0"] == Zeros(28, 8, None)
+    assert found.blocks["layers.2"].in_group == (2, 2)
+    assert inspect_checkpoint(tmp_path, group=2).linears["layers.0.a"].in_group == (0, 2)
+    assert inspect_checkpoint(tmp_path).linears["layers.0.a"] == Zeros(16, 8)
+
+
 def test_a_dense_checkpoint(make_model, tmp_path: Path) -> None:
     dlp = DLPModifier()
     model = make_model(torch.bfloat16)

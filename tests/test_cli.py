@@ -85,6 +85,30 @@ def test_score_then_show_at_another_target(tmp_path: Path) -> None:
     assert Plan.load(file).target == 0.7
 
 
+def test_n_m_from_score_to_inspect(tmp_path: Path) -> None:
+    free, fixed = tmp_path / "free.json", tmp_path / "fixed.json"
+    command("score", SHIPPED, *CALIBRATE, "--sparsity", 0.5, "--output", free)
+    command("show", free, "--mask-structure", "4:8", "--output", fixed)
+    plan = Plan.load(fixed)
+    assert (plan.mask_structure, plan.sparsity) == ("4:8", 0.5)
+    again = tmp_path / "again.json"
+    output = command("score", SHIPPED, *CALIBRATE, "--mask-structure", "4:8", "--output", again)
+    assert Plan.load(again) == plan
+    assert "4:8 on average" in " ".join(output.output.split())
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        (ROOT / "recipes" / "dlp_wanda_4of8.yaml")
+        .read_text()
+        .replace("alpha: auto", f"from_plan: {fixed}")
+    )
+    folder = tmp_path / "pruned"
+    command("oneshot", SHIPPED, "--recipe", recipe, *CALIBRATE, "--output", folder)
+    output = command("inspect", folder, "--group", 8).output
+    found = re.findall(r"model.layers.\d+ .*(\d) │$", output, re.MULTILINE)
+    assert [int(number) for number in found] == [round(8 * b.sparsity) for b in plan.blocks]
+
+
 def test_ppl_is_that_of_the_model_card(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(CALIBRATION_TEXT.read_text()[:20_000])

@@ -19,6 +19,7 @@ from dlp_plugin import (
     AlphaPruningModifier,
     DLPModifier,
     LinearSparsityModifier,
+    OneShotMagnitudeModifier,
     OWLModifier,
     SparseGPTModifier,
     WandaPruningModifier,
@@ -27,7 +28,11 @@ from dlp_plugin.compare import Cell, Comparison, compare, method_named, recipe_o
 from dlp_plugin.evaluate import perplexity
 from dlp_plugin.text import calibration_set, read_tokens, token_windows
 
-STAGES = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
+STAGES = {
+    "wanda": WandaPruningModifier,
+    "sparsegpt": SparseGPTModifier,
+    "magnitude": OneShotMagnitudeModifier,
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, broken_at: int = 0) -> Runs:
 
 
 def figures(cells: list[Cell]) -> list[tuple[Any, ...]]:
-    return [(c.method, c.sparsity, c.pruner, c.perplexity, c.achieved) for c in cells]
+    return [(c.method, c.target, c.pruner, c.perplexity, c.achieved) for c in cells]
 
 
 class TestFigures:
@@ -143,7 +148,33 @@ class TestFigures:
             model = oneshot(model=str(SHIPPED), recipe=recipe, **calibration)
             assert cell.perplexity == perplexity(model, windows), cell.method
             if modifier is not None:
-                assert modifier.plan.blocks == found.plans[cell.method][0.6].blocks
+                assert modifier.plan.blocks == found.plans[cell.method]["0.6"].blocks
+
+    def test_n_m_is_a_target_of_its_own(
+        self,
+        compared: Callable[..., Comparison],
+        calibration: dict[str, Any],
+        windows: list[torch.Tensor],
+        tmp_path: Path,
+    ) -> None:
+        pruners = ["wanda", "magnitude"]
+        settings = {"pruners": pruners, "generations": 1}
+        found = compared(tmp_path, "uniform,dlp:auto,dlp-refined", 0.5, "4:8", **settings)
+        assert list(dict.fromkeys(cell.target for cell in found.cells)) == ["0.5", "4:8"]
+        assert all(plan["4:8"].sparsity == pytest.approx(0.5) for plan in found.plans.values())
+        text = found.markdown()
+        assert "| magnitude | 4:8 | uniform |" in text
+        wanda = found.cell("dlp:0.15 refined 1", "4:8", "wanda")
+        stage = WandaPruningModifier(
+            mask_structure="4:8", targets=["Linear"], ignore=["re:.*lm_head"]
+        )
+        model = oneshot(model=str(SHIPPED), recipe=[DLPModifier(refine=1), stage], **calibration)
+        assert wanda.perplexity == perplexity(model, windows)
+        assert compared(tmp_path, "uniform,dlp:auto,dlp-refined", 0.5, "4:8", **settings) == found
+        (tmp_path / "recipe.yaml").write_text(found.recipe("4:8"))
+        best = found.best("4:8")
+        model = oneshot(model=str(SHIPPED), recipe=str(tmp_path / "recipe.yaml"), **calibration)
+        assert perplexity(model, windows) == best.perplexity
 
     def test_weights_of_measured_models_are_let_go(
         self,
@@ -272,16 +303,22 @@ class TestMethodNames:
     def test_pruners_and_sparsities_are_checked_before_any_work(
         self, compared: Callable[..., Comparison], tmp_path: Path
     ) -> None:
-        with pytest.raises(ValueError, match=r"no pruner 'magnitude'; there are wanda, sparsegpt"):
-            compared(tmp_path / "new", "dlp", 0.5, pruners=["magnitude"])
+        with pytest.raises(
+            ValueError, match=r"no pruner 'obs'; there are wanda, sparsegpt, magnitude"
+        ):
+            compared(tmp_path / "new", "dlp", 0.5, pruners=["obs"])
         with pytest.raises(ValueError, match="strictly between 0 and 1, got 50"):
             compared(tmp_path / "new", "dlp", 50)
+        with pytest.raises(ValueError, match="mask_structure must be N:M.*got '4:4'"):
+            compared(tmp_path / "new", "dlp", "4:4")
+        with pytest.raises(ValueError, match="'half' is no number; give e.g. 0.5, 0.7 or 4:8"):
+            compared(tmp_path / "new", "dlp", "half")
         assert not (tmp_path / "new").exists()
 
 
 def cell(method: str, sparsity: float, pruner: str, value: float) -> Cell:
     return Cell(
-        method=method, sparsity=sparsity, pruner=pruner, perplexity=value, achieved=0, seconds=0
+        method=method, target=str(sparsity), pruner=pruner, perplexity=value, achieved=0, seconds=0
     )
 
 
@@ -301,10 +338,10 @@ class TestTheBest:
 
     def test_it_is_over_pruners_at_the_highest_sparsity_or_the_given(self) -> None:
         assert self.found.best() == self.found.cells[5]
-        assert self.found.best(0.5) == self.found.cells[1]
+        assert self.found.best("0.5") == self.found.cells[1]
         assert self.found.best(pruner="wanda") == self.found.cells[2]
-        with pytest.raises(ValueError, match=r"at sparsity 0.6; there are \[0.5, 0.7\]"):
-            self.found.best(0.6)
+        with pytest.raises(ValueError, match=r"measured at 0.6; there are 0.5, 0.7"):
+            self.found.best("0.6")
 
     def test_an_undefined_perplexity_survives_the_file(self, tmp_path: Path) -> None:
         self.found.save(tmp_path / "r.json")
@@ -334,7 +371,7 @@ class TestWhatIsWritten:
     def test_a_recipe_holds_the_plan_to_the_last_digit(
         self, finished: tuple[Path, Comparison], pruner: str
     ) -> None:
-        plan = finished[1].plans["owl:0.1"][0.5]
+        plan = finished[1].plans["owl:0.1"]["0.5"]
         (stage,) = yaml.safe_load(recipe_of(plan, pruner)).values()
         modifiers = stage["pruning_modifiers"]
         assert list(modifiers) == ["OWLModifier", STAGES[pruner].__name__]
@@ -342,7 +379,7 @@ class TestWhatIsWritten:
 
     def test_tables_show_every_figure_and_the_best(self, finished: tuple[Path, Comparison]) -> None:
         _, found = finished
-        best = found.best(0.7)
+        best = found.best("0.7")
         table = found.table()
         columns = [list(column.cells) for column in table.columns]
         assert columns[:2] == [["wanda", "wanda"], ["uniform", "owl:0.1"]]

@@ -27,11 +27,14 @@ class Judge:
         self.best = best
         self.calls = 0
 
-    def divergence(self, sparsities: Mapping[str, float], tokens: int | None = None) -> float:
+    def divergence(
+        self, sparsities: Mapping[str, float], tokens: int | None = None, group: int = 0
+    ) -> float:
         self.calls += 1
         return sum((s - self.best(name)) ** 2 for name, s in sparsities.items())
 
-    loss = divergence
+    def loss(self, sparsities: Mapping[str, float], group: int = 0) -> float:
+        return self.divergence(sparsities, group=group)
 
 
 def blocks() -> list[Block]:
@@ -112,11 +115,35 @@ class TestRefine:
         assert plan.search[-1].evaluations == 1 + 9 * (8 + 2)
         assert plan.search[-1].tokens == 4096 + 9 * (8 * 2048 + 2 * 4096)
 
+    def test_of_n_m_it_moves_whole_numbers(self) -> None:
+        """A step of b.up (320 weights) is one N in it and four in b.q (80 weights)."""
+
+        class OfFours(Judge):
+            def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
+                assert all((8 * s).is_integer() for s in sparsities.values())
+                return super().divergence(sparsities, *rest, **named)
+
+        rows = [(block.name, block.weights, s) for block, s in zip(blocks(), SCORES, strict=True)]
+        plan = Plan.make(
+            rows,
+            model="m",
+            statistic="median",
+            alpha=0.0,
+            target=0.5,
+            mask_structure="4:8",
+        )
+        best = {f"b{i}.{n}": (2 + i) / 8 for i in range(4) for n in ("up", "q")}
+        judge = OfFours(lambda name: best[name] + (0.0625 if name < "b2" else -0.0625))
+        refined = refine(judge, plan, blocks(), generations=60)
+        assert refined.sparsity == pytest.approx(0.5, abs=1e-12)
+        assert refined.search[-1].divergence < 0.5 * refined.search[0].divergence
+        assert Plan.load(refined.model_dump(mode="json")) == refined
+
     def test_the_first_third_moves_whole_blocks(self) -> None:
         class Recorder(Judge):
-            def divergence(self, sparsities: Mapping, tokens: int | None = None) -> float:
+            def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
                 whole.append(all(sparsities[f"b{i}.up"] == sparsities[f"b{i}.q"] for i in range(4)))
-                return super().divergence(sparsities, tokens)
+                return super().divergence(sparsities, *rest, **named)
 
         whole: list[bool] = []
         refine(Recorder(lambda name: 0.2 * int(name[1])), start(), blocks(), generations=6)
@@ -134,10 +161,10 @@ class TestRefine:
 
     def test_an_interrupted_search_goes_on(self, tmp_path: Path) -> None:
         class Tired(Judge):
-            def divergence(self, sparsities: Mapping, tokens: int | None = None) -> float:
+            def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
                 if self.calls == 60:
                     raise KeyboardInterrupt
-                return super().divergence(sparsities, tokens)
+                return super().divergence(sparsities, *rest, **named)
 
         def optimum(name: str) -> float:
             return 0.9 if name.endswith("q") else 0.55

@@ -134,3 +134,20 @@ def test_few_thresholds_are_remembered(
         trial.loss(dict.fromkeys(linears, sparsity))
     assert len(trial._thresholds) <= 2 * len(linears)
     assert trial.loss(dict.fromkeys(linears, 0.5)) == first
+
+
+def test_groups_of_n_m(make_model: MakeModel) -> None:
+    model = make_model()
+    linears, norms = parts(model)
+    numbers = {name: i % 9 for i, name in enumerate(linears)}  # none and all of 8 among them
+    sparsities = {name: n / 8 for name, n in numbers.items()}
+    trial = Trial(model, linears, norms, batches())
+    loss, by_rows = trial.loss(sparsities, group=8), trial.loss(sparsities)
+    assert trial.divergence(sparsities, group=8) != trial.divergence(sparsities)
+    for name, n in numbers.items():
+        weight = linears[name].weight.data
+        groups = (weight.abs() * norms[name]).unflatten(1, (-1, 8))
+        mask = torch.zeros_like(groups).scatter_(2, groups.argsort(2)[..., :n], 1).flatten(1)
+        weight[mask.bool()] = 0
+    assert loss == pytest.approx(trial.loss({}), abs=1e-6)
+    assert by_rows != pytest.approx(loss, abs=1e-4)
