@@ -217,6 +217,41 @@ def inspect(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, as peft saves it.")],
+    output: Annotated[Path, typer.Argument(help="Folder to save the model in; new or empty.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The pruned model; by default what the adapter was trained on."),
+    ] = None,
+    allow_dense: Annotated[
+        bool, typer.Option(help="Merge into modules that were never pruned, too.")
+    ] = False,
+) -> None:
+    """Merge an adapter (LoRA and others of peft) into a pruned model, keeping every zero.
+
+    Needs `pip install 'dlp_plugin[lora]'`. To quantize what comes out:
+    `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
+    """
+    from transformers import AutoTokenizer
+
+    from dlp_plugin.checkpoint import inspect_checkpoint
+    from dlp_plugin.files import check_vacant, replacing
+    from dlp_plugin.recovery import load_adapter, sparse_merge
+
+    with _told():
+        check_vacant(output)
+        adapted, base = load_adapter(adapter, base)
+        merged: Any = sparse_merge(adapted, allow_dense=allow_dense)
+        with replacing(output) as folder:
+            merged.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        with _progress("Reading the checkpoint", 1) as advance:
+            found = inspect_checkpoint(output, advance)
+        console.print(_zeros_table(found))
+
+
+@app.command()
 def export_gptq(
     folder: Annotated[Path, typer.Argument(help="A W4A16 or W8A16 checkpoint of oneshot().")],
     output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],

@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CALIBRATION_TEXT, ROOT, SHIPPED
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
+from dlp_plugin.checkpoint import zeros_lost
 from dlp_plugin.cli import app
 from dlp_plugin.plan import Plan
 
@@ -107,6 +111,45 @@ def test_n_m_from_score_to_inspect(tmp_path: Path) -> None:
     output = command("inspect", folder, "--group", 8).output
     found = re.findall(r"model.layers.\d+ .*(\d) │$", output, re.MULTILINE)
     assert [int(number) for number in found] == [round(8 * b.sparsity) for b in plan.blocks]
+
+
+class TestMerge:
+    @pytest.fixture
+    def adapter(self, pruned: tuple[Path, str], tmp_path: Path) -> Path:
+        model = AutoModelForCausalLM.from_pretrained(pruned[0], dtype="auto")
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"]))
+        torch.manual_seed(0)
+        for name, value in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.1)
+        adapted.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def test_every_zero_is_kept(
+        self, pruned: tuple[Path, str], adapter: Path, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "merged"
+        assert "Zeros in" in command("merge", adapter, folder).output
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            file.name for file in folder.iterdir()
+        }
+        assert not any(zeros_lost(pruned[0], folder).values())
+        before, after = (load_file(f / "model.safetensors") for f in (pruned[0], folder))
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {name.split(".")[-2] for name in changed} == {"q_proj", "up_proj"}
+        assert "give a new one" in command("merge", adapter, folder, code=1).output
+
+    def test_into_a_model_that_was_never_pruned(self, adapter: Path, tmp_path: Path) -> None:
+        arguments = ["merge", adapter, tmp_path / "merged", "--base", SHIPPED]
+        output = " ".join(command(*arguments, code=1).output.split())
+        assert "model.layers.0.self_attn.q_proj" in output
+        assert "were never pruned" in output
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter"]
+        command(*arguments, "--allow-dense")
+
+    def test_a_folder_without_an_adapter(self, tmp_path: Path) -> None:
+        output = command("merge", SHIPPED, tmp_path / "merged", code=1).output
+        assert "holds no adapter_config.json" in " ".join(output.split())
 
 
 def test_ppl_is_that_of_the_model_card(tmp_path: Path) -> None:

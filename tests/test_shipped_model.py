@@ -186,6 +186,30 @@ def test_the_example_of_the_readme(
     assert float(refined[1]) < float(rows["uniform"][1])
 
 
+def test_the_example_of_recovery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(TEST_TEXT.read_text()[:30_000])
+    example = ROOT / "examples" / "recover_with_lora.py"
+    arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "64"]
+    arguments += ["--steps", "12", "--recipe", str(ROOT / "recipes" / "dlp_wanda.yaml")]
+    monkeypatch.setattr(sys, "argv", [str(example), *arguments])
+    runpy.run_path(str(example), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    rows = {row[1]: row[2:4] for line in lines if len(row := cells(line)) == 6}
+    values = {name: float(value) for name, (value, _) in rows.items()}
+    lost = {name: lost for name, (_, lost) in rows.items()}
+    assert int(lost["LoRA: merge_and_unload"].replace(",", "")) > 2_000_000
+    for name in ("LoRA: sparse_merge", "LoRA, masked: sparse_merge", "all weights, masked"):
+        assert lost[name] == "0"
+        assert values["dense"] < values[name] < values["pruned"]
+    assert lost["LoRA, masked: sparse_merge, W4A16"] == "0"
+    trained, merged = values["LoRA, masked: trained"], values["LoRA, masked: sparse_merge"]
+    assert merged == pytest.approx(trained, rel=2e-3)  # in bf16; the unmasked one is far off:
+    assert values["LoRA: sparse_merge"] > 1.01 * values["LoRA: trained"]
+
+
 def cells(line: str) -> list[str]:
     """Cells of a row of a table that rich drew."""
     return [cell.strip() for cell in line.split("│")]

@@ -19,11 +19,14 @@ from datasets import Dataset
 from environments import auto_gptq_python, call, vllm_python
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import DLPModifier, MaskedGPTQModifier
+from dlp_plugin.checkpoint import zeros_lost
 from dlp_plugin.gptq_format import export_gptq
+from dlp_plugin.recovery import mask_updates, sparse_merge
 from dlp_plugin.text import read_tokens, token_windows
 
 pytestmark = pytest.mark.engines
@@ -52,11 +55,14 @@ def prompts(tokenizer) -> torch.Tensor:
 def checkpoints(
     calibration: Dataset, tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The shipped model pruned to 70 %, then packed to W4A16, then exported."""
+    """The shipped model pruned to 70 %, then packed to W4A16, then exported; and recovered."""
     folder = tmp_path_factory.mktemp("checkpoints")
     ignore = ["re:.*lm_head"]
-    quantization = MaskedGPTQModifier(scheme="W4A16", targets=["Linear"], ignore=ignore)
-    for name, last in {"pruned": [], "packed": [quantization]}.items():
+
+    def quantization() -> MaskedGPTQModifier:
+        return MaskedGPTQModifier(scheme="W4A16", targets=["Linear"], ignore=ignore)
+
+    for name, last in {"pruned": [], "packed": [quantization()]}.items():
         pruning = WandaPruningModifier(sparsity=0.7, targets=["Linear"], ignore=ignore)
         run(
             shipped_model(),
@@ -66,7 +72,32 @@ def checkpoints(
             output_dir=str(folder / name),
         )
     export_gptq(folder / "packed", folder / "gptq")
-    return {name: folder / name for name in ("pruned", "packed", "gptq")}
+    recover(folder / "pruned", folder / "merged", calibration, tokenizer)
+    run(
+        AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="auto"),
+        [quantization()],
+        calibration,
+        tokenizer=tokenizer,
+        output_dir=str(folder / "recovered"),
+    )
+    return {name: folder / name for name in ("pruned", "packed", "gptq", "recovered")}
+
+
+def recover(pruned: Path, output: Path, calibration: Dataset, tokenizer) -> None:
+    """Train LoRA on a pruned checkpoint under its masks, merge and save."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    mask_updates(adapted)
+    adapters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-3)
+    for start in range(0, len(calibration), 8):
+        ids = torch.tensor(calibration[start : start + 8]["input_ids"])
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sparse_merge(adapted).bfloat16().save_pretrained(output)
+    tokenizer.save_pretrained(output)
 
 
 @torch.inference_mode()
@@ -116,8 +147,10 @@ def vllm(
 TOLERANCE = {"float16": (0.005, 0.05, 0.01), "bfloat16": (0.07, 0.8, 0.25)}
 
 
-@pytest.mark.parametrize("name", ["pruned", "packed", "gptq"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+CASES = [(name, dtype) for name in ("pruned", "packed", "gptq") for dtype in TOLERANCE]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*CASES, ("recovered", "float16")])
 def test_vllm_agrees_with_transformers(
     checkpoints: dict[str, Path], prompts: torch.Tensor, vllm: Probe, name: str, dtype: str
 ) -> None:
@@ -141,6 +174,16 @@ def test_vllm_agrees_with_transformers(
     best = given.max(dim=-1).values
     assert (best - chosen).max() <= margin
     assert (best == chosen).float().mean() > 0.95
+
+
+def test_recovering_lost_no_zero_and_changed_the_rest(checkpoints: dict[str, Path]) -> None:
+    lost = zeros_lost(checkpoints["pruned"], checkpoints["recovered"])
+    assert len(lost) == 84
+    assert not any(lost.values())
+    merged = load_file(checkpoints["recovered"].with_name("merged") / "model.safetensors")
+    pruned = load_file(checkpoints["pruned"] / "model.safetensors")
+    name = "model.layers.5.mlp.up_proj.weight"
+    assert (merged[name] != pruned[name]).any()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,0 +1,657 @@
+"""Training a pruned model without losing its zeros.
+
+In a pruned model the zeros are the mask. What is trained afterwards fills them: merging a
+LoRA adapter adds a dense matrix to the weight, and an optimizer's step moves every weight.
+``sparse_merge`` merges the adapters of peft under the masks, ``mask_updates`` has them train
+under the masks, so that what is trained is what is merged, and ``hold_masks`` keeps the zeros
+while the weights themselves are trained. Embeddings, norms and biases train freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["hold_masks", "load_adapter", "mask_updates", "masks_of", "sparse_merge"]
+
+# A weight is pruned if at least this share of it is exactly zero: a dense one in bfloat16 may
+# hold a few zeros by accident.
+_PRUNED = 0.01
+_MATRICES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
+# Initialisations of LoRA that subtract from the base weights, or round them.
+_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_SHOWN = 3
+
+
+def masks_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Read the masks of a pruned model from its zeros.
+
+    A weight counts as pruned if at least 1 % of it is exactly zero. Looked at are the weights
+    of Linears and convolutions and the stacked weights ``[experts, ...]`` of fused experts,
+    but not embeddings, nor an output layer that shares an embedding's weight.
+
+    :param model: a model, or a ``PeftModel`` around it, whose base weights are read then
+    :return: full name in the model without peft to bool mask of the weight's shape, True
+        where it is alive; the name is the module's (fused experts: the parameter's). A weight
+        that is tied stands there once.
+    :raises ValueError: if a weight is on the meta device
+    """
+    masks = {}
+    for weight in _weights(model):
+        values = weight.read()
+        if values.is_meta:
+            raise ValueError(_on_meta(weight.name))
+        if _is_plain(values) and _is_pruned(values):
+            masks[weight.name] = values != 0
+    return masks
+
+
+def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel, str]:
+    """Load a saved adapter and the causal language model that it belongs to.
+
+    :param folder: as ``peft_model.save_pretrained()`` writes it
+    :param base: the model; None for the one that the adapter was trained on
+    :return: the model with the adapter on it, and the base model's name or folder
+    :raises ValueError: if the folder holds no adapter
+    """
+    _need_peft()
+    from peft import PeftConfig, PeftModel
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds no adapter_config.json: give an adapter's folder")
+    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter in {folder} does not say what model it is for: name it")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    return PeftModel.from_pretrained(model, str(folder)), base
+
+
+def sparse_merge(
+    peft_model: PeftModel,
+    *,
+    adapter_names: list[str] | None = None,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    allow_dense: bool = False,
+) -> torch.nn.Module:
+    """Merge adapters as ``peft_model.merge_and_unload()`` does, but under the masks.
+
+    Each layer is merged by peft itself, then its pruned weights are set to zero; so every
+    kind of adapter works that peft can merge. What ``modules_to_save`` trained of a pruned
+    module is masked too.
+
+    :param adapter_names: adapters to merge; None for the active ones
+    :param masks: as :func:`masks_of` returns them; None to read them from the base weights
+    :param allow_dense: merge modules that were never pruned too, as they are
+    :return: the base model; the ``PeftModel`` is of no use after that
+    :raises ValueError: before any weight has changed, if the adapters cannot be merged, a
+        module among the adapted ones was never pruned, or masks do not fit
+    :raises RuntimeError: if peft fails to merge a layer, as it does where merged weights are
+        not finite; the layers before it are merged then
+    """
+    base = _base_of(peft_model)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = _adapters(peft_model, adapter_names)
+    weights = _weights(base)
+    given = _fitting(masks, weights)
+    if masks is None:
+        _check_inits(peft_model, names, "pass masks=, read by masks_of() before get_peft_model()")
+
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    adapted = {id(layer) for layer in layers if _held(layer, adapter_names)}
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            _check_unmerged(_without_peft(name), module)
+        if id(module) in adapted:
+            _check_layer(_without_peft(name), module, _held(module, adapter_names))
+    dense, missing = [], []
+    for weight in weights:
+        if not any(id(layer) in adapted for layer in weight.layers):
+            continue
+        _check_values(weight.name, weight.owner, weight.read())
+        if weight.name not in given:
+            pruned = _is_pruned(weight.read())
+            if pruned and masks is not None:
+                missing.append(weight.name)
+            elif not pruned:
+                dense.append(weight.name)
+    _check_missing(missing)
+    if dense and not allow_dense:
+        raise ValueError(
+            f"less than 1 % of the weights of {_some(dense)} are zero, so they were never "
+            "pruned: pass allow_dense=True if they are meant to be dense; if the adapter's "
+            "initialisation changed the base weights (PiSSA, OLoRA, CorDA, LoftQ), pass masks=, "
+            "read by masks_of() before get_peft_model()"
+        )
+
+    done = 0
+    unmasked = {id(layer): layer for layer in layers if id(layer) in adapted}
+    for weight in weights:
+        merging = [unmasked.pop(id(layer)) for layer in weight.layers if id(layer) in unmasked]
+        if not merging and not weight.copies:
+            continue
+        values = weight.read()
+        mask = given.get(weight.name)
+        if mask is None and _is_pruned(values):
+            mask = values != 0
+        for layer in merging:
+            _merge(weight.name, layer, adapter_names, done)
+            done += 1
+        if mask is not None:
+            for owner in (weight.owner, *weight.copies):
+                _fill(getattr(owner, weight.parameter), ~mask)
+    for layer in unmasked.values():
+        _merge(type(layer).__name__, layer, adapter_names, done)
+        done += 1
+    merged: torch.nn.Module = peft_model.unload()
+    _untie(merged)
+    return merged
+
+
+def mask_updates(peft_model: PeftModel, masks: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Mask the adapters' updates from now on, in training, inference and merging.
+
+    A layer computes with ``W + mask * dW`` then. ``dW`` is what the adapter adds to the
+    weight: ``B A`` scaled, or with DoRA ``m (W + B A) / |W + B A| - W``. So the loss that is
+    trained is the merged model's, with :func:`sparse_merge` and peft's own merging alike. The
+    updates of several adapters are summed up, as peft does in its forward pass (merging,
+    it compounds those of DoRA). The adapters' files do not change; call this again after
+    loading them, or after adding an adapter.
+
+    It costs a dense ``dW`` per layer, which is made anew in the backward pass and not kept.
+
+    :param masks: as :func:`masks_of` returns them; None to take the weights' zeros
+    :raises ValueError: before anything has changed, if a pruned module is adapted by anything
+        else than LoRA or DoRA of a Linear, an adapter is merged, masks do not fit, or no
+        pruned module is adapted
+    """
+    base = _base_of(peft_model)
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    weights = _weights(base)
+    given = _fitting(masks, weights)
+    remedy = "train unmasked and sparse_merge() afterwards"
+    _check_inits(
+        peft_model,
+        list(peft_model.peft_config),
+        f"{remedy}, with masks read by masks_of() before get_peft_model()",
+    )
+    plan: list[tuple[Any, str, _MaskedUpdate]] = []
+    missing = []
+    for weight in weights:
+        if not weight.layers and not weight.copies:
+            continue
+        _check_values(weight.name, weight.owner, weight.read())
+        for layer in weight.layers:
+            _check_unmerged(weight.name, layer)
+        mask = given.get(weight.name)
+        if mask is None:
+            if not _is_pruned(weight.read()):
+                continue
+            if masks is not None:
+                missing.append(weight.name)
+        elif bool(((weight.read() != 0) & ~mask).any()):
+            raise ValueError(
+                f"{weight.name} has weights that are not zero where its mask is False: apply "
+                f"the masks to the base weights first, or {remedy}, with masks="
+            )
+        if weight.copies:
+            raise ValueError(
+                f"{weight.name} is pruned and in modules_to_save, which trains all of it: "
+                f"adapt it with LoRA, or {remedy}"
+            )
+        for layer in weight.layers:
+            if type(layer) is not Linear:
+                raise ValueError(
+                    f"{weight.name} is adapted by {type(layer).__module__}."
+                    f"{type(layer).__name__}, whose updates cannot be masked: {remedy}"
+                )
+            for adapter in layer.lora_A:
+                variant = layer.lora_variant.get(adapter)
+                if variant is None or type(variant) is DoraLinearVariant:
+                    plan.append((layer, adapter, _MaskedUpdate(variant, mask)))
+                elif isinstance(variant, _MaskedUpdate):
+                    plan.append((layer, adapter, variant))
+                else:
+                    raise ValueError(
+                        f"adapter {adapter!r} of {weight.name} is a {type(variant).__name__}, "
+                        f"whose updates cannot be masked: {remedy}"
+                    )
+    _check_missing(missing)
+    if not plan:
+        raise ValueError(
+            "none of the adapted modules is pruned (at least 1 % zeros): prune the model first, "
+            "or target the pruned modules"
+        )
+    for layer, adapter, update in plan:
+        layer.lora_variant[adapter] = update
+
+
+def hold_masks(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    masks: Mapping[str, torch.Tensor] | None = None,
+) -> RemovableHandle:
+    """Set pruned weights to zero after every step of an optimizer that trains the model.
+
+    For any optimizer, whatever it does with momentum and weight decay. The host's
+    ``ConstantPruningModifier`` needs its events fired from the training loop, does nothing
+    without ``start: 0``, and prunes living weights up to 1e-8.
+
+    :param masks: as :func:`masks_of` returns them; None to take the weights' zeros
+    :return: handle whose ``remove()`` ends it
+    :raises ValueError: if no module is pruned, the optimizer trains none of those that are, or
+        masks do not fit
+    """
+    weights = _weights(model)
+    found = masks_of(model) if masks is None else _fitting(masks, weights)
+    if not found:
+        raise ValueError(
+            "no module of the model is pruned (at least 1 % zeros): prune it first, or pass masks="
+        )
+    # accelerate's optimizer steps the one that it wraps
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    trained = {id(value) for group in optimizer.param_groups for value in group["params"]}
+    held = []
+    for weight in weights:
+        value = getattr(weight.owner, weight.parameter)
+        if weight.name in found and id(value) in trained:
+            held.append((value, ~found[weight.name]))
+    if not held:
+        raise ValueError(
+            f"the optimizer trains none of the pruned weights of {_some(list(found))}: make it "
+            "from the model's parameters; for adapters of peft use mask_updates()"
+        )
+
+    def hold(*_: Any) -> None:
+        for value, pruned in held:
+            _fill(value, pruned)
+
+    return optimizer.register_step_post_hook(hold)
+
+
+class _MaskedUpdate:
+    """Stands in for a variant of LoRA (``peft.tuners.lora.layer.LoraVariant``) in one layer.
+
+    Its parts have the layout of the layer's weight: ``[out, in]``, or of a Conv1D
+    ``[in, out]``.
+    """
+
+    def __init__(self, variant: Any, mask: torch.Tensor | None) -> None:
+        """Take the variant, None for plain LoRA, and the mask, None for the weight's zeros."""
+        self._variant = variant
+        self._mask = mask
+        self._before: torch.Tensor | None = None  # the weight, while this is merged into it
+
+    def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:
+        if self._variant is not None:
+            self._variant.init(module, adapter_name=adapter_name, **kwargs)
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # a masked product is no product of low rank
+
+    def forward(
+        self,
+        module: Any,
+        active_adapter: str,
+        x: torch.Tensor,
+        result: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        x = module.lora_dropout[active_adapter](x)
+        if torch.is_grad_enabled():
+            # else every layer would keep its dense update for the backward pass
+            added: torch.Tensor = checkpoint(
+                self._add, module, active_adapter, x, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            added = self._add(module, active_adapter, x)
+        return result + added
+
+    def _add(self, module: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        update = self._update(module, adapter, module.get_base_layer().weight)
+        update = update.T if module.fan_in_fan_out else update
+        bias = module.lora_B[adapter].bias
+        if bias is not None:
+            bias = (bias * module.scaling[adapter]).to(x.dtype)
+        return functional.linear(x, update.to(x.dtype), bias)
+
+    def _update(self, module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        """``mask * dW`` in float32 or wider.
+
+        :param weight: the base weight, nothing merged into it
+        """
+        weight = weight.detach()
+        alive = weight != 0 if self._mask is None else self._mask.to(weight.device)
+        with torch.autocast(weight.device.type, enabled=False):
+            down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            wide = torch.promote_types(up.dtype, torch.float32)
+            update = (up.to(wide) @ down.to(wide)) * module.scaling[adapter]  # [out, in]
+            if self._variant is not None:
+                rows = weight.to(wide).T if module.fan_in_fan_out else weight.to(wide)
+                # As in peft, DoRA's paper (arXiv 2402.09353, section 4.3): a constant. A row
+                # that is all zero has norm and magnitude 0, and stays as it is.
+                norm = (rows + update.detach()).norm(dim=1).clamp_min(torch.finfo(wide).tiny)
+                scale = module.lora_magnitude_vector[adapter].weight.to(wide) / norm
+                update = scale[:, None] * (rows + update) - rows
+            update = update.T if module.fan_in_fan_out else update
+            masked: torch.Tensor = update.masked_fill(~alive, 0)
+            return masked
+
+    @torch.no_grad()
+    def merge_safe(
+        self, module: Any, active_adapter: str, orig_weight: torch.Tensor
+    ) -> torch.Tensor:
+        base = orig_weight
+        if module.merged_adapters:
+            first = module.lora_variant.get(module.merged_adapters[0])
+            if not isinstance(first, _MaskedUpdate) or first._before is None:
+                raise ValueError(
+                    f"adapter {module.merged_adapters[0]!r} is merged unmasked: unmerge it and "
+                    "call mask_updates() before merging"
+                )
+            base = first._before
+        self._before = orig_weight
+        update = self._update(module, active_adapter, base)
+        return (orig_weight.to(update.dtype) + update).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        before, self._before = self._before, None
+        if before is None:
+            raise ValueError(f"adapter {active_adapter!r} is not merged: merge it first")
+        return before.to(orig_weight.device)
+
+    def forget(self) -> None:
+        """Let go of the weight before merging, after which there is no unmerging."""
+        self._before = None
+
+
+@dataclass
+class _Weight:
+    """A weight of the base model that may be pruned, and what peft has around it."""
+
+    name: str
+    owner: torch.nn.Module
+    parameter: str
+    layers: list[Any] = field(default_factory=list)  # that adapt it
+    copies: list[torch.nn.Module] = field(default_factory=list)  # of the owner, trained instead
+
+    def read(self) -> torch.Tensor:
+        value: torch.Tensor = getattr(self.owner, self.parameter)
+        return value.detach()
+
+
+def _weights(model: Any) -> list[_Weight]:
+    """All weights that may be pruned, tied ones once; embeddings and norms are none."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    modules = list(_walk(model))
+    free = {
+        id(value)
+        for _, module, _, _ in modules
+        if isinstance(module, torch.nn.Embedding)
+        for value in _parameters(module).values()
+    }
+    found: dict[int, _Weight] = {}
+    for name, module, layers, copies in modules:
+        for parameter, value in _parameters(module).items():
+            mine = [one for one in layers if getattr(one, "parameter_name", "weight") == parameter]
+            matrix = parameter == "weight" and isinstance(module, _MATRICES)
+            experts = value is not None and value.dim() == 3 and value.shape[0] > 1
+            adapted = value is not None and value.dim() > 1 and mine
+            if id(value) not in free and (matrix or experts or adapted):
+                full = name if parameter == "weight" else f"{name}.{parameter}"
+                weight = found.setdefault(id(value), _Weight(full, module, parameter))
+                weight.layers += mine
+                weight.copies += copies
+    return list(found.values())
+
+
+def _parameters(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    """The module's own parameters, without onloading what is offloaded."""
+    own = module._parameters
+    stored: Mapping[str, torch.Tensor] = getattr(own, "offloaded_values", own)
+    return stored
+
+
+def _walk(
+    module: torch.nn.Module, name: str = "", copies: tuple[torch.nn.Module, ...] = ()
+) -> Iterator[tuple[str, torch.nn.Module, list[Any], tuple[torch.nn.Module, ...]]]:
+    """Walk over the base model's modules, without peft's.
+
+    :return: full name, module, the adapter layers around it, and the copies of it that
+        ``modules_to_save`` trains
+    """
+    layers: list[Any] = []
+    while hasattr(module, "merged_adapters"):  # a wrapper of peft
+        inner = getattr(module, "original_module", None)
+        if inner is None:
+            layers.append(module)
+            inner = module.base_layer
+        else:
+            copies += _trained_copies(module)
+        module = inner  # type: ignore[assignment]
+    yield name, module, layers, copies
+    for child, part in module.named_children():
+        twins = tuple(copy.get_submodule(child) for copy in copies)
+        yield from _walk(part, f"{name}.{child}" if name else child, twins)
+
+
+def _trained_copies(wrapper: Any) -> tuple[torch.nn.Module, ...]:
+    if "modules_to_save" not in wrapper._modules or not wrapper.active_adapters:
+        return ()
+    return (wrapper.modules_to_save[wrapper.active_adapters[0]],)
+
+
+def _without_peft(name: str) -> str:
+    inner = ("base_layer", "original_module", "token_adapter")
+    return ".".join(part for part in name.split(".") if part not in inner)
+
+
+def _is_plain(values: torch.Tensor) -> bool:
+    """Whether weights are numbers as they stand, not quantized."""
+    return values.is_floating_point() and values.itemsize > 1
+
+
+def _is_pruned(values: torch.Tensor) -> bool:
+    return int((values == 0).sum()) >= max(1, _PRUNED * values.numel())
+
+
+@torch.no_grad()
+def _fill(value: torch.Tensor, pruned: torch.Tensor) -> None:
+    # filling gives +0, multiplying with the mask would give -0 for negative weights
+    value.masked_fill_(pruned.to(value.device), 0)
+
+
+@torch.no_grad()
+def _merge(name: str, layer: Any, adapter_names: list[str] | None, done: int) -> None:
+    try:
+        layer.merge(safe_merge=True, adapter_names=adapter_names)
+    except Exception as error:
+        raise RuntimeError(
+            f"peft cannot merge {name} ({error}); {done} layers before it are merged: load the "
+            "base model and the adapter again"
+        ) from error
+    for variant in getattr(layer, "lora_variant", {}).values():
+        if isinstance(variant, _MaskedUpdate):
+            variant.forget()
+
+
+def _untie(model: Any) -> None:
+    """Have the configuration say so if the embeddings are no longer tied, as peft does."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        weights = [getattr(end, "weight", None) for end in ends]
+        if None not in ends and weights[0] is not weights[1]:
+            model.config.tie_word_embeddings = False
+
+
+def _need_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError("adapters need peft: pip install 'dlp_plugin[lora]'") from error
+
+
+def _base_of(peft_model: Any) -> torch.nn.Module:
+    _need_peft()
+    from peft import PeftModel
+
+    if not isinstance(peft_model, PeftModel):
+        raise ValueError(
+            f"the model is a {type(peft_model).__name__}, not a PeftModel: wrap it with "
+            "get_peft_model() or PeftModel.from_pretrained()"
+        )
+    if not hasattr(peft_model.base_model, "merge_and_unload"):
+        kinds = sorted({type(one).__name__ for one in peft_model.peft_config.values()})
+        raise ValueError(
+            f"adapters of {', '.join(kinds)} do not change weights, so there is nothing "
+            "to mask or merge: save them beside the pruned model"
+        )
+    base: torch.nn.Module = peft_model.get_base_model()
+    return base
+
+
+def _adapters(peft_model: Any, adapter_names: list[str] | None) -> list[str]:
+    if adapter_names is None:
+        return list(peft_model.active_adapters)
+    unknown = [name for name in adapter_names if name not in peft_model.peft_config]
+    if isinstance(adapter_names, str) or unknown:
+        raise ValueError(
+            f"adapter_names is {adapter_names!r}: give a list of names out of "
+            f"{list(peft_model.peft_config)}"
+        )
+    return adapter_names
+
+
+def _held(layer: Any, adapter_names: list[str] | None) -> list[str]:
+    """Those of the adapters to merge that a layer of peft has."""
+    wanted = layer.active_adapters if adapter_names is None else adapter_names
+    parts = [getattr(layer, part, None) or () for part in layer.adapter_layer_names]
+    return [name for name in wanted if any(name in part for part in parts)]
+
+
+def _fitting(
+    masks: Mapping[str, torch.Tensor] | None, weights: list[_Weight]
+) -> Mapping[str, torch.Tensor]:
+    """Check masks against the model's weights."""
+    known = {weight.name: weight for weight in weights}
+    for name, mask in (masks or {}).items():
+        if name not in known:
+            raise ValueError(
+                f"masks has {name!r}, which is no weight of the model that can be pruned: read "
+                "masks with masks_of() from this model"
+            )
+        shape = known[name].read().shape
+        if mask.dtype is not torch.bool:
+            raise ValueError(f"the mask of {name} is {mask.dtype}: make it torch.bool")
+        if mask.shape != shape:
+            raise ValueError(
+                f"the mask of {name} has shape {list(mask.shape)}, its weight {list(shape)}: "
+                "read masks with masks_of() from this model"
+            )
+    return masks or {}
+
+
+def _check_missing(missing: list[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"masks lacks {_some(missing)}, pruned and adapted: read all masks with masks_of(), "
+            "or leave out masks="
+        )
+
+
+def _check_inits(peft_model: Any, names: list[str], remedy: str) -> None:
+    for name in names:
+        config = peft_model.peft_config[name]
+        init = getattr(config, "init_lora_weights", None)
+        if getattr(config, "kasa_config", None) is not None:
+            init = "KaSA"
+        if init == "KaSA" or (isinstance(init, str) and init.lower().startswith(_CHANGING_INITS)):
+            raise ValueError(
+                f"the initialisation of adapter {name!r} ({init}) changed the base weights, "
+                f"whose zeros are the masks no more: {remedy}"
+            )
+
+
+def _check_unmerged(name: str, layer: Any) -> None:
+    if layer.merged:
+        raise ValueError(
+            f"{', '.join(layer.merged_adapters)} is already merged into {name}: call "
+            "peft_model.unmerge_adapter() first"
+        )
+
+
+def _check_layer(name: str, layer: Any, adapters: list[str]) -> None:
+    """Check that peft can merge a layer's adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owner = layer.get_base_layer()
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    value = getattr(owner, getattr(layer, "parameter_name", "weight"), None)
+    if value is None:
+        raise ValueError(
+            f"{name} ({type(owner).__name__}) has no weight of its own: load the model "
+            "unquantized; MultiheadAttention cannot be merged under masks"
+        )
+    _check_values(name, owner, value)
+    if type(layer).merge is BaseTunerLayer.merge:
+        raise ValueError(f"{name} is adapted by {kind}, which cannot be merged: keep the adapter")
+    for adapter in adapters:
+        if getattr(layer, "lora_bias", {}).get(adapter) and owner.bias is None:
+            raise ValueError(
+                f"adapter {adapter!r} has a bias (lora_bias) for {name}, which has none: give "
+                "the module a bias, or train without lora_bias"
+            )
+        variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
+        if variant.startswith(("Arrow", "ALora")):
+            raise ValueError(
+                f"adapter {adapter!r} of {name} is a {variant}, whose update depends on the "
+                "tokens: keep the adapter, it cannot be merged"
+            )
+        for part, value in layer.named_parameters():
+            inside = part.split(".")
+            if "base_layer" not in inside and adapter in inside and not value.isfinite().all():
+                raise ValueError(
+                    f"adapter {adapter!r} is not finite in {name} ({part}): train it again, "
+                    "with a lower learning rate or in a wider dtype"
+                )
+
+
+def _check_values(name: str, owner: torch.nn.Module, values: torch.Tensor) -> None:
+    if values.is_meta:
+        raise ValueError(_on_meta(name))
+    if not _is_plain(values):
+        raise ValueError(f"{name} has weights of {values.dtype}: load the model unquantized")
+    if hasattr(owner._parameters, "offloaded_values"):
+        raise ValueError(
+            f"{name} is offloaded, and peft's changes to it would be lost: load the model "
+            "without offloading"
+        )
+
+
+def _on_meta(name: str) -> str:
+    return f"the weight of {name} is on the meta device: load the model without offloading"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

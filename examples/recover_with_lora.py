@@ -1,0 +1,151 @@
+"""Recover a pruned model: DLP to 70 %, train, merge, 4 bits; what each step costs and loses.
+
+    python examples/recover_with_lora.py                      # the small model shipped here
+    python examples/recover_with_lora.py MODEL --train a.txt --test b.txt --steps 2000
+
+Trains in three ways: LoRA as usual, LoRA under the masks, and all weights under the masks.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from llmcompressor import oneshot
+from loguru import logger
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dlp_plugin.checkpoint import zeros_lost
+from dlp_plugin.evaluate import perplexity
+from dlp_plugin.recovery import hold_masks, mask_updates, sparse_merge
+from dlp_plugin.text import calibration_set, read_tokens, token_windows
+
+HERE = Path(__file__).parent
+RECIPES = HERE.parent / "recipes"
+SAMPLES = 128
+BATCH = 8
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+
+
+def train(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokens: torch.Tensor,
+    length: int,
+    steps: int,
+) -> None:
+    """Train on random windows, with a learning rate that falls to zero."""
+    generator = torch.Generator().manual_seed(0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    model.train()
+    for _ in range(steps):
+        starts = torch.randint(len(tokens) - length, (BATCH,), generator=generator).tolist()
+        batch = torch.stack([tokens[start : start + length] for start in starts])
+        batch = batch.to(model.device)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=str(HERE / "small_model"))
+    parser.add_argument("--calibration", default=str(HERE / "text" / "calibration.txt"))
+    parser.add_argument("--train", help="text to train on; by default that of --calibration")
+    parser.add_argument("--test", default=str(HERE / "text" / "test.txt"))
+    parser.add_argument("--length", type=int, default=256, help="tokens per sample and window")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--recipe", type=Path, default=RECIPES / "dlp_refined_wanda.yaml")
+    parser.add_argument("--output", type=Path, default=Path("recovered_model"))
+    arguments = parser.parse_args()
+    if arguments.output.exists():
+        parser.error(f"--output {arguments.output} exists already; name another folder")
+
+    logger.disable("llmcompressor.utils.metric_logging")
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")  # of the host's log, the warnings
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    dataset = calibration_set(
+        read_tokens(arguments.calibration, tokenizer), arguments.length, SAMPLES
+    )
+    tokens = torch.tensor(read_tokens(arguments.train or arguments.calibration, tokenizer))
+    windows = token_windows(read_tokens(arguments.test, tokenizer), arguments.length)
+    pruned = arguments.output / "pruned"
+    table = Table("", "perplexity", "zeros lost", "seconds", title="recovery")
+
+    def load(folder: str | Path, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+
+    def apply(recipe: Path, model: str | Path, output: Path) -> None:
+        oneshot(
+            model=str(model),
+            recipe=str(recipe),
+            tokenizer=tokenizer,
+            dataset=dataset,
+            num_calibration_samples=len(dataset),
+            max_seq_length=arguments.length,
+            shuffle_calibration_samples=False,
+            output_dir=str(output),
+        )
+
+    def save(model: torch.nn.Module, name: str) -> Path:
+        model.to(load(pruned).dtype).save_pretrained(arguments.output / name)
+        tokenizer.save_pretrained(arguments.output / name)
+        return arguments.output / name
+
+    def show(name: str, model: torch.nn.Module | Path, started: float | None = None) -> None:
+        """One row; a folder's zeros are compared with the pruned model's."""
+        seconds = "" if started is None else f"{time.time() - started:.0f}"
+        lost = ""
+        if isinstance(model, Path):
+            lost, model = f"{sum(zeros_lost(pruned, model).values()):,}", load(model)
+        table.add_row(name, f"{perplexity(model, windows):.3f}", lost, seconds)
+
+    show("dense", load(arguments.model))
+    started = time.time()
+    apply(arguments.recipe, arguments.model, pruned)
+    show("pruned", load(pruned), started)
+
+    for name in ("LoRA", "LoRA, masked"):
+        torch.manual_seed(0)
+        started = time.time()
+        adapted = get_peft_model(load(pruned, torch.float32), LORA)
+        if name == "LoRA, masked":
+            mask_updates(adapted)
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 2e-3)
+        train(adapted, optimizer, tokens, arguments.length, arguments.steps)
+        show(f"{name}: trained", adapted, started)
+        adapted.save_pretrained(arguments.output / name)
+        if name == "LoRA":
+            again = get_peft_model(load(pruned, torch.float32), LORA)
+            again.load_state_dict(adapted.state_dict())
+            show(f"{name}: merge_and_unload", save(again.merge_and_unload(), "filled"))
+        merged = save(sparse_merge(adapted), f"{name}, merged")
+        show(f"{name}: sparse_merge", merged)
+
+    packed = arguments.output / "w4a16"
+    started = time.time()
+    apply(RECIPES / "w4a16.yaml", merged, packed)
+    show("LoRA, masked: sparse_merge, W4A16", packed, started)
+
+    started = time.time()
+    model = load(pruned, torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-4)
+    hold_masks(model, optimizer)
+    train(model, optimizer, tokens, arguments.length, arguments.steps)
+    show("all weights, masked", save(model, "all weights"), started)
+
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
