@@ -643,8 +643,8 @@ def _check_values(name: str, owner: torch.nn.Module, values: torch.Tensor) -> No
         raise ValueError(f"{name} has weights of {values.dtype}: load the model unquantized")
     if hasattr(owner._parameters, "offloaded_values"):
         raise ValueError(
-            f"{name} is offloaded, and peft's changes to it would be lost: load the model "
-            "without offloading"
+            f"{name} is offloaded, as in models that oneshot() returned, and peft's changes to it "
+            "would be lost: call remove_dispatch(model) of compressed_tensors.offload first"
         )
 
 

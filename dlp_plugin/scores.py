@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from dlp_plugin.allocation import Statistic
 
-__all__ = ["ChannelNorms", "Part", "block_score"]
+__all__ = ["ChannelNorms", "Part", "block_score", "smallest_score"]
 
 Part = tuple[torch.Tensor, torch.Tensor]
 
@@ -136,7 +136,10 @@ def block_score(parts: Mapping[str, Part], statistic: Statistic = "median") -> f
     """
     for name, (weight, _) in parts.items():
         _check_dtype(name, weight)
-    return _mean(parts) if statistic == "mean" else _lower_median(parts)
+    if statistic == "mean":
+        return _mean(parts)
+    count = sum(weight.numel() for weight, _ in parts.values())
+    return smallest_score(parts, (count + 1) // 2)
 
 
 def _chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -210,16 +213,19 @@ def _mean(parts: Mapping[str, Part]) -> float:
     return total / count
 
 
-def _lower_median(parts: Mapping[str, Part]) -> float:
-    """The lower middle of all scores, by a bracket from a sample and one exact count.
+def smallest_score(parts: Mapping[str, Part], rank: int) -> float:
+    """The ``rank``-th smallest of all scores, by a bracket from a sample and an exact count.
 
     For one channel the float32 product grows with ``|w|``, so "score <= t" is
     "``|w|`` <= t's threshold for that channel", and the bits of non-negative floats
     compare like integers: the passes compare small integers, without multiplying or
     widening a weight. Only the few scores inside the bracket are ever computed.
+
+    :param parts: as in :func:`block_score`
+    :param rank: from 1 to the number of weights
+    :raises ValueError: if a weight is not finite (names it)
     """
     count = sum(weight.numel() for weight, _ in parts.values())
-    rank = (count + 1) // 2
     if count <= _SAMPLE:
         for name, (weight, _) in parts.items():
             _check_finite(name, weight.dtype, [chunk.amax() for chunk in _magnitudes(weight)])
@@ -235,7 +241,7 @@ def _lower_median(parts: Mapping[str, Part]) -> float:
         at_most_low, between = _count_and_collect(parts, low, high)
         if rank <= at_most_low:
             # Few scores can be equal to one another by chance, many only by nature
-            # (zeros); then the bracket's end itself is the median.
+            # (zeros); then the bracket's end itself is the one.
             if _count(parts.values(), low, strict=True) < rank:
                 return low
         elif rank <= at_most_low + len(between):

@@ -36,6 +36,7 @@ from torch import distributed as dist
 from dlp_plugin.allocation import split_structure
 from dlp_plugin.blocks import check_columns
 from dlp_plugin.host import PruningStage, stage_targets
+from dlp_plugin.scores import smallest_score
 
 __all__ = ["OneShotMagnitudeModifier", "SparseGPTModifier", "Stage", "WandaPruningModifier"]
 
@@ -167,18 +168,19 @@ class OneShotMagnitudeModifier(Stage):
             logger.info("Sparsifying {}", name)
             with torch.no_grad(), align_module_device(module):
                 weight = module.get_parameter("weight").detach().clone()
-                weight[self._least(module, weight)] = 0
+                weight.masked_fill_(self._least(name, module, weight), 0)
             update_offload_parameter(module, "weight", weight)
         self._module_names.clear()
 
-    def _least(self, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    def _least(self, name: str, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Which weights of a matrix go."""
         if self._prune_m:
             magnitudes = weight.abs().flatten(1).unflatten(1, (-1, self._prune_m))
             order = magnitudes.argsort(dim=2, stable=True)[..., : self.number(module)]
             least = torch.zeros_like(magnitudes, dtype=torch.bool).scatter_(2, order, True)
             return least.view(weight.shape)
-        return smallest(weight.abs(), int(weight.numel() * float(self._module_sparsities[module])))
+        count = int(weight.numel() * float(self._module_sparsities[module]))
+        return smallest(weight, count, name.strip("."))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Let go of the model."""
@@ -187,16 +189,24 @@ class OneShotMagnitudeModifier(Stage):
         return True
 
 
-def smallest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Mark exactly ``count`` of the smallest values; of equal ones the first."""
-    flat = values.flatten()
+def smallest(weight: torch.Tensor, count: int, name: str = "the matrix") -> torch.Tensor:
+    """Mark exactly ``count`` weights of the smallest magnitude; of equal ones the first.
+
+    :param weight: ``[out, ...]``, any float type; magnitudes are compared in float32
+    :param name: what an error calls it
+    :raises ValueError: if a weight is not finite
+    """
     if not count:
-        return torch.zeros_like(values, dtype=torch.bool)
-    threshold = flat.kthvalue(count).values
-    marked = flat < threshold
-    equal = (flat == threshold).nonzero()[: count - int(marked.sum())]
+        return torch.zeros_like(weight, dtype=torch.bool)
+    matrix = weight.flatten(1)
+    ones = torch.ones(matrix.shape[1], device=weight.device)
+    threshold = smallest_score({name: (matrix, ones)}, count)
+    magnitudes = matrix.abs().flatten()
+    magnitudes = magnitudes if magnitudes.itemsize <= 4 else magnitudes.float()
+    marked = magnitudes < threshold
+    equal = (magnitudes == threshold).nonzero()[: count - int(marked.sum())]
     marked[equal] = True
-    return marked.view(values.shape)
+    return marked.view(weight.shape)
 
 
 def _compress(

@@ -272,17 +272,37 @@ class TestOneShotMagnitude:
     def test_by_hand(self) -> None:
         weight = torch.tensor([[0.1, -0.5, 0.3], [-0.2, 0.2, 0.9]])
         expected = torch.tensor([[True, False, False], [True, False, False]])
-        assert torch.equal(smallest(weight.abs(), 2), expected)  # of two 0.2 the first
-        assert smallest(weight.abs(), 3).tolist() == [[True, False, False], [True, True, False]]
-        assert not smallest(weight.abs(), 0).any()
-        assert smallest(weight.abs(), 6).all()
+        assert torch.equal(smallest(weight, 2), expected)  # of two 0.2 the first
+        assert smallest(weight, 3).tolist() == [[True, False, False], [True, True, False]]
+        assert not smallest(weight, 0).any()
+        assert smallest(weight, 6).all()
 
-    @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.data())
+    @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.data())
     def test_exactly_so_many_of_the_smallest(self, values: list[int], data: st.DataObject) -> None:
         count = data.draw(st.integers(0, len(values)))
-        marked = smallest(torch.tensor(values), count).tolist()
-        order = sorted(range(len(values)), key=lambda i: (values[i], i))
+        marked = smallest(torch.tensor([values], dtype=torch.bfloat16), count)[0].tolist()
+        order = sorted(range(len(values)), key=lambda i: (abs(values[i]), i))
         assert [i for i, mark in enumerate(marked) if mark] == sorted(order[:count])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("share", [1e-6, 0.1, 0.5, 0.999, 1])
+    def test_a_large_matrix_against_sorting_it(self, dtype: torch.dtype, share: float) -> None:
+        weight = torch.randn(700, 900, generator=torch.Generator().manual_seed(0)).to(dtype)
+        weight[:, ::3] = 0  # a third is pruned already
+        count = max(int(weight.numel() * share), 1)
+        order = weight.flatten().abs().argsort(stable=True)[:count]
+        expected = torch.zeros(weight.numel(), dtype=torch.bool)
+        expected[order] = True
+        assert torch.equal(smallest(weight, count).flatten(), expected)
+
+    def test_a_weight_that_is_not_finite(self, make_model: MakeModel) -> None:
+        model = make_model()
+        with torch.no_grad():
+            linear_of(model).weight[0, 0] = torch.nan
+        with pytest.raises(
+            ValueError, match=r"weight of model.layers.1.mlp.up_proj holds infinite"
+        ):
+            run(model, [OneShotMagnitudeModifier(sparsity=0.5, **EVERY)], None)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_threshold_per_matrix_and_no_data(

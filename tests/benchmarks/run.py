@@ -1,8 +1,9 @@
 """What scoring costs: python tests/benchmarks/run.py [--json results.json] [--only PART]
 
-Three parts: the statistic of one large block, the epochs of the stages, and how the cost of
-an epoch grows. Ratios of what is measured side by side in this one run, medians of several
-rounds. Where there is a CUDA device, the last two run on it, on a larger model.
+Five parts: the statistic of one large block, its pruning by magnitude, the epochs of the
+stages, how the cost of an epoch grows, and a step of training under masks. Ratios of what is
+measured side by side in this one run, medians of several rounds. Where there is a CUDA device,
+the last three run on it, the epochs on a larger model.
 """
 
 import argparse
@@ -17,14 +18,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from compressed_tensors.offload import load_offloaded_model
+from compressed_tensors.offload import load_offloaded_model, remove_dispatch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
+from peft import LoraConfig, get_peft_model
 from pydantic import PrivateAttr
 from rich.console import Console
 from rich.table import Table
@@ -36,8 +39,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dlp_plugin import DLPModifier
+from dlp_plugin import DLPModifier, OneShotMagnitudeModifier
+from dlp_plugin.recovery import hold_masks, mask_updates
 from dlp_plugin.scores import block_score
+from dlp_plugin.stages import smallest
 from dlp_plugin.text import calibration_set, read_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -72,12 +77,26 @@ def read_once(parts: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         weight.view(torch.int64).amax()
 
 
-WAYS: dict[str, Callable] = {
+def sort(parts: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for weight, _ in parts.values():
+        order = weight.abs().flatten().float().sort()
+        mask = torch.zeros(weight.numel(), dtype=torch.bool)
+        mask[order.indices[: int(weight.numel() * 0.7)]] = True
+
+
+def select(parts: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for weight, _ in parts.values():
+        smallest(weight, int(weight.numel() * 0.7))
+
+
+STATISTIC: dict[str, Callable] = {
     "naive": naive,
     "median": block_score,
     "mean": lambda parts: block_score(parts, "mean"),
     "read once": read_once,
 }
+MAGNITUDE: dict[str, Callable] = {"sorting": sort, "OneShotMagnitudeModifier": select}
+WAYS = STATISTIC | MAGNITUDE
 
 
 def peak_megabytes(way: str) -> float:
@@ -109,9 +128,17 @@ def peak() -> float:
 def statistic() -> dict[str, dict[str, float]]:
     parts = block()
     assert block_score(parts) == naive(parts)
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    return side_by_side(STATISTIC, parts)
+
+
+def magnitude() -> dict[str, dict[str, float]]:
+    return side_by_side(MAGNITUDE, block())
+
+
+def side_by_side(ways: dict[str, Callable], parts: dict) -> dict[str, dict[str, float]]:
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
-        for way, call in WAYS.items():
+        for way, call in ways.items():
             started = time.perf_counter()
             call(parts)
             times[way].append(time.perf_counter() - started)
@@ -121,8 +148,40 @@ def statistic() -> dict[str, dict[str, float]]:
             "seconds": seconds[way],
             "peak megabytes": peak_megabytes(way),
         }
-        for way in WAYS
+        for way in ways
     }
+
+
+def training(steps: int = 8) -> dict[str, dict[str, float]]:
+    """Seconds of one step of training the shipped model at 70 %, on 8 windows of 256 tokens."""
+    ids = torch.tensor(samples(8, 256)["input_ids"]).to(DEVICE)
+    updates = {}
+    for way in ("LoRA", "LoRA, masked", "DoRA", "DoRA, masked", "all weights", "all, held"):
+        model: Any = oneshot(
+            model=AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32),
+            recipe=[OneShotMagnitudeModifier(sparsity=0.7, ignore=["re:.*lm_head"])],
+            tokenizer=AutoTokenizer.from_pretrained(SHIPPED),
+        )
+        model = remove_dispatch(model).to(DEVICE)
+        if "RA" in way:
+            config = LoraConfig(r=16, target_modules="all-linear", use_dora="DoRA" in way)
+            model = get_peft_model(model, config)
+        if "masked" in way:
+            mask_updates(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+        if "held" in way:
+            hold_masks(model, optimizer)
+        updates[way] = model, optimizer
+    times: dict[str, list[float]] = {way: [] for way in updates}
+    for _ in range(steps):
+        for way, (model, optimizer) in updates.items():
+            started = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            finish()
+            times[way].append(time.perf_counter() - started)
+    return {way: {"seconds": statistics.median(values)} for way, values in times.items()}
 
 
 class Stamp(Modifier):
@@ -313,8 +372,19 @@ def show(console: Console, title: str, results: dict[str, dict[str, float]], bas
     console.print(table)
 
 
-PARTS = {"statistic": statistic, "stages": stages_by_length, "growth": growth}
-BASES = {"statistic": "naive", "stages": "bare forward pass"}
+PARTS = {
+    "statistic": statistic,
+    "magnitude": magnitude,
+    "stages": stages_by_length,
+    "growth": growth,
+    "training": training,
+}
+BASES = {
+    "statistic": "naive",
+    "magnitude": "sorting",
+    "stages": "bare forward pass",
+    "training": "LoRA",
+}
 
 
 def main() -> None:
