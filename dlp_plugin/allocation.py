@@ -8,7 +8,8 @@ what is cut off at 0 or 1 is redistributed, so the global sparsity is always the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise, product
 from typing import Literal
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "check_alpha",
     "check_sparsity",
     "check_target",
+    "check_whole",
     "half_range",
     "importances",
     "split_structure",
@@ -30,6 +32,10 @@ Method = Literal["dlp", "owl", "alpha_pruning", "linear"]
 
 Statistic = Literal["median", "mean"]
 """What of a block's weight scores is its unimportance: paper, or released code."""
+
+
+# Roundings that are tried where blocks have several sizes.
+_TRIED = 1 << 14
 
 
 def check_sparsity(value: float, field: str = "sparsity") -> float:
@@ -75,17 +81,19 @@ def split_structure(mask_structure: str) -> tuple[int, int]:
 
 
 def check_target(value: float, mask_structure: str, field: str = "sparsity") -> float:
-    """Return ``value`` if it is the sparsity that a structure has on average.
+    """Return ``value``, or with N:M the exact N / M if ``value`` is that.
 
     :raises ValueError: naming both, if it is not
     """
     n, m = split_structure(mask_structure)
-    if m and abs(value - n / m) > 1e-9:
+    if not m:
+        return value
+    if not abs(value - n / m) < 1e-4:
         raise ValueError(
-            f"{field} is {value:g}, but mask_structure {mask_structure} is {n / m:g} on average: "
-            f"state the one that is meant"
+            f"{field} is {value:g}, but mask_structure {mask_structure} is {n / m:.4g} on average: "
+            "leave out the one that is not meant"
         )
-    return value
+    return n / m
 
 
 def importances(scores: Sequence[float]) -> list[float]:
@@ -220,12 +228,14 @@ def whole_numbers(
 ) -> list[int]:
     """Round sparsities to N zeros in every M weights, with the total as near as can be.
 
-    Every block gets the whole part of ``sparsity_b * m``. What is missing in total is then
-    handed out, one N a block, to the largest fractional parts (of equal ones to the less
-    important block) for as long as that brings the total nearer to the target. With blocks
-    of equal size this is the rounding with the least square error of all that hit the
-    target, which they always do; with others the total is off by at most half of one N of
-    one block.
+    Every block gets the whole part of ``sparsity_b * m``, and some get one N more: among
+    blocks of one size those with the largest parts missing (of equal parts the less
+    important), and of each size as many as bring the total nearest to the target. With
+    blocks of one size the total hits the target, and no other such rounding has a smaller
+    square error. With others it is off by at most half of one N of one block; where they
+    have too many sizes to try all, one N at a time is handed out, to the largest part
+    missing, until the total is nearest. A block that kept some of its weights is emptied
+    only if the total would be further off than that otherwise.
 
     Three blocks of equal size, 4.6, 3.7 and 3.7 of 8 wanted, 4 on average: the whole parts
     leave two to hand out, so 4, 4 and 4. (Each rounded alone: 5, 4 and 4.)
@@ -237,13 +247,52 @@ def whole_numbers(
     :return: N per block, from 0 to ``m``; a block with a larger sparsity never gets a
         smaller N
     """
-    exact = [m * s for s in sparsities]
-    numbers = [math.floor(x) for x in exact]
-    missing = math.fsum(w * (sparsity * m - n) for n, w in zip(numbers, weights, strict=True))
-    order = sorted(range(len(exact)), key=lambda b: (numbers[b] - exact[b], -exact[b], b))
+    exact = [round(m * s, 9) for s in sparsities]  # a whole number but for rounding is one
+    whole = [math.floor(x) for x in exact]
+    missing = round(sparsity * m * sum(weights))
+    missing -= sum(w * n for w, n in zip(weights, whole, strict=True))
+    order = sorted(
+        (b for b, n in enumerate(whole) if n < exact[b]),
+        key=lambda b: (whole[b] + 1 == m, whole[b] - exact[b], -exact[b], b),
+    )
+    by_size: dict[int, list[int]] = {}
     for block in order:
-        if numbers[block] == exact[block] or 2 * missing <= weights[block]:
-            break
-        numbers[block] += 1
-        missing -= weights[block]
-    return numbers
+        by_size.setdefault(weights[block], []).append(block)
+    numbers_per_size = [range(len(blocks) + 1) for blocks in by_size.values()]
+    tried: Iterable[list[int]] = (order[:number] for number in range(len(order) + 1))
+    if math.prod(map(len, numbers_per_size)) <= _TRIED:
+        tried = (
+            [
+                b
+                for blocks, number in zip(by_size.values(), chosen, strict=True)
+                for b in blocks[:number]
+            ]
+            for chosen in product(*numbers_per_size)
+        )
+
+    def raised(blocks: Collection[int]) -> list[int]:
+        return [n + (b in blocks) for b, n in enumerate(whole)]
+
+    def cost(blocks: list[int]) -> tuple[bool, bool, int, int, float]:
+        ranked = sorted(zip(exact, raised(set(blocks)), strict=True))
+        disordered = any(low > high for (_, low), (_, high) in pairwise(ranked))
+        off = abs(missing - sum(weights[b] for b in blocks))
+        emptied = sum(whole[b] + 1 == m for b in blocks)
+        error = math.fsum(weights[b] * (1 - 2 * (exact[b] - whole[b])) for b in blocks)
+        return disordered, 2 * off > max(weights), emptied, off, error
+
+    best: list[int] = min(tried, key=cost)
+    return raised(best)
+
+
+def check_whole(sparsity: float, m: int, what: str) -> float:
+    """Return ``sparsity`` if it is a whole number of every ``m`` weights.
+
+    :param what: what an error calls it
+    :raises ValueError: if it is not, or outside [0, 1]
+    """
+    if not 0 <= sparsity <= 1 or abs(sparsity * m - round(sparsity * m)) > 1e-6:
+        raise ValueError(
+            f"{what} is {sparsity}, which is no whole number of every {m} weights: state N / {m}"
+        )
+    return sparsity

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules
 
 __all__ = ["Block", "check_columns", "find_blocks", "group_by_block", "outer_block"]
@@ -78,17 +80,18 @@ def group_by_block(
     return [Block(name, held) for name, held in members.items() if held], outside
 
 
-def check_columns(modules: Mapping[str, torch.nn.Module], m: int, where: str) -> None:
+def check_columns(modules: Mapping[str, torch.nn.Module], m: int, remedy: str) -> None:
     """Make sure that groups of M consecutive weights fill every row.
 
     :param modules: full name to module with a weight ``[out, ...]``
-    :param where: the field that says what is not pruned
-    :raises ValueError: naming the first module whose rows they do not fill
+    :param remedy: what can be done about one whose rows they do not fill
+    :raises ValueError: naming the first such module
     """
-    for name, module in modules.items():
-        columns = module.get_parameter("weight").flatten(1).shape[1]
-        if columns % m:
-            raise ValueError(
-                f"{name} has {columns} columns, which groups of {m} weights do not divide: add "
-                f"re:{name} to {where}, or take another mask_structure"
-            )
+    with disable_onloading():  # shapes are known without reading weights
+        for name, module in modules.items():
+            columns = math.prod(module.get_parameter("weight").shape[1:])
+            if columns % m:
+                raise ValueError(
+                    f"{name} has {columns} columns, which groups of {m} weights do not divide: "
+                    f"{remedy}"
+                )

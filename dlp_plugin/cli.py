@@ -141,7 +141,7 @@ def score(
 
     with _told(), _processes() as first:
         modifier = DLPModifier(
-            sparsity=0.7 if sparsity is None and mask_structure is None else sparsity,
+            sparsity=0.7 if sparsity is None and mask_structure in (None, "0:0") else sparsity,
             mask_structure=mask_structure,
             alpha=alpha if alpha == "auto" else float(alpha),
             refine=refine,

@@ -471,7 +471,9 @@ def _loaded(path: Path, subject: dict[str, str]) -> Comparison:
     try:
         found = Comparison.model_validate_json(path.read_text())
     except ValueError:
-        raise ValueError(f"{path} holds no comparison; name another folder") from None
+        raise ValueError(
+            f"{path} holds no comparison, or one of another version; name another folder"
+        ) from None
     if differing := [key for key in subject if found.subject.get(key) != subject[key]]:
         raise ValueError(
             f"{path.parent} holds a comparison that differs in: {', '.join(differing)}; name "
@@ -496,10 +498,10 @@ class _Scoring(AllocationModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the blocks, and in them the Linears that a stage on all Linears prunes."""
         self._match(state.model, [], kwargs.get("sequential_targets"))
-        for _, _, target in self._wanted:
-            if m := split_structure(_sparsity_and_structure(target)[1])[1]:
-                for block in self._blocks:
-                    check_columns(block.linears, m, "the recipe's ignore")
+        for structure in {target for _, _, target in self._wanted if ":" in target}:
+            for block in self._blocks:
+                remedy = f"leave {structure} out of the sparsities"
+                check_columns(block.linears, split_structure(structure)[1], remedy)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

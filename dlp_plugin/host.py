@@ -4,7 +4,7 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
 
 - while modifiers are initialized, and outside their epochs, the session's recipe lists
   all of them in order; during an epoch of the independent pipeline it lists one;
-- a SparseGPT or Wanda stage matches ``targets`` in the model, prunes the modules of
+- a pruning stage (SparseGPT, Wanda) matches ``targets`` in the model, prunes the modules of
   ``PRUNABLE_LAYER_TYPES`` below each match, and asks ``ignore`` about the name
   ``<match>.<name below it>``, which ends in a dot where the match is the module;
 - it reads ``sparsity`` (a list has one entry per match) when its epoch starts;
@@ -61,7 +61,7 @@ def current_modifiers() -> list[Modifier]:
 
 
 def stages_after(modifier: Modifier, until: type[Modifier]) -> list[PruningStage]:
-    """SparseGPT and Wanda stages that follow, up to the next modifier of a kind."""
+    """Pruning stages that follow, up to the next modifier of a kind."""
     return [other for other in _followers(modifier, until) if isinstance(other, PruningStage)]
 
 

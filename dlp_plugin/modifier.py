@@ -26,7 +26,7 @@ from dlp_plugin.allocation import (
     check_target,
     split_structure,
 )
-from dlp_plugin.blocks import Block, group_by_block, outer_block
+from dlp_plugin.blocks import Block, check_columns, group_by_block, outer_block
 from dlp_plugin.calibration import scoring_batches, split
 from dlp_plugin.plan import Plan
 from dlp_plugin.scores import ChannelNorms, Part, block_score
@@ -317,6 +317,9 @@ class AllocationModifier(Modifier):
                 "DLP scores Linears only, and has nothing to plan for this architecture"
             )
         self._refuse_shared_weights()
+        if not stages and (m := split_structure(self._structure)[1]):  # which check their own
+            for block in self._blocks:
+                check_columns(block.linears, m, "take another mask_structure")
 
     def _refuse_shared_weights(self) -> None:
         """Two modules with one weight would be counted twice, and pruned twice."""
@@ -416,11 +419,16 @@ class AllocationModifier(Modifier):
         self._check_settings(plan)
         if plan.mask_structure != self._structure:
             known = {"0:0": "unstructured pruning"}
+            remedy = (
+                "search again"
+                if plan.search
+                else "make it fit, `dlp-plugin show plan.json --mask-structure "
+                f"{self._structure} --output fitting.json`"
+            )
             raise ValueError(
                 f"the plan (of {plan.model}) is for "
                 f"{known.get(plan.mask_structure, plan.mask_structure)}, and the stages' "
-                f"mask_structure is {self._structure}: make it fit, `dlp-plugin show plan.json "
-                f"--mask-structure {self._structure} --output fitting.json`, or state the plan's"
+                f"mask_structure is {self._structure}: {remedy}, or state the plan's"
             )
         ours = {block.name: set(block.without(plan.unseen).linears) for block in self._blocks}
         for row in plan.blocks:

@@ -21,6 +21,7 @@ from dlp_plugin.allocation import (
     check_alpha,
     check_sparsity,
     check_target,
+    check_whole,
     half_range,
     importances,
     split_structure,
@@ -155,11 +156,7 @@ class Plan(BaseModel):
             allowed += max(b.weights for b in self.blocks) / m / self._weights
             for block in self.blocks:
                 for name, sparsity in (block.linears or {block.name: block.sparsity}).items():
-                    if abs(sparsity * m - round(sparsity * m)) > 1e-6:
-                        raise ValueError(
-                            f"blocks: {name} has sparsity {sparsity}, which is no whole number "
-                            f"of every {m} weights"
-                        )
+                    check_whole(sparsity, m, f"blocks: sparsity of {name}")
         if abs(self.deviation) > allowed:
             raise ValueError(
                 f"blocks: their sparsities come to {self.sparsity:.6f} of all weights, "
@@ -187,7 +184,7 @@ class Plan(BaseModel):
             not the sparsity that ``mask_structure`` is on average
         """
         names, weights, scores = zip(*blocks, strict=True)
-        check_target(target, mask_structure, "target")
+        target = check_target(target, mask_structure, "target")
         unimportant = unimportances(method, scores)
         half = half_range(method, alpha, scores, weights, target)
         sparsities = allocate(unimportant, weights, target, half)
@@ -241,7 +238,8 @@ class Plan(BaseModel):
         if self.search:
             raise ValueError(
                 f"the plan was refined by a search at target {self.target:g}, alpha "
-                f"{self.alpha:g}, and holds for these only: leave them out, or search again"
+                f"{self.alpha:g}, mask_structure {self.mask_structure}, and holds for these only: "
+                "leave them out, or search again"
             )
         return Plan.make(
             [(block.name, block.weights, block.score) for block in self.blocks],

@@ -69,7 +69,12 @@ def choose_strength(trial: Trial, make: Callable[..., Plan], blocks: Sequence[Bl
     plans = [make(alpha=half) for half in HALF_RANGES]
     if plans[0].method == "linear":  # its strength is the step from block to block
         plans = [make(alpha=half * unit) for half in HALF_RANGES]
-    losses = [trial.loss(sparsities_of(plan, blocks), group=plan.group) for plan in plans]
+    measured: dict[tuple[float, ...], float] = {}  # whole N make one plan of several strengths
+    for plan in plans:
+        sparsities = tuple(block.sparsity for block in plan.blocks)
+        if sparsities not in measured:
+            measured[sparsities] = trial.loss(sparsities_of(plan, blocks), group=plan.group)
+    losses = [measured[tuple(block.sparsity for block in plan.blocks)] for plan in plans]
     if not any(math.isfinite(loss) for loss in losses):
         raise ValueError(
             "the loss of the pruned model is not finite at any strength: check the "
@@ -97,6 +102,12 @@ class _Units:
             unit: sum(weights[name] for name in names) for unit, names in members.items()
         }
         self.costs = dict.fromkeys(members, 0.0)  # per weight moved, estimated
+
+    @property
+    def can_switch(self) -> bool:
+        """Whether weights can be moved: whole N only between units of a size."""
+        sizes = list(self.weights.values())
+        return not self.group or len(set(sizes)) < len(sizes)
 
     def switched(
         self, sparsities: Mapping[str, float], chance: random.Random
@@ -170,8 +181,8 @@ def refine(
 ) -> Plan:
     """Improve a plan at constant total, in nats of divergence from the dense model.
 
-    The first third of the generations moves whole blocks, the rest single Linears. The same
-    seed gives the same plan.
+    The first third of the generations moves whole blocks, the rest single Linears; with N:M
+    and blocks all of different size, all move Linears. The same seed gives the same plan.
 
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param generations: at least 1
@@ -210,12 +221,15 @@ def refine(
     here = trial.divergence(best, few, plan.group)
 
     for generation in range(len(steps), generations + 1):
-        units = levels[generation > generations // 3]
+        units = levels[generation > generations // 3 or not levels[0].can_switch]
         chance = random.Random(f"{seed} {generation}")
-        sifted = []
+        sifted, measured = [], 0
         for _ in range(OFFSPRING):
             offspring, moved = units.switched(best, chance)
+            if not any(moved.values()):
+                continue
             found = trial.divergence(offspring, few, plan.group)
+            measured += 1
             if not math.isfinite(found):
                 continue
             units.learn(moved, found - here)
@@ -230,8 +244,8 @@ def refine(
         steps.append(
             SearchStep(
                 generation=generation,
-                evaluations=last.evaluations + OFFSPRING + SURVIVORS,
-                tokens=last.tokens + OFFSPRING * few + SURVIVORS * trial.tokens,
+                evaluations=last.evaluations + measured + len(sifted[:SURVIVORS]),
+                tokens=last.tokens + measured * few + len(sifted[:SURVIVORS]) * trial.tokens,
                 divergence=divergence,
             )
         )

@@ -31,9 +31,10 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import make_empty_h
 from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import make_empty_row_scalars
 from llmcompressor.utils.dist import broadcast_qparams_and_cleanup
 from loguru import logger
+from pydantic import model_validator
 from torch import distributed as dist
 
-from dlp_plugin.allocation import split_structure
+from dlp_plugin.allocation import check_target, check_whole, split_structure
 from dlp_plugin.blocks import check_columns
 from dlp_plugin.host import PruningStage, stage_targets
 from dlp_plugin.scores import smallest_score
@@ -50,36 +51,56 @@ class Stage(PruningStage):
         may be left out, or be a list of N / M
     """
 
-    sparsity: float | list[float] | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        structure = fields.get("mask_structure", "0:0")
+        if not isinstance(structure, str):
+            raise ValueError(
+                f'mask_structure is {structure!r}: quote it, "2:4", which YAML reads as a number'
+            )
+        return fields if split_structure(structure) == (0, 0) else {"sparsity": None, **fields}
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Check that the structure fits the model.
+        """Check that sparsities and structure fit the model.
 
         :raises ValueError: naming the module or field
         """
+        kind, targets = type(self).__name__, stage_targets(state.model, self)
+        stated = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
+        if isinstance(self.sparsity, list) and len(stated) != len(targets):
+            raise ValueError(
+                f"{kind}.sparsity holds {len(stated)} values, and its targets match "
+                f"{len(targets)} modules: state one for each, or one number"
+            )
+        for sparsity in stated:
+            if not (sparsity is None or 0 <= sparsity <= 1):
+                raise ValueError(
+                    f"{kind}.sparsity must be between 0 and 1, got {sparsity}; it is the fraction "
+                    "of weights to set to zero, e.g. 0.7"
+                )
         if m := split_structure(self.mask_structure)[1]:
-            self._check_structure(state.model, m)
+            self._check_structure(targets, m)
         return bool(super().on_initialize(state, **kwargs))
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Begin to collect statistics.
 
-        :raises ValueError: if neither the recipe nor a modifier has stated a sparsity
+        :raises ValueError: if ``sparsity`` is null, and no modifier has stated one
         """
         if self.sparsity is None and not self._prune_m:
             raise ValueError(f"{type(self).__name__}.sparsity is not stated: set it, e.g. 0.7")
         super().on_calibration_start(state, event, **kwargs)
 
-    def _check_structure(self, model: torch.nn.Module, m: int) -> None:
-        kind = type(self).__name__
-        for modules in stage_targets(model, self).values():
-            check_columns(modules, m, f"{kind}.ignore")
-        for sparsity in self.sparsity if isinstance(self.sparsity, list) else []:
-            if abs(sparsity * m - round(sparsity * m)) > 1e-6:
-                raise ValueError(
-                    f"{kind}.sparsity holds {sparsity}, which is no whole number of every {m} "
-                    f"weights (mask_structure {self.mask_structure}): state N / {m}"
-                )
+    def _check_structure(self, targets: dict[str, dict[str, torch.nn.Module]], m: int) -> None:
+        field = f"{type(self).__name__}.sparsity"
+        if isinstance(self.sparsity, list):
+            for sparsity in self.sparsity:
+                check_whole(sparsity, m, f"an entry of {field}")
+        elif self.sparsity is not None:
+            check_target(self.sparsity, self.mask_structure, field)
+        for modules in targets.values():
+            check_columns(modules, m, f"add them to {type(self).__name__}.ignore")
 
     def number(self, module: torch.nn.Module) -> int:
         """How many of every M consecutive weights of a module are to be zero."""
@@ -104,8 +125,8 @@ class SparseGPTModifier(Stage, pruning.SparseGPTModifier):
         """Prune what has been calibrated."""
         _compress(self, self._hessians, make_empty_hessian, super().compress_modules)
 
-    def _check_structure(self, model: torch.nn.Module, m: int) -> None:
-        super()._check_structure(model, m)
+    def _check_structure(self, targets: dict[str, dict[str, torch.nn.Module]], m: int) -> None:
+        super()._check_structure(targets, m)
         if self.block_size % m:
             raise ValueError(
                 f"SparseGPTModifier.block_size {self.block_size} would cut through groups of {m} "
@@ -220,7 +241,7 @@ def _compress(
     :param compress: the host's ``compress_modules``
     """
     ranks = _gather(stage, statistics, empty) if is_distributed() else None
-    if stage._prune_m and isinstance(stage.sparsity, list):
+    if stage._prune_m:
         _compress_by_number(stage, statistics, compress)
     else:
         compress()

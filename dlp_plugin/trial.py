@@ -3,8 +3,8 @@
 Wanda's mask of a Linear follows at any sparsity from the weight and the norms of its input
 channels (arXiv 2306.11695): in each row the weights with the smallest ``|W| * norm`` go, or in
 each M consecutive weights of a row. So a pruned model can be measured by masking each weight as
-it is used; what is kept is one threshold per row (or group of M) and sparsity, not a second
-model.
+it is used; what is kept is one threshold per row and sparsity, or for groups of M each weight's
+place in its group (a byte), not a second model.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ _WIDE = 256
 # Tokens of the vocabulary that the dense model's predictions are kept for, the likeliest
 # ones; the others are one class.
 _LIKELIEST = 512
+# Rows of a weight whose groups are sorted together, which takes 16 bytes a weight.
+_ROWS = 256
 # Sparsities per Linear whose thresholds are kept.
 _REMEMBERED = 16
 
@@ -67,7 +70,8 @@ class Trial:
         self._model = model
         self._linears = linears
         self._norms = norms
-        self._thresholds: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._thresholds: dict[tuple[str, int], torch.Tensor] = {}
+        self._places: dict[tuple[str, int], torch.Tensor] = {}
         self._batches = _together(batches)
         self._device = get_main_device()
         self._kept: list[_Kept] = []
@@ -152,27 +156,43 @@ class Trial:
                 linear = self._linears[name]
                 count = round(group * sparsity) if group else int(linear.in_features * sparsity)
                 if count:
-                    norms = self._norms[name]
-                    masked = _Masked(linear, norms, self._threshold(name, count, group))
-                    stack.enter_context(patch_attr(linear, "forward", masked))
+                    mask = partial(self._mask, name, count, group)
+                    stack.enter_context(patch_attr(linear, "forward", _Masked(linear, mask)))
             yield
 
-    @torch.no_grad()
-    def _threshold(self, name: str, count: int, group: int) -> torch.Tensor:
-        """The score up to which ``count`` weights of a group go, float32 ``[out, groups, 1]``.
+    def _mask(self, name: str, count: int, group: int, weight: torch.Tensor) -> torch.Tensor:
+        """Which weights are kept if ``count`` of each group go, or of each row."""
+        if group:
+            places = self._place(name, group).to(weight.device)
+            return (places >= count).view(weight.shape)
+        threshold = self._threshold(name, count).to(weight.device)
+        return _scores(weight, self._norms[name]) > threshold
 
-        Without structure a row is one group.
-        """
-        key = name, count, group
-        if key not in self._thresholds:
+    @torch.no_grad()
+    def _place(self, name: str, group: int) -> torch.Tensor:
+        """Each weight's place in its group by score, from 0, uint8 ``[out, groups, group]``."""
+        key = name, group
+        if key not in self._places:
             linear = self._linears[name]
             weight = linear.weight.to(get_execution_device(linear))
-            scores = _scores(weight, self._norms[name])
-            grouped = scores.unflatten(1, (-1, group or linear.in_features))
+            places, number = [], torch.uint8 if group <= 256 else torch.int32
+            for rows in _scores(weight, self._norms[name]).split(_ROWS):
+                order = rows.unflatten(1, (-1, group)).argsort(dim=2, stable=True)
+                places.append(order.argsort(dim=2).to(number))
+            self._places[key] = torch.cat(places)
+        return self._places[key]
+
+    @torch.no_grad()
+    def _threshold(self, name: str, count: int) -> torch.Tensor:
+        """The score in each row up to which ``count`` weights go, float32 ``[out, 1]``."""
+        if (name, count) not in self._thresholds:
+            linear = self._linears[name]
+            weight = linear.weight.to(get_execution_device(linear))
+            value = _scores(weight, self._norms[name]).kthvalue(count, dim=1, keepdim=True)
             if len(self._thresholds) >= _REMEMBERED * len(self._linears):
                 del self._thresholds[next(iter(self._thresholds))]  # the oldest
-            self._thresholds[key] = grouped.kthvalue(count, dim=2, keepdim=True).values
-        return self._thresholds[key]
+            self._thresholds[name, count] = value.values
+        return self._thresholds[name, count]
 
 
 def _scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -180,19 +200,17 @@ def _scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 class _Masked:
-    """A Linear's forward with the weights up to each group's threshold at zero."""
+    """A Linear's forward with some weights at zero."""
 
     def __init__(
-        self, linear: torch.nn.Linear, norms: torch.Tensor, threshold: torch.Tensor
+        self, linear: torch.nn.Linear, mask: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        self._parts = linear, norms, threshold
+        self._parts = linear, mask
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        linear, norms, threshold = self._parts
+        linear, mask = self._parts
         weight = linear.weight.to(inputs.device)
-        threshold = threshold.to(weight.device)
-        scores = _scores(weight, norms).unflatten(1, (threshold.shape[1], -1))
-        return functional.linear(inputs, weight * (scores > threshold).flatten(1), linear.bias)
+        return functional.linear(inputs, weight * mask(weight), linear.bias)
 
 
 def _together(batches: Sequence[Batch]) -> list[Batch]:

@@ -106,6 +106,12 @@ def test_two_processes_prune_like_one(make_model: Callable, saved: str, tmp_path
     pruners = ["WandaPruningModifier", "SparseGPTModifier"]
     recipes = [recipe(pruner, plan_path=str(plan_path)) for pruner in pruners]
     recipes.append(recipe(alpha="auto", refine=1))
+    kinds = ["WandaPruningModifier", "OneShotMagnitudeModifier"]
+    structured = [
+        recipe(kind, alpha=0.3).replace("sparsity: 0.6", "mask_structure: '4:8'") for kind in kinds
+    ]
+    assert all("4:8" in text for text in structured)
+    recipes += structured
     results, _ = in_two_processes(tmp_path, *recipes, model=saved, rows=random_samples(8).to_list())
     for pruner, ranks in zip(pruners, results[:2], strict=True):
         (first_plan, first), (second_plan, second) = ranks
@@ -124,6 +130,13 @@ def test_two_processes_prune_like_one(make_model: Callable, saved: str, tmp_path
     assert first_plan.search
     assert len(first_plan.candidates) == 7
     assert all(torch.equal(first[name], second[name]) for name in first)
+    for text, ((first_plan, first), (_, second)) in zip(structured, results[3:], strict=True):
+        plan, weights = alone(make_model, text)
+        assert len({block.sparsity for block in plan.blocks}) > 1
+        assert [b.sparsity for b in first_plan.blocks] == [b.sparsity for b in plan.blocks]
+        for name, weight in weights.items():
+            assert torch.equal(first[name], weight), name
+            assert torch.equal(second[name], weight), name
 
 
 def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(

@@ -134,7 +134,27 @@ class TestMixedPatterns:
         for name, linear in linears_of(model).items():
             if name != "lm_head":
                 assert zeros_per_group(linear.weight, 8) == {round(planned[name] * 8)}, name
-        assert "(3 to 5:8)" in str(plan) or "4:8)" in str(plan)
+        numbers = sorted({round(8 * s) for s in plan.blocks[0].linears.values()})
+        shown = f"({numbers[0]} to {numbers[-1]}:8)" if len(numbers) > 1 else f"({numbers[0]}:8)"
+        assert shown in str(plan)
+
+    @pytest.mark.parametrize("refined", [0, 3])
+    def test_blocks_of_unequal_size(self, make_model: MakeModel, refined: int) -> None:
+        """The total is as near as the sizes allow, and the plan says how near."""
+        ignore = ["re:.*lm_head", "re:.*layers.0.*k_proj", "re:.*layers.1.*up_proj"]
+        stage = WandaPruningModifier(mask_structure="4:8", targets=["Linear"], ignore=ignore)
+        model = prune(make_model(), DLPModifier(alpha=0.2, refine=refined), stage)
+        (plan,) = last_plans()
+        weights = [block.weights for block in plan.blocks]
+        assert len(set(weights)) == 3
+        assert abs(plan.deviation) <= max(weights) / 8 / 2 / sum(weights)
+        left = {"lm_head", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"}
+        pruned = [lin for name, lin in linears_of(model).items() if name not in left]
+        assert sum(lin.weight.numel() for lin in pruned) == sum(weights)
+        zeros = sum(int((lin.weight == 0).sum()) for lin in pruned)
+        assert zeros / sum(weights) == pytest.approx(plan.sparsity, abs=1e-9)
+        if refined:
+            assert any(len(set(block.linears.values())) > 1 for block in plan.blocks)
 
     def test_a_peer(self, make_model: MakeModel) -> None:
         peer = LinearSparsityModifier(beta=1 / 8)
@@ -192,7 +212,7 @@ class TestBadPatterns:
     def test_columns_that_groups_do_not_divide(self, make_model: MakeModel, pruner: type) -> None:
         message = (
             r"model.layers.0.self_attn.q_proj has 64 columns, which groups of 6 weights do not "
-            rf"divide: add re:model.layers.0.self_attn.q_proj to {pruner.__name__}.ignore"
+            rf"divide: add them to {pruner.__name__}.ignore"
         )
         refuses(make_model, message, DLPModifier(), pruner(mask_structure="3:6", **EVERY))
         refuses(make_model, message, pruner(mask_structure="3:6", **EVERY))
@@ -232,12 +252,48 @@ class TestBadPatterns:
         stage = WandaPruningModifier(
             sparsity=[0.5, 0.6, 0.5], mask_structure="4:8", targets=["LlamaDecoderLayer"]
         )
-        refuses(make_model, r"sparsity holds 0.6, which is no whole number of every 8", stage)
+        message = "an entry of WandaPruningModifier.sparsity is 0.6, which is no whole number of"
+        refuses(make_model, message, stage)
 
-    @pytest.mark.parametrize("structure", ["8:8", "5:4", "0:8"])
-    def test_a_structure_that_is_none(self, make_model: MakeModel, structure: str) -> None:
-        stage = WandaPruningModifier(mask_structure=structure, **EVERY)
-        refuses(make_model, f"mask_structure must be N:M.*got '{structure}'", stage)
+    def test_a_list_of_another_length(self, make_model: MakeModel) -> None:
+        stage = WandaPruningModifier(sparsity=[0.5, 0.5], targets=["LlamaDecoderLayer"])
+        refuses(make_model, "sparsity holds 2 values, and its targets match 3 modules", stage)
+
+    @pytest.mark.parametrize("pruner", PRUNERS)
+    @pytest.mark.parametrize("value", [70, -0.1, [0.5, -0.125, 0.5]])
+    def test_a_sparsity_out_of_range(
+        self, make_model: MakeModel, pruner: type, value: float | list[float]
+    ) -> None:
+        structure = "4:8" if isinstance(value, list) else "0:0"
+        stage = pruner(sparsity=value, mask_structure=structure, targets=["LlamaDecoderLayer"])
+        refuses(make_model, rf"{pruner.__name__}.sparsity must be between 0 and 1, got", stage)
+
+    @pytest.mark.parametrize("structure", ["8:8", "5:4", "0:8", "4"])
+    def test_a_structure_that_is_none(self, structure: str) -> None:
+        with pytest.raises(ValueError, match=f"mask_structure must be N:M.*got '{structure}'"):
+            WandaPruningModifier(mask_structure=structure, **EVERY)
+
+    def test_a_structure_that_yaml_reads_as_a_number(self, make_model: MakeModel) -> None:
+        """Base 60, as in times of day."""
+        text = "p_stage: {p_modifiers: {WandaPruningModifier: {mask_structure: 4:8}}}"
+        with pytest.raises(ValueError, match='mask_structure is 248: quote it, "2:4"'):
+            run(make_model(), text, random_samples())
+
+    def test_a_sparsity_that_a_stage_alone_contradicts(self, make_model: MakeModel) -> None:
+        stage = WandaPruningModifier(sparsity=0.7, mask_structure="4:8", **EVERY)
+        refuses(make_model, "WandaPruningModifier.sparsity is 0.7, but mask_structure 4:8", stage)
+
+    def test_a_plan_that_no_stage_follows(self, make_model: MakeModel, tmp_path: Path) -> None:
+        path = str(tmp_path / "plan.json")
+        modifier = DLPModifier(mask_structure="3:6", alpha="auto", plan_path=path)
+        refuses(make_model, "q_proj has 64 columns, which groups of 6 weights do not", modifier)
+
+    def test_a_refined_plan_is_not_made_to_fit(self, make_model: MakeModel) -> None:
+        refined = DLPModifier(sparsity=0.5, refine=1)
+        prune(make_model(), refined, WandaPruningModifier(**EVERY, sparsity=0.5))
+        given = DLPModifier(from_plan=refined.plan.model_dump(mode="json"))
+        stage = WandaPruningModifier(mask_structure="4:8", **EVERY)
+        refuses(make_model, "mask_structure is 4:8: search again", given, stage)
 
     def test_stages_of_different_structure(self, make_model: MakeModel) -> None:
         stages = [
@@ -265,7 +321,13 @@ class TestBadPatterns:
 
     @pytest.mark.parametrize("pruner", PRUNERS)
     def test_no_sparsity(self, make_model: MakeModel, pruner: type) -> None:
-        refuses(make_model, rf"{pruner.__name__}.sparsity is not stated", pruner(**EVERY))
+        with pytest.raises(ValueError, match="sparsity\n  Field required"):
+            pruner(**EVERY)
+        refuses(
+            make_model,
+            rf"{pruner.__name__}.sparsity is not stated",
+            pruner(sparsity=None, **EVERY),
+        )
 
 
 class TestOneShotMagnitude:
@@ -387,7 +449,7 @@ def test_plans_of_a_structure_are_checked(tmp_path: Path) -> None:
     assert "4:8 on average over all weights, off by +0.0000%" in " ".join(str(plan).split())
     content = json.loads(plan.model_dump_json())
     content["blocks"][0]["sparsity"] = 0.3
-    with pytest.raises(ValueError, match="a has sparsity 0.3, which is no whole number of every 8"):
+    with pytest.raises(ValueError, match="sparsity of a is 0.3, which is no whole number of every 8"):
         Plan.load(content)
     content["blocks"][0]["sparsity"] = 7 / 8
     with pytest.raises(ValueError, match="blocks: their sparsities come to 0.625"):
