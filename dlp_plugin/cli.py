@@ -233,19 +233,17 @@ def merge(
     Needs `pip install 'dlp_plugin[lora]'`. To quantize what comes out:
     `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
     """
-    from transformers import AutoTokenizer
-
     from dlp_plugin.checkpoint import inspect_checkpoint
     from dlp_plugin.files import check_vacant, replacing
     from dlp_plugin.recovery import load_adapter, sparse_merge
 
     with _told():
         check_vacant(output)
-        adapted, base = load_adapter(adapter, base)
+        adapted, tokenizer = load_adapter(adapter, base)
         merged: Any = sparse_merge(adapted, allow_dense=allow_dense)
         with replacing(output) as folder:
             merged.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         with _progress("Reading the checkpoint", 1) as advance:
             found = inspect_checkpoint(output, advance)
         console.print(_zeros_table(found))

@@ -9,6 +9,7 @@ while the weights themselves are trained. Embeddings, norms and biases train fre
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -58,12 +59,13 @@ def masks_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return masks
 
 
-def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel, str]:
+def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel, Any]:
     """Load a saved adapter and the causal language model that it belongs to.
 
     :param folder: as ``peft_model.save_pretrained()`` writes it
     :param base: the model; None for the one that the adapter was trained on
-    :return: the model with the adapter on it, and the base model's name or folder
+    :return: the model with the adapter on it, and the tokenizer: the one beside the adapter,
+        for which the embeddings are enlarged if need be, or the base model's
     :raises ValueError: if the folder holds no adapter
     """
     _need_peft()
@@ -74,8 +76,12 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {folder} does not say what model it is for: name it")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    return PeftModel.from_pretrained(model, str(folder)), base
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    trained_with = (Path(folder) / "tokenizer_config.json").is_file()
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder) if trained_with else base)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return PeftModel.from_pretrained(model, str(folder)), tokenizer
 
 
 def sparse_merge(
@@ -87,150 +93,100 @@ def sparse_merge(
 ) -> torch.nn.Module:
     """Merge adapters as ``peft_model.merge_and_unload()`` does, but under the masks.
 
-    Each layer is merged by peft itself, then its pruned weights are set to zero; so every
-    kind of adapter works that peft can merge. What ``modules_to_save`` trained of a pruned
-    module is masked too.
+    peft itself merges, then the pruned weights are set to zero; so every kind of adapter
+    works that peft can merge. What ``modules_to_save`` trained of a pruned module is masked
+    too. The masks take a byte a weight meanwhile.
 
     :param adapter_names: adapters to merge; None for the active ones
-    :param masks: as :func:`masks_of` returns them; None to read them from the base weights
+    :param masks: as :func:`masks_of` returns them, instead of the zeros of these weights
     :param allow_dense: merge modules that were never pruned too, as they are
     :return: the base model; the ``PeftModel`` is of no use after that
     :raises ValueError: before any weight has changed, if the adapters cannot be merged, a
         module among the adapted ones was never pruned, or masks do not fit
-    :raises RuntimeError: if peft fails to merge a layer, as it does where merged weights are
-        not finite; the layers before it are merged then
     """
     base = _base_of(peft_model)
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     names = _adapters(peft_model, adapter_names)
-    weights = _weights(base)
-    given = _fitting(masks, weights)
     if masks is None:
-        _check_inits(peft_model, names, "pass masks=, read by masks_of() before get_peft_model()")
-
-    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    adapted = {id(layer) for layer in layers if _held(layer, adapter_names)}
-    for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            _check_unmerged(_without_peft(name), module)
-        if id(module) in adapted:
-            _check_layer(_without_peft(name), module, _held(module, adapter_names))
-    dense, missing = [], []
-    for weight in weights:
-        if not any(id(layer) in adapted for layer in weight.layers):
-            continue
-        _check_values(weight.name, weight.owner, weight.read())
-        if weight.name not in given:
-            pruned = _is_pruned(weight.read())
-            if pruned and masks is not None:
-                missing.append(weight.name)
-            elif not pruned:
-                dense.append(weight.name)
-    _check_missing(missing)
+        remedy = "sparse_merge(masks=...), read by masks_of() before get_peft_model()"
+        _check_inits(peft_model, names, remedy)
+    weights = _weights(base)
+    found = {**masks_of(base), **_fitting(masks or {}, weights)}
+    for name, layer in _layers(base):  # into a copy each, so that nothing changes if one fails
+        _check_layer(name, layer, adapter_names, found)
+    dense = [
+        weight.name
+        for weight in weights
+        if weight.name not in found and any(_held(layer, adapter_names) for layer in weight.layers)
+    ]
     if dense and not allow_dense:
         raise ValueError(
             f"less than 1 % of the weights of {_some(dense)} are zero, so they were never "
-            "pruned: pass allow_dense=True if they are meant to be dense; if the adapter's "
-            "initialisation changed the base weights (PiSSA, OLoRA, CorDA, LoftQ), pass masks=, "
-            "read by masks_of() before get_peft_model()"
+            "pruned: allow_dense=True (--allow-dense) if they are meant to be dense; if the "
+            "adapter's initialisation changed the base weights (PiSSA, OLoRA, CorDA, LoftQ), "
+            "sparse_merge(masks=...), read by masks_of() before get_peft_model()"
         )
-
-    done = 0
-    unmasked = {id(layer): layer for layer in layers if id(layer) in adapted}
-    for weight in weights:
-        merging = [unmasked.pop(id(layer)) for layer in weight.layers if id(layer) in unmasked]
-        if not merging and not weight.copies:
-            continue
-        values = weight.read()
-        mask = given.get(weight.name)
-        if mask is None and _is_pruned(values):
-            mask = values != 0
-        for layer in merging:
-            _merge(weight.name, layer, adapter_names, done)
-            done += 1
-        if mask is not None:
-            for owner in (weight.owner, *weight.copies):
-                _fill(getattr(owner, weight.parameter), ~mask)
-    for layer in unmasked.values():
-        _merge(type(layer).__name__, layer, adapter_names, done)
-        done += 1
-    merged: torch.nn.Module = peft_model.unload()
-    _untie(merged)
+    del weights
+    merged: torch.nn.Module = peft_model.merge_and_unload(adapter_names=adapter_names)
+    for weight in _weights(merged):
+        if weight.name in found:
+            _fill(getattr(weight.owner, weight.parameter), ~found[weight.name])
     return merged
 
 
-def mask_updates(peft_model: PeftModel, masks: Mapping[str, torch.Tensor] | None = None) -> None:
+def mask_updates(peft_model: PeftModel) -> None:
     """Mask the adapters' updates from now on, in training, inference and merging.
 
     A layer computes with ``W + mask * dW`` then. ``dW`` is what the adapter adds to the
     weight: ``B A`` scaled, or with DoRA ``m (W + B A) / |W + B A| - W``. So the loss that is
     trained is the merged model's, with :func:`sparse_merge` and peft's own merging alike. The
     updates of several adapters are summed up, as peft does in its forward pass (merging,
-    it compounds those of DoRA). The adapters' files do not change; call this again after
-    loading them, or after adding an adapter.
+    it compounds those of DoRA, unless this is called first). The adapters' files do not
+    change; call this again after loading them to train on, or after adding an adapter.
 
     It costs a dense ``dW`` per layer, which is made anew in the backward pass and not kept.
 
-    :param masks: as :func:`masks_of` returns them; None to take the weights' zeros
     :raises ValueError: before anything has changed, if a pruned module is adapted by anything
-        else than LoRA or DoRA of a Linear, an adapter is merged, masks do not fit, or no
-        pruned module is adapted
+        else than LoRA or DoRA of a Linear, an adapter is merged, or no pruned module is adapted
     """
     base = _base_of(peft_model)
     from peft.tuners.lora.layer import Linear
     from peft.tuners.lora.variants import DoraLinearVariant
 
-    weights = _weights(base)
-    given = _fitting(masks, weights)
     remedy = "train unmasked and sparse_merge() afterwards"
     _check_inits(
         peft_model,
         list(peft_model.peft_config),
         f"{remedy}, with masks read by masks_of() before get_peft_model()",
     )
-    plan: list[tuple[Any, str, _MaskedUpdate]] = []
-    missing = []
-    for weight in weights:
-        if not weight.layers and not weight.copies:
+    plan: list[tuple[Any, str, Any]] = []
+    for weight in _weights(base):
+        if not weight.layers and not weight.copied:
             continue
-        _check_values(weight.name, weight.owner, weight.read())
         for layer in weight.layers:
             _check_unmerged(weight.name, layer)
-        mask = given.get(weight.name)
-        if mask is None:
-            if not _is_pruned(weight.read()):
-                continue
-            if masks is not None:
-                missing.append(weight.name)
-        elif bool(((weight.read() != 0) & ~mask).any()):
-            raise ValueError(
-                f"{weight.name} has weights that are not zero where its mask is False: apply "
-                f"the masks to the base weights first, or {remedy}, with masks="
-            )
-        if weight.copies:
+        _check_values(weight.name, weight.owner, weight.read())
+        if not _is_pruned(weight.read()):
+            continue
+        if weight.copied:
             raise ValueError(
                 f"{weight.name} is pruned and in modules_to_save, which trains all of it: "
                 f"adapt it with LoRA, or {remedy}"
             )
         for layer in weight.layers:
-            if type(layer) is not Linear:
-                raise ValueError(
-                    f"{weight.name} is adapted by {type(layer).__module__}."
-                    f"{type(layer).__name__}, whose updates cannot be masked: {remedy}"
-                )
-            for adapter in layer.lora_A:
-                variant = layer.lora_variant.get(adapter)
-                if variant is None or type(variant) is DoraLinearVariant:
-                    plan.append((layer, adapter, _MaskedUpdate(variant, mask)))
-                elif isinstance(variant, _MaskedUpdate):
-                    plan.append((layer, adapter, variant))
-                else:
+            variants = getattr(layer, "lora_variant", {})
+            for adapter in _held(layer, list(peft_model.peft_config)):
+                variant = variants.get(adapter)
+                if type(layer) is not Linear or not isinstance(
+                    variant, (type(None), _MaskedUpdate, DoraLinearVariant)
+                ):
                     raise ValueError(
-                        f"adapter {adapter!r} of {weight.name} is a {type(variant).__name__}, "
+                        f"adapter {adapter!r} of {weight.name} is a "
+                        f"{type(variant or layer).__module__}.{type(variant or layer).__name__}, "
                         f"whose updates cannot be masked: {remedy}"
                     )
-    _check_missing(missing)
+                if not isinstance(variant, _MaskedUpdate):
+                    variant = _MaskedUpdate(variant)
+                plan.append((layer, adapter, variant))
     if not plan:
         raise ValueError(
             "none of the adapted modules is pruned (at least 1 % zeros): prune the model first, "
@@ -240,34 +196,27 @@ def mask_updates(peft_model: PeftModel, masks: Mapping[str, torch.Tensor] | None
         layer.lora_variant[adapter] = update
 
 
-def hold_masks(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    masks: Mapping[str, torch.Tensor] | None = None,
-) -> RemovableHandle:
+def hold_masks(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
     """Set pruned weights to zero after every step of an optimizer that trains the model.
 
-    For any optimizer, whatever it does with momentum and weight decay. The host's
+    Whatever the optimizer does with momentum and weight decay. With the Trainer of
+    transformers, call ``trainer.create_optimizer()`` first and give it
+    ``trainer.optimizer``. The host's
     ``ConstantPruningModifier`` needs its events fired from the training loop, does nothing
     without ``start: 0``, and prunes living weights up to 1e-8.
 
-    :param masks: as :func:`masks_of` returns them; None to take the weights' zeros
     :return: handle whose ``remove()`` ends it
-    :raises ValueError: if no module is pruned, the optimizer trains none of those that are, or
-        masks do not fit
+    :raises ValueError: if no module is pruned, or the optimizer trains none of those that are
     """
-    weights = _weights(model)
-    found = masks_of(model) if masks is None else _fitting(masks, weights)
+    found = masks_of(model)
     if not found:
-        raise ValueError(
-            "no module of the model is pruned (at least 1 % zeros): prune it first, or pass masks="
-        )
+        raise ValueError("no module of the model is pruned (at least 1 % zeros): prune it first")
     # accelerate's optimizer steps the one that it wraps
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     trained = {id(value) for group in optimizer.param_groups for value in group["params"]}
     held = []
-    for weight in weights:
+    for weight in _weights(model):
         value = getattr(weight.owner, weight.parameter)
         if weight.name in found and id(value) in trained:
             held.append((value, ~found[weight.name]))
@@ -291,15 +240,10 @@ class _MaskedUpdate:
     ``[in, out]``.
     """
 
-    def __init__(self, variant: Any, mask: torch.Tensor | None) -> None:
-        """Take the variant, None for plain LoRA, and the mask, None for the weight's zeros."""
+    def __init__(self, variant: Any) -> None:
+        """Take the variant, None for plain LoRA."""
         self._variant = variant
-        self._mask = mask
         self._before: torch.Tensor | None = None  # the weight, while this is merged into it
-
-    def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:
-        if self._variant is not None:
-            self._variant.init(module, adapter_name=adapter_name, **kwargs)
 
     def supports_lora_conversion(self) -> bool:
         return False  # a masked product is no product of low rank
@@ -336,7 +280,6 @@ class _MaskedUpdate:
         :param weight: the base weight, nothing merged into it
         """
         weight = weight.detach()
-        alive = weight != 0 if self._mask is None else self._mask.to(weight.device)
         with torch.autocast(weight.device.type, enabled=False):
             down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
             wide = torch.promote_types(up.dtype, torch.float32)
@@ -349,7 +292,7 @@ class _MaskedUpdate:
                 scale = module.lora_magnitude_vector[adapter].weight.to(wide) / norm
                 update = scale[:, None] * (rows + update) - rows
             update = update.T if module.fan_in_fan_out else update
-            masked: torch.Tensor = update.masked_fill(~alive, 0)
+            masked: torch.Tensor = update.masked_fill(weight == 0, 0)
             return masked
 
     @torch.no_grad()
@@ -378,10 +321,6 @@ class _MaskedUpdate:
             raise ValueError(f"adapter {active_adapter!r} is not merged: merge it first")
         return before.to(orig_weight.device)
 
-    def forget(self) -> None:
-        """Let go of the weight before merging, after which there is no unmerging."""
-        self._before = None
-
 
 @dataclass
 class _Weight:
@@ -391,7 +330,7 @@ class _Weight:
     owner: torch.nn.Module
     parameter: str
     layers: list[Any] = field(default_factory=list)  # that adapt it
-    copies: list[torch.nn.Module] = field(default_factory=list)  # of the owner, trained instead
+    copied: bool = False  # by modules_to_save, which trains the copy instead
 
     def read(self) -> torch.Tensor:
         value: torch.Tensor = getattr(self.owner, self.parameter)
@@ -410,7 +349,7 @@ def _weights(model: Any) -> list[_Weight]:
         for value in _parameters(module).values()
     }
     found: dict[int, _Weight] = {}
-    for name, module, layers, copies in modules:
+    for name, module, layers, copied in modules:
         for parameter, value in _parameters(module).items():
             mine = [one for one in layers if getattr(one, "parameter_name", "weight") == parameter]
             matrix = parameter == "weight" and isinstance(module, _MATRICES)
@@ -420,7 +359,7 @@ def _weights(model: Any) -> list[_Weight]:
                 full = name if parameter == "weight" else f"{name}.{parameter}"
                 weight = found.setdefault(id(value), _Weight(full, module, parameter))
                 weight.layers += mine
-                weight.copies += copies
+                weight.copied |= copied
     return list(found.values())
 
 
@@ -432,12 +371,12 @@ def _parameters(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def _walk(
-    module: torch.nn.Module, name: str = "", copies: tuple[torch.nn.Module, ...] = ()
-) -> Iterator[tuple[str, torch.nn.Module, list[Any], tuple[torch.nn.Module, ...]]]:
+    module: torch.nn.Module, name: str = "", copied: bool = False
+) -> Iterator[tuple[str, torch.nn.Module, list[Any], bool]]:
     """Walk over the base model's modules, without peft's.
 
-    :return: full name, module, the adapter layers around it, and the copies of it that
-        ``modules_to_save`` trains
+    :return: full name, module, the adapter layers around it, and whether ``modules_to_save``
+        trains a copy of it
     """
     layers: list[Any] = []
     while hasattr(module, "merged_adapters"):  # a wrapper of peft
@@ -445,19 +384,11 @@ def _walk(
         if inner is None:
             layers.append(module)
             inner = module.base_layer
-        else:
-            copies += _trained_copies(module)
+        copied |= "modules_to_save" in module._modules
         module = inner  # type: ignore[assignment]
-    yield name, module, layers, copies
+    yield name, module, layers, copied
     for child, part in module.named_children():
-        twins = tuple(copy.get_submodule(child) for copy in copies)
-        yield from _walk(part, f"{name}.{child}" if name else child, twins)
-
-
-def _trained_copies(wrapper: Any) -> tuple[torch.nn.Module, ...]:
-    if "modules_to_save" not in wrapper._modules or not wrapper.active_adapters:
-        return ()
-    return (wrapper.modules_to_save[wrapper.active_adapters[0]],)
+        yield from _walk(part, f"{name}.{child}" if name else child, copied)
 
 
 def _without_peft(name: str) -> str:
@@ -480,30 +411,6 @@ def _fill(value: torch.Tensor, pruned: torch.Tensor) -> None:
     value.masked_fill_(pruned.to(value.device), 0)
 
 
-@torch.no_grad()
-def _merge(name: str, layer: Any, adapter_names: list[str] | None, done: int) -> None:
-    try:
-        layer.merge(safe_merge=True, adapter_names=adapter_names)
-    except Exception as error:
-        raise RuntimeError(
-            f"peft cannot merge {name} ({error}); {done} layers before it are merged: load the "
-            "base model and the adapter again"
-        ) from error
-    for variant in getattr(layer, "lora_variant", {}).values():
-        if isinstance(variant, _MaskedUpdate):
-            variant.forget()
-
-
-def _untie(model: Any) -> None:
-    """Have the configuration say so if the embeddings are no longer tied, as peft does."""
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        ends = model.get_input_embeddings(), model.get_output_embeddings()
-        weights = [getattr(end, "weight", None) for end in ends]
-        if None not in ends and weights[0] is not weights[1]:
-            model.config.tie_word_embeddings = False
-
-
 def _need_peft() -> None:
     try:
         import peft  # noqa: F401
@@ -517,8 +424,8 @@ def _base_of(peft_model: Any) -> torch.nn.Module:
 
     if not isinstance(peft_model, PeftModel):
         raise ValueError(
-            f"the model is a {type(peft_model).__name__}, not a PeftModel: wrap it with "
-            "get_peft_model() or PeftModel.from_pretrained()"
+            f"the model is a {type(peft_model).__name__}, not a PeftModel: give what "
+            "get_peft_model() (without mixed=True) or PeftModel.from_pretrained() returned"
         )
     if not hasattr(peft_model.base_model, "merge_and_unload"):
         kinds = sorted({type(one).__name__ for one in peft_model.peft_config.values()})
@@ -527,6 +434,8 @@ def _base_of(peft_model: Any) -> torch.nn.Module:
             "to mask or merge: save them beside the pruned model"
         )
     base: torch.nn.Module = peft_model.get_base_model()
+    if isinstance(base, PeftModel):
+        raise ValueError("a PeftModel is inside this PeftModel: call get_peft_model() once")
     return base
 
 
@@ -550,11 +459,11 @@ def _held(layer: Any, adapter_names: list[str] | None) -> list[str]:
 
 
 def _fitting(
-    masks: Mapping[str, torch.Tensor] | None, weights: list[_Weight]
+    masks: Mapping[str, torch.Tensor], weights: list[_Weight]
 ) -> Mapping[str, torch.Tensor]:
     """Check masks against the model's weights."""
     known = {weight.name: weight for weight in weights}
-    for name, mask in (masks or {}).items():
+    for name, mask in masks.items():
         if name not in known:
             raise ValueError(
                 f"masks has {name!r}, which is no weight of the model that can be pruned: read "
@@ -568,15 +477,7 @@ def _fitting(
                 f"the mask of {name} has shape {list(mask.shape)}, its weight {list(shape)}: "
                 "read masks with masks_of() from this model"
             )
-    return masks or {}
-
-
-def _check_missing(missing: list[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"masks lacks {_some(missing)}, pruned and adapted: read all masks with masks_of(), "
-            "or leave out masks="
-        )
+    return masks
 
 
 def _check_inits(peft_model: Any, names: list[str], remedy: str) -> None:
@@ -600,40 +501,53 @@ def _check_unmerged(name: str, layer: Any) -> None:
         )
 
 
-def _check_layer(name: str, layer: Any, adapters: list[str]) -> None:
-    """Check that peft can merge a layer's adapters."""
+def _layers(base: torch.nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    return [
+        (_without_peft(name), module)
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+
+
+def _check_layer(
+    name: str, layer: Any, adapter_names: list[str] | None, masks: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that peft can merge a layer's adapters, by merging them into a copy."""
+    _check_unmerged(name, layer)
+    if not _held(layer, adapter_names):
+        return
     owner = layer.get_base_layer()
-    kind = f"{type(layer).__module__}.{type(layer).__name__}"
-    value = getattr(owner, getattr(layer, "parameter_name", "weight"), None)
+    parameter = getattr(layer, "parameter_name", "weight")
+    value = getattr(owner, parameter, None)
     if value is None:
         raise ValueError(
             f"{name} ({type(owner).__name__}) has no weight of its own: load the model "
             "unquantized; MultiheadAttention cannot be merged under masks"
         )
     _check_values(name, owner, value)
-    if type(layer).merge is BaseTunerLayer.merge:
-        raise ValueError(f"{name} is adapted by {kind}, which cannot be merged: keep the adapter")
-    for adapter in adapters:
-        if getattr(layer, "lora_bias", {}).get(adapter) and owner.bias is None:
-            raise ValueError(
-                f"adapter {adapter!r} has a bias (lora_bias) for {name}, which has none: give "
-                "the module a bias, or train without lora_bias"
-            )
-        variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
-        if variant.startswith(("Arrow", "ALora")):
-            raise ValueError(
-                f"adapter {adapter!r} of {name} is a {variant}, whose update depends on the "
-                "tokens: keep the adapter, it cannot be merged"
-            )
-        for part, value in layer.named_parameters():
-            inside = part.split(".")
-            if "base_layer" not in inside and adapter in inside and not value.isfinite().all():
-                raise ValueError(
-                    f"adapter {adapter!r} is not finite in {name} ({part}): train it again, "
-                    "with a lower learning rate or in a wider dtype"
-                )
+    variants = [getattr(layer, "lora_variant", {}).get(one) for one in _held(layer, adapter_names)]
+    if len({isinstance(variant, _MaskedUpdate) for variant in variants}) > 1:
+        raise ValueError(
+            f"some adapters of {name} were masked by mask_updates() and some came later: call it "
+            "again before merging, or merge them one by one"
+        )
+    trial = copy.deepcopy(layer)
+    try:
+        trial.merge(adapter_names=adapter_names)
+    except Exception as error:
+        raise ValueError(
+            f"peft cannot merge the adapter of {name} ({str(error) or type(error).__name__}): "
+            "keep the adapter beside the model"
+        ) from error
+    merged = getattr(trial.get_base_layer(), parameter).detach()
+    mask = masks.get(name if parameter == "weight" else f"{name}.{parameter}")
+    if not (merged if mask is None else merged[mask.to(merged.device)]).isfinite().all():
+        raise ValueError(
+            f"{name} is not finite with the adapter merged: train it again, with a lower "
+            "learning rate or in a wider dtype"
+        )
 
 
 def _check_values(name: str, owner: torch.nn.Module, values: torch.Tensor) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from llmcompressor import oneshot
 from loguru import logger
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin.checkpoint import zeros_lost
 from dlp_plugin.evaluate import perplexity
@@ -98,7 +98,8 @@ def main() -> None:
         )
 
     def save(model: torch.nn.Module, name: str) -> Path:
-        model.to(load(pruned).dtype).save_pretrained(arguments.output / name)
+        model.to(AutoConfig.from_pretrained(pruned).dtype)
+        model.save_pretrained(arguments.output / name)
         tokenizer.save_pretrained(arguments.output / name)
         return arguments.output / name
 
@@ -126,8 +127,7 @@ def main() -> None:
         show(f"{name}: trained", adapted, started)
         adapted.save_pretrained(arguments.output / name)
         if name == "LoRA":
-            again = get_peft_model(load(pruned, torch.float32), LORA)
-            again.load_state_dict(adapted.state_dict())
+            again = PeftModel.from_pretrained(load(pruned, torch.float32), arguments.output / name)
             show(f"{name}: merge_and_unload", save(again.merge_and_unload(), "filled"))
         merged = save(sparse_merge(adapted), f"{name}, merged")
         show(f"{name}: sparse_merge", merged)

@@ -11,7 +11,7 @@ import torch
 from conftest import CALIBRATION_TEXT, ROOT, SHIPPED
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from dlp_plugin.checkpoint import zeros_lost
@@ -146,6 +146,24 @@ class TestMerge:
         assert "were never pruned" in output
         assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter"]
         command(*arguments, "--allow-dense")
+
+    def test_an_adapter_of_a_larger_vocabulary(
+        self, pruned: tuple[Path, str], tmp_path: Path
+    ) -> None:
+        """Its tokenizer lies beside it, and the embeddings are trained with it."""
+        model = AutoModelForCausalLM.from_pretrained(pruned[0], dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(pruned[0])
+        tokenizer.add_tokens(["<one>", "<two>"])
+        model.resize_token_embeddings(len(tokenizer))
+        adapted = get_peft_model(
+            model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        )
+        adapted.save_pretrained(tmp_path / "adapter")
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        command("merge", tmp_path / "adapter", tmp_path / "merged", "--base", pruned[0])
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert merged.get_input_embeddings().weight.shape[0] == len(tokenizer)
+        assert "<two>" in AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
 
     def test_a_folder_without_an_adapter(self, tmp_path: Path) -> None:
         output = command("merge", SHIPPED, tmp_path / "merged", code=1).output

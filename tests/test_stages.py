@@ -449,7 +449,9 @@ def test_plans_of_a_structure_are_checked(tmp_path: Path) -> None:
     assert "4:8 on average over all weights, off by +0.0000%" in " ".join(str(plan).split())
     content = json.loads(plan.model_dump_json())
     content["blocks"][0]["sparsity"] = 0.3
-    with pytest.raises(ValueError, match="sparsity of a is 0.3, which is no whole number of every 8"):
+    with pytest.raises(
+        ValueError, match="sparsity of a is 0.3, which is no whole number of every 8"
+    ):
         Plan.load(content)
     content["blocks"][0]["sparsity"] = 7 / 8
     with pytest.raises(ValueError, match="blocks: their sparsities come to 0.625"):
