@@ -1,7 +1,8 @@
 """Recover a pruned model: DLP to 70 %, train, merge, 4 bits; what each step costs and loses.
 
     python examples/recover_with_lora.py                      # the small model shipped here
-    python examples/recover_with_lora.py MODEL --train a.txt --test b.txt --steps 2000
+    python examples/recover_with_lora.py MODEL --train a.txt --test b.txt \
+        --steps 2000 --rate 2e-3
 
 Trains in three ways: LoRA as usual, LoRA under the masks, and all weights under the masks.
 """
@@ -62,7 +63,8 @@ def main() -> None:
     parser.add_argument("--train", help="text to train on; by default that of --calibration")
     parser.add_argument("--test", default=str(HERE / "text" / "test.txt"))
     parser.add_argument("--length", type=int, default=256, help="tokens per sample and window")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate of LoRA")
     parser.add_argument("--recipe", type=Path, default=RECIPES / "dlp_refined_wanda.yaml")
     parser.add_argument("--output", type=Path, default=Path("recovered_model"))
     arguments = parser.parse_args()
@@ -122,7 +124,8 @@ def main() -> None:
         adapted = get_peft_model(load(pruned, torch.float32), LORA)
         if name == "LoRA, masked":
             mask_updates(adapted)
-        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 2e-3)
+        adapters = [p for p in adapted.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(adapters, arguments.rate)
         train(adapted, optimizer, tokens, arguments.length, arguments.steps)
         show(f"{name}: trained", adapted, started)
         adapted.save_pretrained(arguments.output / name)
@@ -139,7 +142,7 @@ def main() -> None:
 
     started = time.time()
     model = load(pruned, torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), arguments.rate / 4)
     hold_masks(model, optimizer)
     train(model, optimizer, tokens, arguments.length, arguments.steps)
     show("all weights, masked", save(model, "all weights"), started)

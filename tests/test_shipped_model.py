@@ -193,7 +193,14 @@ def test_the_example_of_recovery(
     short.write_text(TEST_TEXT.read_text()[:30_000])
     example = ROOT / "examples" / "recover_with_lora.py"
     arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "64"]
-    arguments += ["--steps", "12", "--recipe", str(ROOT / "recipes" / "dlp_wanda.yaml")]
+    arguments += [
+        "--steps",
+        "12",
+        "--rate",
+        "2e-3",
+        "--recipe",
+        str(ROOT / "recipes" / "dlp_wanda.yaml"),
+    ]
     monkeypatch.setattr(sys, "argv", [str(example), *arguments])
     runpy.run_path(str(example), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
