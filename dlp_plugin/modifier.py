@@ -236,13 +236,17 @@ class AllocationModifier(Modifier):
             mask_structure=self._structure,
         )
         blocks = [block.without(self._unseen[block.name]) for block in self._blocks]
+        if not self._judges:
+            self._adopt(make(alpha=self.strength))
+            return
+        trial = self._trial(model, blocks)
         if self.strength == "auto":
-            plan = choose_strength(self._trial(model, blocks), make, blocks)
+            plan = choose_strength(trial, make, blocks)
         else:
             plan = make(alpha=self.strength)
         if self.refine:
             plan = refine(
-                self._trial(model, blocks),
+                trial,
                 plan,
                 blocks,
                 generations=self.refine,
