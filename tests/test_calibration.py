@@ -144,14 +144,14 @@ def test_num_samples_scores_on_the_first(
 
 
 def test_peak_memory_does_not_grow_with_blocks_that_stay_on_disk() -> None:
-    """One block at a time is in memory: 34 MB of weights here, and what scoring takes."""
-    found = []
-    for blocks in (2, 8):
-        probe = Path(__file__).with_name("offload_probe.py")
-        command = [sys.executable, str(probe), str(blocks)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append([float(number) for number in done.stdout.split()[-2:]])
-    (small, less), (large, more) = found
-    assert large - small > 190
-    assert less < 140
-    assert more < less + 25
+    """One block at a time is in memory: 34 MB of weights here, and what scoring takes.
+
+    Two peaks are not compared: how much freed memory a process holds before differs.
+    """
+    probe = Path(__file__).with_name("offload_probe.py")
+    done = subprocess.run(
+        [sys.executable, str(probe), "8"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    weights, peak = (float(number) for number in done.stdout.split()[-2:])
+    assert weights > 250
+    assert peak < 140

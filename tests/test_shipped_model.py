@@ -171,7 +171,7 @@ def test_the_example_of_the_readme(
     short = tmp_path / "short.txt"
     short.write_text(TEST_TEXT.read_text()[:30_000])
     example = ROOT / "examples" / "prune_and_compare.py"
-    arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "64"]
+    arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "32"]
     monkeypatch.setattr(sys, "argv", [str(example), *arguments])
     runpy.run_path(str(example), run_name="__main__")
     output = capsys.readouterr().out
@@ -192,7 +192,7 @@ def test_the_example_of_recovery(
     short = tmp_path / "short.txt"
     short.write_text(TEST_TEXT.read_text()[:30_000])
     example = ROOT / "examples" / "recover_with_lora.py"
-    arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "64"]
+    arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "32"]
     arguments += [
         "--steps",
         "12",
