@@ -236,14 +236,12 @@ class AllocationModifier(Modifier):
             mask_structure=self._structure,
         )
         blocks = [block.without(self._unseen[block.name]) for block in self._blocks]
-        if not self._judges:
-            self._adopt(make(alpha=self.strength))
+        strength = self.strength
+        if strength != "auto" and not self.refine:
+            self._adopt(make(alpha=strength))
             return
         trial = self._trial(model, blocks)
-        if self.strength == "auto":
-            plan = choose_strength(trial, make, blocks)
-        else:
-            plan = make(alpha=self.strength)
+        plan = choose_strength(trial, make, blocks) if strength == "auto" else make(alpha=strength)
         if self.refine:
             plan = refine(
                 trial,
