@@ -383,8 +383,7 @@ def compare(
         found.dense, _ = _measured(dense, windows)
         found.save(path)
 
-    def keep(method: str, plan: Plan) -> None:
-        target = plan.mask_structure if plan.group else str(plan.target)
+    def keep(method: str, target: str, plan: Plan) -> None:
         found.plans.setdefault(method, {})[target] = plan
         found.save(path)
 
@@ -486,7 +485,7 @@ class _Scoring(AllocationModifier):
     """One pass of the dense model for many methods; makes plans and prunes nothing."""
 
     _wanted: list[tuple[str, AllocationModifier, str]] = PrivateAttr(default_factory=list)
-    _keep: Callable[[str, Plan], None] = PrivateAttr()
+    _keep: Callable[[str, str, Plan], None] = PrivateAttr()
     _search: Path = PrivateAttr()
     _scorers: dict[str, AllocationModifier] = PrivateAttr(default_factory=dict)
     _values: dict[tuple[str, int], float] = PrivateAttr(default_factory=dict)
@@ -566,7 +565,7 @@ class _Scoring(AllocationModifier):
                     seed=scorer.seed,
                     progress_path=self._search,
                 )
-            self._keep(method, plan)
+            self._keep(method, target, plan)
 
     def score(self, depth: int, parts: Mapping[str, Part]) -> float:
         """Score a block by every method there is."""

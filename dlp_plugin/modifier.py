@@ -43,8 +43,8 @@ class AllocationModifier(Modifier):
     What DLP and its peers share: each of them is told apart by how it scores a block. It
     feeds every pruning stage that follows, up to the next modifier of this kind; together
     they are one plan with one target. Where their structure is N:M, every block gets an N of
-    its own, N on average. After the run the recipe reads as it
-    was written, and holds the plan: run again, it prunes from that plan without scoring.
+    its own, N on average. After the run the recipe reads as it was written, and holds the
+    plan: run again, it prunes from that plan without scoring.
 
     Lifecycle:
 

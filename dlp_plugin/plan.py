@@ -326,9 +326,9 @@ class Plan(BaseModel):
 
     def _pattern(self, block: BlockPlan) -> str:
         """A block's N:M, where it has one."""
-        numbers = sorted({round(s * self.group) for s in (block.linears or {}).values()})
         if not self.group:
             return ""
+        numbers = sorted({round(s * self.group) for s in (block.linears or {}).values()})
         if len(numbers) > 1:
             return f" ({numbers[0]} to {numbers[-1]}:{self.group})"
         return f" ({round(block.sparsity * self.group)}:{self.group})"

@@ -125,7 +125,7 @@ def sparse_merge(
             "adapter's initialisation changed the base weights (PiSSA, OLoRA, CorDA, LoftQ), "
             "sparse_merge(masks=...), read by masks_of() before get_peft_model()"
         )
-    del weights
+    del weights  # peft's layers go one by one then, with what they keep of before merging
     merged: torch.nn.Module = peft_model.merge_and_unload(adapter_names=adapter_names)
     for weight in _weights(merged):
         if weight.name in found:
@@ -200,10 +200,9 @@ def hold_masks(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Remo
     """Set pruned weights to zero after every step of an optimizer that trains the model.
 
     Whatever the optimizer does with momentum and weight decay. With the Trainer of
-    transformers, call ``trainer.create_optimizer()`` first and give it
-    ``trainer.optimizer``. The host's
-    ``ConstantPruningModifier`` needs its events fired from the training loop, does nothing
-    without ``start: 0``, and prunes living weights up to 1e-8.
+    transformers, call ``trainer.create_optimizer()`` first and give it ``trainer.optimizer``.
+    The host's ``ConstantPruningModifier`` needs its events fired from the training loop, does
+    nothing without ``start: 0``, and prunes living weights up to 1e-8.
 
     :return: handle whose ``remove()`` ends it
     :raises ValueError: if no module is pruned, or the optimizer trains none of those that are

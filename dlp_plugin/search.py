@@ -14,6 +14,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,14 @@ def choose_strength(trial: Trial, make: Callable[..., Plan], blocks: Sequence[Bl
     plans = [make(alpha=half) for half in HALF_RANGES]
     if plans[0].method == "linear":  # its strength is the step from block to block
         plans = [make(alpha=half * unit) for half in HALF_RANGES]
+    losses: list[float] = []
     measured: dict[tuple[float, ...], float] = {}  # whole N make one plan of several strengths
     for plan in plans:
-        sparsities = tuple(block.sparsity for block in plan.blocks)
-        if sparsities not in measured:
-            measured[sparsities] = trial.loss(sparsities_of(plan, blocks), group=plan.group)
-    losses = [measured[tuple(block.sparsity for block in plan.blocks)] for plan in plans]
+        sparsities = sparsities_of(plan, blocks)
+        key = tuple(sparsities.values())
+        if key not in measured:
+            measured[key] = trial.loss(sparsities, group=plan.group)
+        losses.append(measured[key])
     if not any(math.isfinite(loss) for loss in losses):
         raise ValueError(
             "the loss of the pruned model is not finite at any strength: check the "
@@ -200,9 +203,10 @@ def refine(
     content = [plan.model_dump(mode="json"), generations, seed, trial.fingerprint]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     state = _load(progress_path, fingerprint)
+    divergence_of = partial(trial.divergence, group=plan.group)
     if state is None:
         best = sparsities_of(plan, blocks)
-        divergence = trial.divergence(best, group=plan.group)
+        divergence = divergence_of(best)
         if not math.isfinite(divergence):
             raise ValueError(
                 "the divergence of the plan to refine is not finite: load the model in a wider "
@@ -218,7 +222,7 @@ def refine(
             units.costs = costs
         logger.info("The search goes on from generation {}", steps[-1].generation)
     few = min(SIFTING_TOKENS, trial.tokens)
-    here = trial.divergence(best, few, plan.group)
+    here = divergence_of(best, few)
 
     for generation in range(len(steps), generations + 1):
         units = levels[generation > generations // 3 or not levels[0].can_switch]
@@ -228,7 +232,7 @@ def refine(
             offspring, moved = units.switched(best, chance)
             if not any(moved.values()):
                 continue
-            found = trial.divergence(offspring, few, plan.group)
+            found = divergence_of(offspring, few)
             measured += 1
             if not math.isfinite(found):
                 continue
@@ -236,10 +240,10 @@ def refine(
             sifted.append((found, offspring))
         sifted.sort(key=lambda pair: pair[0])
         for _, offspring in sifted[:SURVIVORS]:
-            found = trial.divergence(offspring, group=plan.group)
+            found = divergence_of(offspring)
             if found < divergence:
                 best, divergence = offspring, found
-        here = trial.divergence(best, few, plan.group)
+        here = divergence_of(best, few)
         last = steps[-1]
         steps.append(
             SearchStep(

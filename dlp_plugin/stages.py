@@ -79,8 +79,8 @@ class Stage(PruningStage):
                     f"{kind}.sparsity must be between 0 and 1, got {sparsity}; it is the fraction "
                     "of weights to set to zero, e.g. 0.7"
                 )
-        if m := split_structure(self.mask_structure)[1]:
-            self._check_structure(targets, m)
+        if self._prune_m:
+            self._check_structure(targets, self._prune_m)
         return bool(super().on_initialize(state, **kwargs))
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

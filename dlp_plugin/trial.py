@@ -122,7 +122,7 @@ class Trial:
         :param group: as in :meth:`loss`
         """
         if not self._kept:
-            with self._pruned({}, group):
+            with self._pruned({}, 0):
                 self._kept = [_keep(self._logits(batch).flatten(0, 1)) for batch in self._batches]
         total, count = 0.0, 0
         with self._pruned(sparsities, group):

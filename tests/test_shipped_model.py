@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -165,16 +166,26 @@ def test_pruning_costs_perplexity_and_more_costs_more(calibration) -> None:
     assert dense < half < most < 20 * dense
 
 
-def test_the_example_of_the_readme(
+@pytest.fixture
+def example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text(TEST_TEXT.read_text()[:30_000])
-    example = ROOT / "examples" / "prune_and_compare.py"
-    arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "32"]
-    monkeypatch.setattr(sys, "argv", [str(example), *arguments])
-    runpy.run_path(str(example), run_name="__main__")
-    output = capsys.readouterr().out
+) -> Callable[..., str]:
+    """Runs an example on short texts, into ``tmp_path / "out"``; what it printed."""
+
+    def run_example(name: str, *arguments: str) -> str:
+        short = tmp_path / "short.txt"
+        short.write_text(TEST_TEXT.read_text()[:30_000])
+        script, output = str(ROOT / "examples" / name), str(tmp_path / "out")
+        short_run = ["--output", output, "--test", str(short), "--length", "32"]
+        monkeypatch.setattr(sys, "argv", [script, *short_run, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def test_the_example_of_the_readme(example: Callable[..., str], tmp_path: Path) -> None:
+    output = example("prune_and_compare.py")
     assert "pruned weights that came back with 4 bits: 0" in output
     assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
     rows = {row[1]: row[2:5] for line in output.splitlines() if len(row := cells(line)) == 7}
@@ -186,25 +197,11 @@ def test_the_example_of_the_readme(
     assert float(refined[1]) < float(rows["uniform"][1])
 
 
-def test_the_example_of_recovery(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text(TEST_TEXT.read_text()[:30_000])
-    example = ROOT / "examples" / "recover_with_lora.py"
-    arguments = ["--output", str(tmp_path / "out"), "--test", str(short), "--length", "32"]
-    arguments += [
-        "--steps",
-        "12",
-        "--rate",
-        "2e-3",
-        "--recipe",
-        str(ROOT / "recipes" / "dlp_wanda.yaml"),
-    ]
-    monkeypatch.setattr(sys, "argv", [str(example), *arguments])
-    runpy.run_path(str(example), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    rows = {row[1]: row[2:4] for line in lines if len(row := cells(line)) == 6}
+def test_the_example_of_recovery(example: Callable[..., str]) -> None:
+    recipe_file = str(ROOT / "recipes" / "dlp_wanda.yaml")
+    settings = ["--steps", "12", "--rate", "2e-3", "--recipe", recipe_file]
+    output = example("recover_with_lora.py", *settings)
+    rows = {row[1]: row[2:4] for line in output.splitlines() if len(row := cells(line)) == 6}
     values = {name: float(value) for name, (value, _) in rows.items()}
     lost = {name: lost for name, (_, lost) in rows.items()}
     assert int(lost["LoRA: merge_and_unload"].replace(",", "")) > 2_000_000
