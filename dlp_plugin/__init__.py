@@ -4,19 +4,28 @@
 ``AlphaPruningModifier`` and ``LinearSparsityModifier``, and ``MaskedGPTQModifier`` known to
 recipes, adds ``OneShotMagnitudeModifier``, and has SparseGPT and Wanda stages take an N of N:M
 for every block and agree over several processes.
+
+The import itself is light: torch and llm-compressor are loaded when a name is first used, and
+the modifiers are made known when llm-compressor is loaded, before or after this package.
 """
 
-from llmcompressor.modifiers.factory import ModifierFactory
+from __future__ import annotations
 
-from dlp_plugin.masked_gptq import MaskedGPTQModifier
-from dlp_plugin.modifier import DLPModifier, last_plans
-from dlp_plugin.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
-from dlp_plugin.plan import BlockPlan, Plan
-from dlp_plugin.stages import (
-    OneShotMagnitudeModifier,
-    SparseGPTModifier,
-    WandaPruningModifier,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dlp_plugin.registration import register_with_host
+
+if TYPE_CHECKING:
+    from dlp_plugin.masked_gptq import MaskedGPTQModifier
+    from dlp_plugin.modifier import DLPModifier, last_plans
+    from dlp_plugin.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
+    from dlp_plugin.plan import BlockPlan, Plan
+    from dlp_plugin.stages import (
+        OneShotMagnitudeModifier,
+        SparseGPTModifier,
+        WandaPruningModifier,
+    )
 
 __all__ = [
     "AlphaPruningModifier",
@@ -32,14 +41,27 @@ __all__ = [
     "last_plans",
 ]
 
-for _modifier in (
-    AlphaPruningModifier,
-    DLPModifier,
-    LinearSparsityModifier,
-    MaskedGPTQModifier,
-    OneShotMagnitudeModifier,
-    OWLModifier,
-    SparseGPTModifier,
-    WandaPruningModifier,
-):
-    ModifierFactory.register(_modifier.__name__, _modifier)
+_MODIFIERS = {
+    "AlphaPruningModifier": "peers",
+    "DLPModifier": "modifier",
+    "LinearSparsityModifier": "peers",
+    "MaskedGPTQModifier": "masked_gptq",
+    "OneShotMagnitudeModifier": "stages",
+    "OWLModifier": "peers",
+    "SparseGPTModifier": "stages",
+    "WandaPruningModifier": "stages",
+}
+_HOMES = {**_MODIFIERS, "BlockPlan": "plan", "Plan": "plan", "last_plans": "modifier"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_host({name: f"{__name__}.{home}" for name, home in _MODIFIERS.items()})

@@ -34,6 +34,8 @@ Statistic = Literal["median", "mean"]
 """What of a block's weight scores is its unimportance: paper, or released code."""
 
 
+# No sparsities lie further apart, and sums with far greater numbers lose their digits.
+_STRONGEST = 1e6
 # Roundings that are tried where blocks have several sizes.
 _TRIED = 1 << 14
 
@@ -43,7 +45,7 @@ def check_sparsity(value: float, field: str = "sparsity") -> float:
 
     :raises ValueError: if it is not strictly between 0 and 1
     """
-    if not 0 < value < 1:
+    if isinstance(value, bool) or not 0 < value < 1:
         raise ValueError(
             f"{field} must be strictly between 0 and 1, got {value}; it is the "
             "fraction of weights to set to zero, e.g. 0.7"
@@ -56,11 +58,13 @@ def check_alpha(value: float, field: str = "alpha") -> float:
 
     :raises ValueError: if it is negative or not finite
     """
-    if not (math.isfinite(value) and value >= 0):
+    if isinstance(value, bool) or not (math.isfinite(value) and value >= 0):
         raise ValueError(
             f"{field} must be finite and at least 0, got {value}; 0 is uniform "
             "sparsity, the default of DLP's paper is 0.15"
         )
+    if value > _STRONGEST:
+        raise ValueError(f"{field} must be at most {_STRONGEST:g}, got {value:g}; 0.15 is usual")
     return value
 
 

@@ -27,7 +27,12 @@ class Block:
     @property
     def weights(self) -> int:
         """Number of prunable weights; each weight [out, in] counts ``out * in``."""
-        return sum(linear.out_features * linear.in_features for linear in self.linears.values())
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of weights of every Linear."""
+        return {name: lin.out_features * lin.in_features for name, lin in self.linears.items()}
 
     def without(self, names: Collection[str]) -> Block:
         """Return the block less some of its Linears."""

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from loguru import logger
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -28,13 +28,15 @@ app = typer.Typer(
         "A run in three steps: `dlp-plugin oneshot` prunes a model by a recipe and "
         "saves it, `dlp-plugin inspect` shows what zeros were written, `dlp-plugin ppl` and "
         "`zero-shot` measure what they cost. `score` and `show` make and look at a plan only, "
-        "`compare` tells which method is best for a model."
+        "`compare` tells which method is best for a model.\n\n"
+        "`dlp-plugin --debug COMMAND ...` shows the traceback of an error."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 console = Console()
+_debug = False
 
 Model = Annotated[str, typer.Argument(help="A model id on the hub, or a local folder.")]
 Data = Annotated[
@@ -63,6 +65,14 @@ Length = Annotated[
 ]
 
 
+@app.callback()
+def _settings(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
 @app.command()
 def oneshot(
     model: Model,
@@ -80,23 +90,21 @@ def oneshot(
     Example: `dlp-plugin oneshot MODEL --recipe recipes/dlp_wanda.yaml --data text.txt
     --output MODEL-pruned`
     """
-    from llmcompressor import oneshot as run
-
-    from dlp_plugin import last_plans
-    from dlp_plugin.checkpoint import inspect_checkpoint
-    from dlp_plugin.files import check_vacant, replacing
-
     with _told(), _processes() as first:
+        from dlp_plugin import last_plans
+        from dlp_plugin.checkpoint import inspect_checkpoint
+        from dlp_plugin.files import check_vacant
+        from dlp_plugin.loading import apply_recipe
+        from dlp_plugin.recipe import check_recipe
+
         check_vacant(output)
-        length = length or _default_length(model)
-        # The host writes the model on the first process only, and its tokenizer on all.
-        with replacing(output) if first else TemporaryDirectory() as folder:
-            run(
-                model=model,
-                recipe=str(recipe),
-                output_dir=str(folder),
-                **_calibration(model, data, config, split, column, length, samples),
-            )
+        check_recipe(recipe)
+        apply_recipe(
+            model,
+            str(recipe),
+            output,
+            **_calibration(model, data, config, split, column, length, samples),
+        )
         if not first:
             return
         for plan in last_plans():
@@ -135,25 +143,22 @@ def score(
     A recipe prunes from it with `DLPModifier: {from_plan: plan.json}`, at this or
     another sparsity and alpha, without scoring again.
     """
-    from llmcompressor import oneshot as run
-
-    from dlp_plugin import DLPModifier
-
     with _told(), _processes() as first:
+        from dlp_plugin import DLPModifier
+        from dlp_plugin.files import check_writable
+        from dlp_plugin.loading import apply_recipe
+
+        check_writable(output)
         modifier = DLPModifier(
             sparsity=0.7 if sparsity is None and mask_structure in (None, "0:0") else sparsity,
             mask_structure=mask_structure,
-            alpha=alpha if alpha == "auto" else float(alpha),
+            alpha=alpha if alpha == "auto" else _number(alpha, "--alpha"),
             refine=refine,
             statistic=statistic,
             plan_path=str(output),
         )
-        length = length or _default_length(model)
-        run(
-            model=model,
-            recipe=modifier,
-            **_calibration(model, data, config, split, column, length, samples),
-        )
+        calibration = _calibration(model, data, config, split, column, length, samples)
+        apply_recipe(model, modifier, **calibration)
         assert modifier.plan is not None
         if first:
             console.print(modifier.plan.table())
@@ -171,9 +176,13 @@ def show(
     ] = None,
 ) -> None:
     """Show a plan as a table, and as a picture; at another target it is another plan."""
-    from dlp_plugin.plan import Plan
+    with _told(host=False):
+        from dlp_plugin.files import check_writable
+        from dlp_plugin.plan import Plan
 
-    with _told():
+        for path in (output, plot):
+            if path is not None:
+                check_writable(path)
         found = Plan.load(plan).at(target=sparsity, alpha=alpha, mask_structure=mask_structure)
         console.print(found.table())
         if output is not None:
@@ -202,9 +211,9 @@ def inspect(
     Reads the safetensors files and builds no model. Packed 4-bit weights count as
     what they dequantize to.
     """
-    from dlp_plugin.checkpoint import inspect_checkpoint, zeros_lost
+    with _told(host=False):
+        from dlp_plugin.checkpoint import inspect_checkpoint, zeros_lost
 
-    with _told():
         with _progress("Reading the checkpoint", 1) as advance:
             found = inspect_checkpoint(folder, advance, group)
         console.print(_zeros_table(found, linears, group))
@@ -233,11 +242,11 @@ def merge(
     Needs `pip install 'dlp_plugin[lora]'`. To quantize what comes out:
     `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
     """
-    from dlp_plugin.checkpoint import inspect_checkpoint
-    from dlp_plugin.files import check_vacant, replacing
-    from dlp_plugin.recovery import load_adapter, sparse_merge
-
     with _told():
+        from dlp_plugin.checkpoint import inspect_checkpoint
+        from dlp_plugin.files import check_vacant, replacing
+        from dlp_plugin.recovery import load_adapter, sparse_merge
+
         check_vacant(output)
         adapted, tokenizer = load_adapter(adapter, base)
         merged: Any = sparse_merge(adapted, allow_dense=allow_dense)
@@ -258,9 +267,9 @@ def export_gptq(
 
     The numbers stay the same: what dequantizes to zero does so afterwards.
     """
-    from dlp_plugin.gptq_format import export_gptq as export
+    with _told(host=False):
+        from dlp_plugin.gptq_format import export_gptq as export
 
-    with _told():
         export(folder, output)
         console.print("written:", str(output), markup=False)
 
@@ -279,17 +288,16 @@ def ppl(
 
     Windows do not overlap, and every token after a window's first counts once.
     """
-    from transformers import AutoTokenizer
-
-    from dlp_plugin.evaluate import perplexity
-    from dlp_plugin.text import read_tokens, token_windows
-
     with _told():
-        length = length or _default_length(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        from dlp_plugin.evaluate import perplexity
+        from dlp_plugin.loading import load_model, load_tokenizer
+        from dlp_plugin.text import beginning, read_tokens, token_windows
+
+        length = _checked_length(model, length)
+        tokenizer = load_tokenizer(model)
         tokens = read_tokens(data, tokenizer, config=config, split=split, column=column)
-        windows = token_windows(tokens, length)
-        loaded = _loaded(model)
+        windows = token_windows(tokens, length, beginning(tokenizer))
+        loaded = load_model(model)
         with _progress("Measuring", len(windows)) as advance:
             value = perplexity(loaded, windows, batch_size, advance)
         console.print(
@@ -345,35 +353,34 @@ def compare(
     least perplexity over methods and pruners at one sparsity; it holds its plan, and
     `dlp-plugin oneshot` runs it as it is.
     """
-    from transformers import AutoTokenizer
-
-    from dlp_plugin.compare import Cell, target_named
-    from dlp_plugin.compare import compare as run
-    from dlp_plugin.files import replacing
-    from dlp_plugin.text import read_tokens, token_windows
-
-    def tell(cell: Cell) -> None:
-        console.print(
-            f"{cell.pruner} {cell.target} {cell.method}: {cell.perplexity:.4f} "
-            f"({cell.seconds:.0f} s)",
-            highlight=False,
-        )
-
     with _told():
+        from dlp_plugin.compare import Cell, target_named
+        from dlp_plugin.compare import compare as run
+        from dlp_plugin.files import check_writable, replacing
+        from dlp_plugin.loading import load_tokenizer
+        from dlp_plugin.text import beginning, read_tokens, token_windows
+
+        def tell(cell: Cell) -> None:
+            console.print(
+                f"{cell.pruner} {cell.target} {cell.method}: {cell.perplexity:.4f} "
+                f"({cell.seconds:.0f} s)",
+                highlight=False,
+            )
+
         wanted = [target_named(text) for text in sparsities.split(",")]
         best_at = None if sparsity is None else target_named(sparsity)
         if best_at not in (None, *wanted):
             raise ValueError(f"--sparsity {sparsity} is none of --sparsities {sparsities}")
-        if write_recipe is not None and not write_recipe.resolve().parent.is_dir():
-            raise FileNotFoundError(f"--write-recipe {write_recipe}: its folder does not exist")
-        length = length or _default_length(model)
+        if write_recipe is not None:
+            check_writable(write_recipe)
+        length = _checked_length(model, length)
         calibration = _calibration(model, data, config, split, column, length, samples)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
         tokens = read_tokens(test, tokenizer, config=test_config, split=test_split, column=column)
         found = run(
             model,
             calibration,
-            token_windows(tokens, length),
+            token_windows(tokens, length, beginning(tokenizer)),
             output,
             methods=methods.split(","),
             sparsities=wanted,
@@ -415,16 +422,16 @@ def zero_shot(
     `paper7` is what the pruning papers report: BoolQ, RTE, HellaSwag, WinoGrande, ARC
     easy and challenge, OpenbookQA; and the mean. Needs `pip install 'dlp_plugin[eval]'`.
     """
-    from transformers import AutoTokenizer
-
-    from dlp_plugin.files import replacing
-    from dlp_plugin.zeroshot import zero_shot as measure
-
     with _told():
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        from dlp_plugin.files import check_writable, replacing
+        from dlp_plugin.loading import load_model, load_tokenizer
+        from dlp_plugin.zeroshot import zero_shot as measure
+
+        if output is not None:
+            check_writable(output)
         found = measure(
-            _loaded(model),
-            tokenizer,
+            load_model(model),
+            load_tokenizer(model),
             tasks,
             batch_size=batch_size,
             limit=limit,
@@ -451,14 +458,11 @@ def _with_error(values: dict[str, float], metric: str) -> str:
     return f"{values[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _loaded(model: str) -> Any:
-    """A model in its own dtype, on the accelerator if there is one."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    return loaded.to(device)
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}: give a number, or auto") from None
 
 
 def _calibration(
@@ -467,7 +471,7 @@ def _calibration(
     config: str | None,
     split: str,
     column: str,
-    length: int,
+    length: int | None,
     samples: int,
 ) -> dict[str, Any]:
     """Arguments of llm-compressor's ``oneshot()`` that say what to calibrate on.
@@ -476,15 +480,16 @@ def _calibration(
     """
     from compressed_tensors.distributed import is_distributed
     from torch import distributed as dist
-    from transformers import AutoTokenizer
 
-    from dlp_plugin.text import calibration_set, read_tokens
+    from dlp_plugin.loading import load_tokenizer
+    from dlp_plugin.text import beginning, calibration_set, read_tokens
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    length = _checked_length(model, length)
+    tokenizer = load_tokenizer(model)
     # A file is read whole, so that its samples spread over it; a dataset as far as needed.
     limit = None if Path(data).is_file() else samples * length
     tokens = read_tokens(data, tokenizer, config=config, split=split, column=column, limit=limit)
-    dataset = calibration_set(tokens, length, samples)
+    dataset = calibration_set(tokens, length, samples, beginning(tokenizer))
     if is_distributed():
         dataset = dataset.shard(num_shards=dist.get_world_size(), index=dist.get_rank())
     return {
@@ -496,11 +501,20 @@ def _calibration(
     }
 
 
-def _default_length(model: str) -> int:
-    from transformers import AutoConfig
+def _checked_length(model: str, length: int | None) -> int:
+    """Tokens per sample or window: as asked for, if the model has positions for so many."""
+    from dlp_plugin.loading import load_config
 
-    text_config = AutoConfig.from_pretrained(model).get_text_config()
-    return min(2048, getattr(text_config, "max_position_embeddings", None) or 2048)
+    config = load_config(model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        return min(2048, positions or 2048)
+    if positions and length > positions:
+        raise ValueError(
+            f"--length {length} is more than the {positions} positions that {model} has: give "
+            f"{positions} at most"
+        )
+    return length
 
 
 def _megabytes(size: int) -> str:
@@ -575,16 +589,47 @@ def _processes() -> Iterator[bool]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Show a mistake of the user's as one message, and of the host's log the warnings."""
-    logger.disable("llmcompressor.utils.metric_logging")
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")
+def _told(host: bool = True) -> Iterator[None]:
+    """Show an error as one message; of the log our progress, and the warnings of others.
+
+    :param host: whether llm-compressor will be needed; importing it sets up a log of its own
+    """
     try:
+        if host:
+            import llmcompressor  # noqa: F401
+
+            logger.disable("llmcompressor.utils.metric_logging")
+        show_log()
         yield
-    except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if _debug:
+            raise
+        message = str(error).strip() or type(error).__name__
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in (error.title, *first["loc"]))
+            message = f"{field}: {first['msg'].removeprefix('Value error, ')}"
+        if not isinstance(error, (ValueError, OSError, ImportError)):
+            message = f"{type(error).__name__}: {message.splitlines()[0]}"
+            message += " (dlp-plugin --debug COMMAND shows where)"
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(1) from error
+
+
+def show_log() -> None:
+    """Show our own progress and everybody's warnings; of several processes the first's."""
+    first = os.environ.get("RANK", "0") == "0"
+    logger.remove()
+    logger.add(
+        sys.stderr,
+        level=0,
+        format="{level}: {message}",
+        filter={"": "WARNING", "dlp_plugin": "INFO" if first else "WARNING"},
+    )
 
 
 if __name__ == "__main__":

@@ -24,12 +24,10 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 from compressed_tensors.offload import remove_dispatch
-from llmcompressor import oneshot
 from llmcompressor.core import Event, State
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from dlp_plugin import host
 from dlp_plugin.allocation import check_sparsity, split_structure
@@ -37,11 +35,13 @@ from dlp_plugin.blocks import check_columns, outer_block
 from dlp_plugin.calibration import Batch, scoring_batches, split
 from dlp_plugin.evaluate import perplexity
 from dlp_plugin.files import replacing
+from dlp_plugin.loading import apply_recipe, compute_device, load_config, load_model
 from dlp_plugin.modifier import AllocationModifier, DLPModifier
 from dlp_plugin.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
 from dlp_plugin.plan import Plan, package_versions
+from dlp_plugin.precision import is_native
 from dlp_plugin.scores import Part
-from dlp_plugin.search import choose_strength, refine
+from dlp_plugin.search import choose_strength, forget, refine
 
 __all__ = [
     "METHODS",
@@ -379,8 +379,7 @@ def compare(
     found = _loaded(path, _subject(model, calibration, windows))
     path.parent.mkdir(parents=True, exist_ok=True)
     if found.dense is None:
-        dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        found.dense, _ = _measured(dense, windows)
+        found.dense, _ = _measured(load_model(model), windows)
         found.save(path)
 
     def keep(method: str, target: str, plan: Plan) -> None:
@@ -393,13 +392,13 @@ def compare(
         scoring = _Scoring()
         scoring._wanted = [(method, asked[method], target) for method, target in missing]
         scoring._keep, scoring._search = keep, path.with_name("search.json")
-        _let_go(oneshot(model=model, recipe=scoring, **calibration))
+        _let_go(apply_recipe(model, scoring, **calibration))
 
     for pruner, target, method in product(dict.fromkeys(pruners), targets, asked):
         if found.cell(method, target, pruner) is None:
             plan = found.plans[method][target]
             started = time.perf_counter()
-            pruned = oneshot(model=model, recipe=recipe_of(plan, pruner), **calibration)
+            pruned = apply_recipe(model, recipe_of(plan, pruner), **calibration)
             value, achieved = _measured(pruned, windows, plan)
             cell = Cell(
                 method=method,
@@ -419,8 +418,8 @@ def _measured(
     model: Any, windows: Sequence[torch.Tensor], plan: Plan | None = None
 ) -> tuple[float, float]:
     """Perplexity, and sparsity of what a plan prunes, of a model that is used up."""
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = remove_dispatch(model).to(device)  # oneshot() leaves it to visit the GPU at every use
+    # oneshot() leaves it to visit the GPU at every use
+    model = remove_dispatch(model).to(compute_device())
     value = perplexity(model, windows)
     blocks = [] if plan is None else [block.name for block in plan.blocks]
     unseen = () if plan is None else plan.unseen
@@ -448,17 +447,18 @@ def _subject(
     def digest(content: object) -> str:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model)
     files = sorted(Path(model).glob("*.safetensors")) + sorted(Path(model).glob("*.bin"))
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     others = {k: repr(v) for k, v in calibration.items() if k not in ("tokenizer", "dataset")}
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = compute_device()
+    native = config.dtype is None or is_native(config.dtype, device)
     return {
         "model": model,
         "weights": digest([config.to_json_string(), getattr(config, "_commit_hash", ""), weights]),
         "calibration data": digest([calibration["dataset"].to_dict(), others]),
         "test data": digest([window.tolist() for window in windows]),
-        "device": str(device),
+        "device": f"{device}" + ("" if native else ", in float32"),
         **package_versions(),
     }
 
@@ -566,6 +566,7 @@ class _Scoring(AllocationModifier):
                     progress_path=self._search,
                 )
             self._keep(method, target, plan)
+            forget(self._search)
 
     def score(self, depth: int, parts: Mapping[str, Part]) -> float:
         """Score a block by every method there is."""

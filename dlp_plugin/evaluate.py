@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
+from dlp_plugin.precision import wide_enough
+
 __all__ = ["perplexity"]
+
+# Tokens whose logits are widened to float32 together: their number may be a hundred thousand
+# times that of the tokens.
+_WIDE = 256
 
 
 @torch.no_grad()
@@ -21,13 +27,14 @@ def perplexity(
     """Perplexity over token windows: every token after a window's first counts once.
 
     Logits are taken to float32 and the losses summed in float64, whatever the model's
-    dtype.
+    dtype; on a CPU without arithmetic in that dtype the model computes in float32.
 
     :param model: a causal language model of transformers; its mode is restored
     :param windows: int64 tensors ``[tokens]``, as :func:`dlp_plugin.text.token_windows` cuts them
     :param batch_size: windows of equal length evaluated together
     :param advance: called with the number of windows done, for a progress bar
-    :return: ``exp`` of the mean negative log-likelihood per predicted token
+    :return: ``exp`` of the mean negative log-likelihood per predicted token; infinite where
+        that is beyond a float's range, as of a model that has collapsed
     """
     was_training = model.training
     model.eval()
@@ -36,16 +43,20 @@ def perplexity(
     try:
         for batch in _batches(windows, batch_size):
             ids = torch.stack(batch).to(device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-            )
-            total += losses.double().sum().item()
-            count += losses.numel()
+            with wide_enough(model, device):
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            for row, wanted in zip(logits, ids[:, 1:], strict=True):
+                for few, right in zip(row.split(_WIDE), wanted.split(_WIDE), strict=True):
+                    losses = torch.nn.functional.cross_entropy(few.float(), right, reduction="none")
+                    total += losses.cpu().double().sum().item()
+                    count += len(losses)
             advance(len(batch))
     finally:
         model.train(was_training)
-    return math.exp(total / count)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
 
 
 def _batches(windows: Sequence[torch.Tensor], batch_size: int) -> list[list[torch.Tensor]]:

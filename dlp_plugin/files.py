@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-__all__ = ["check_vacant", "replacing"]
+__all__ = ["check_vacant", "check_writable", "replacing"]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_vacant(folder: str | Path) -> None:
@@ -20,31 +27,75 @@ def check_vacant(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; give a new one")
+    _check_parent(folder)
+
+
+def check_writable(file: str | Path) -> None:
+    """Make sure before long work that :func:`replacing` may put a file here.
+
+    :raises IsADirectoryError: if it is a folder
+    :raises OSError: if its folder does not exist or cannot be written to
+    """
+    if Path(file).is_dir():
+        raise IsADirectoryError(f"{file} is a folder; name a file in it")
+    _check_parent(Path(file))
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        what = "is a file" if parent.exists() else "does not exist; create it first"
+        raise FileNotFoundError(f"cannot write {path}: the folder {parent} {what}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"cannot write {path}: no permission in {parent}; choose another folder"
+        )
 
 
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
     """Give a path beside ``target`` to write to; rename it on success.
 
-    If the body fails or the process dies, ``target`` stays as it was; what a killed
-    process left beside it is cleared away by the next. A folder takes the place of an
-    empty or missing one only.
+    If the body fails or the process is told to end (SIGTERM), ``target`` stays as it was and
+    nothing lies beside it; what a killed process left there is cleared away by the next. A
+    folder takes the place of an empty or missing one only.
 
     :param target: file or folder to be written; its parent must exist
     :raises FileNotFoundError: if the parent folder does not exist
+    :raises OSError: naming ``target``, if the disk or a quota is full
     """
     target = Path(target).resolve()
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {target}: the folder {target.parent} does not exist; create it first"
-        )
+    _check_parent(target)
     _remove_what_killed_runs_left(target)
     beside = _beside(target, os.getpid())
+    with _exit_on_sigterm():
+        try:
+            yield beside
+            os.replace(beside, target)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from error
+        finally:
+            _remove(beside)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM unwind the stack, as SIGINT does, where nobody else has taken it."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
     try:
-        yield beside
-        os.replace(beside, target)
+        yield
     finally:
-        _remove(beside)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _beside(target: Path, process: int | str) -> Path:

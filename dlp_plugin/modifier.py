@@ -30,7 +30,7 @@ from dlp_plugin.blocks import Block, check_columns, group_by_block, outer_block
 from dlp_plugin.calibration import scoring_batches, split
 from dlp_plugin.plan import Plan
 from dlp_plugin.scores import ChannelNorms, Part, block_score
-from dlp_plugin.search import choose_strength, refine
+from dlp_plugin.search import choose_strength, forget, refine
 from dlp_plugin.stages import Stage
 from dlp_plugin.trial import Trial
 
@@ -249,7 +249,7 @@ class AllocationModifier(Modifier):
                 blocks,
                 generations=self.refine,
                 seed=self.seed,
-                progress_path=None if self.plan_path is None else f"{self.plan_path}.search",
+                progress_path=None if self.plan_path is None else _search_path(self.plan_path),
             )
         self._adopt(plan)
 
@@ -452,6 +452,9 @@ class AllocationModifier(Modifier):
         if any(block.linears for block in plan.blocks):
             for fed in self._stages:
                 fed.check_single_linears()
+            plan.check_linears(
+                {name: numel for block in self._blocks for name, numel in block.sizes.items()}
+            )
         given = self.strength_field in self.model_fields_set
         if self.refine or (given and self.strength == "auto"):
             raise ValueError(
@@ -475,8 +478,14 @@ class AllocationModifier(Modifier):
             )
         if self.plan_path is not None and is_source_process():
             plan.save(self.plan_path)
+            if plan.search:
+                forget(_search_path(self.plan_path))
         for fed in self._stages:
             fed.feed(plan)
+
+
+def _search_path(plan_path: str) -> str:
+    return f"{plan_path}.search"
 
 
 Strength = float | Literal["auto"]

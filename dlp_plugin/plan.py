@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -39,6 +39,9 @@ _TITLES: dict[Method, str] = {
     "linear": "Linear",
 }
 
+# Characters of what is wrong with a plan: a number in it may have a thousand digits.
+_SHOWN = 400
+
 _PACKAGES = (
     "dlp_plugin",
     "llmcompressor",
@@ -51,6 +54,15 @@ _PACKAGES = (
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide what comes out."""
     return {package: version(package) for package in _PACKAGES}
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is no number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool)]
 
 
 class BlockPlan(BaseModel):
@@ -70,11 +82,22 @@ class BlockPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
-    weights: int = Field(ge=1)
-    score: float = Field(ge=0)
-    importance: float
-    sparsity: float = Field(ge=0, le=1)
+    weights: int = Field(ge=1, lt=1 << 53)
+    score: Number = Field(ge=0)
+    importance: Number
+    sparsity: Number = Field(ge=0, le=1)
     linears: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> BlockPlan:
+        if self.linears:
+            least, most = min(self.linears.values()), max(self.linears.values())
+            if not least - 1e-6 <= self.sparsity <= most + 1e-6:
+                raise ValueError(
+                    f"sparsity of {self.name} is {self.sparsity}, but its linears' lie between "
+                    f"{least} and {most}"
+                )
+        return self
 
 
 class Candidate(BaseModel):
@@ -86,8 +109,8 @@ class Candidate(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    alpha: float
-    loss: float
+    alpha: Number
+    loss: Number
 
 
 class SearchStep(BaseModel):
@@ -134,8 +157,8 @@ class Plan(BaseModel):
     method: Method = "dlp"
     model: str
     statistic: str
-    alpha: float
-    target: float
+    alpha: Number
+    target: Number
     mask_structure: str = "0:0"
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)
     unseen: tuple[str, ...] = ()
@@ -252,6 +275,22 @@ class Plan(BaseModel):
             mask_structure=mask_structure,
         )
 
+    def check_linears(self, weights: Mapping[str, int]) -> None:
+        """Make sure that what a refined plan says of Linears comes to what it says of blocks.
+
+        :param weights: full name of every Linear that is to be pruned to its number of weights
+        :raises ValueError: naming the block and both sparsities
+        """
+        for block in self.blocks:
+            if block.linears:
+                pruned = math.fsum(weights[n] * sparsity for n, sparsity in block.linears.items())
+                if abs(pruned / block.weights - block.sparsity) > 1e-6:
+                    raise ValueError(
+                        f"the plan (of {self.model}) says that block {block.name} has sparsity "
+                        f"{block.sparsity:g}, and its linears come to {pruned / block.weights:g} "
+                        "by their weights: search again, or restore the plan as it was written"
+                    )
+
     @property
     def _weights(self) -> int:
         return sum(block.weights for block in self.blocks)
@@ -287,7 +326,7 @@ class Plan(BaseModel):
         where = "from_plan" if isinstance(source, dict) else str(source)
         try:
             if not isinstance(source, dict):
-                source = json.loads(Path(source).read_text())
+                source = json.loads(Path(source).read_text(encoding="utf-8"))
             return cls.model_validate(source)
         except FileNotFoundError:
             raise FileNotFoundError(
@@ -297,8 +336,13 @@ class Plan(BaseModel):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "plan"
             problem = f"{field}: {first['msg']}"
-        except ValueError as error:
+        except UnicodeDecodeError:
+            problem = "it is no UTF-8 text"
+        except RecursionError:
+            problem = "it is nested too deeply"
+        except (ValueError, OverflowError, IsADirectoryError) as error:
             problem = str(error)
+        problem = problem if len(problem) <= _SHOWN else f"{problem[:_SHOWN]}..."
         raise ValueError(
             f"{where} is not a sound plan ({problem}); score the model again with "
             "`dlp-plugin score`"

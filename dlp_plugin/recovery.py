@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+
+from dlp_plugin.loading import load_stored, load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -76,12 +78,19 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {folder} does not say what model it is for: name it")
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model: Any = load_stored(base)
     trained_with = (Path(folder) / "tokenizer_config.json").is_file()
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder) if trained_with else base)
+    tokenizer: Any = load_tokenizer(str(folder) if trained_with else base)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    return PeftModel.from_pretrained(model, str(folder)), tokenizer
+    try:
+        return PeftModel.from_pretrained(model, str(folder)), tokenizer
+    except (RuntimeError, SafetensorError) as error:  # another shape; a damaged file
+        reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error))
+        raise ValueError(
+            f"the adapter in {folder} does not fit {base} ({reason.strip()}): name the model that "
+            "it was trained on (--base), or save the adapter again"
+        ) from error
 
 
 def sparse_merge(

@@ -14,12 +14,11 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
 from loguru import logger
+from pydantic import BaseModel, ConfigDict, Field
 from torch import distributed as dist
 
 from dlp_plugin.blocks import Block
@@ -27,7 +26,7 @@ from dlp_plugin.files import replacing
 from dlp_plugin.plan import BlockPlan, Candidate, Plan, SearchStep
 from dlp_plugin.trial import Trial
 
-__all__ = ["choose_strength", "refine"]
+__all__ = ["choose_strength", "forget", "refine"]
 
 # Half ranges of the sparsities to try. Seven forward passes over the judging samples.
 HALF_RANGES = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -78,6 +77,7 @@ def choose_strength(trial: Trial, make: Callable[..., Plan], blocks: Sequence[Bl
         if key not in measured:
             measured[key] = trial.loss(sparsities, group=plan.group)
         losses.append(measured[key])
+        logger.info("alpha {:g}: loss {:.4f} of the pruned model", plan.alpha, losses[-1])
     if not any(math.isfinite(loss) for loss in losses):
         raise ValueError(
             "the loss of the pruned model is not finite at any strength: check the "
@@ -190,84 +190,99 @@ def refine(
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param generations: at least 1
     :param progress_path: file that holds how far the search is; a search that was
-        interrupted goes on from it, a finished one removes it
+        interrupted goes on from it. It stays until :func:`forget`, to be called once the plan
+        is written
     :return: a plan that holds the Linears' sparsities and the path of the search
     """
-    weights = {
-        name: lin.in_features * lin.out_features for b in blocks for name, lin in b.linears.items()
-    }
+    weights = {name: size for block in blocks for name, size in block.sizes.items()}
     levels = [
         _Units({block.name: list(block.linears) for block in blocks}, weights, plan.group),
         _Units({name: [name] for block in blocks for name in block.linears}, weights, plan.group),
     ]
     content = [plan.model_dump(mode="json"), generations, seed, trial.fingerprint]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    state = _load(progress_path, fingerprint)
-    divergence_of = partial(trial.divergence, group=plan.group)
+    state = _load(progress_path, fingerprint, levels, list(weights))
+    portions = trial.portions(SIFTING_TOKENS)
+    evaluations = tokens = 0
+
+    def measured(sparsities: Mapping[str, float], portion: list[int] | None = None) -> float:
+        nonlocal evaluations, tokens
+        evaluations += 1
+        tokens += trial.tokens if portion is None else trial.tokens_in(portion)
+        return trial.divergence(sparsities, portion, group=plan.group)
+
     if state is None:
         best = sparsities_of(plan, blocks)
-        divergence = divergence_of(best)
+        divergence = measured(best)
         if not math.isfinite(divergence):
             raise ValueError(
                 "the divergence of the plan to refine is not finite: load the model in a wider "
                 "dtype, lower the sparsity, or leave out refine"
             )
-        steps = [
-            SearchStep(generation=0, evaluations=1, tokens=trial.tokens, divergence=divergence)
-        ]
+        steps = [_step(0, evaluations, tokens, divergence)]
+        known = {0: divergence} if len(portions) == 1 else {}  # of the best plan, by portion
     else:
-        best, steps = state["sparsities"], [SearchStep(**step) for step in state["steps"]]
-        divergence = steps[-1].divergence
-        for units, costs in zip(levels, state["costs"], strict=True):
+        best, steps, known = state.sparsities, state.steps, state.known
+        last = steps[-1]
+        divergence, evaluations, tokens = last.divergence, last.evaluations, last.tokens
+        for units, costs in zip(levels, state.costs, strict=True):
             units.costs = costs
         logger.info("The search goes on from generation {}", steps[-1].generation)
-    few = min(SIFTING_TOKENS, trial.tokens)
-    here = divergence_of(best, few)
 
     for generation in range(len(steps), generations + 1):
         units = levels[generation > generations // 3 or not levels[0].can_switch]
         chance = random.Random(f"{seed} {generation}")
-        sifted, measured = [], 0
+        place = generation % len(portions)
+        if place not in known:
+            known[place] = measured(best, portions[place])
+        sifted = []
         for _ in range(OFFSPRING):
             offspring, moved = units.switched(best, chance)
             if not any(moved.values()):
                 continue
-            found = divergence_of(offspring, few)
-            measured += 1
+            found = measured(offspring, portions[place])
             if not math.isfinite(found):
                 continue
-            units.learn(moved, found - here)
+            units.learn(moved, found - known[place])
             sifted.append((found, offspring))
         sifted.sort(key=lambda pair: pair[0])
-        for _, offspring in sifted[:SURVIVORS]:
-            found = divergence_of(offspring)
+        for on_portion, offspring in sifted[:SURVIVORS]:
+            found = on_portion if len(portions) == 1 else measured(offspring)
             if found < divergence:
-                best, divergence = offspring, found
-        here = divergence_of(best, few)
-        last = steps[-1]
-        steps.append(
-            SearchStep(
-                generation=generation,
-                evaluations=last.evaluations + measured + len(sifted[:SURVIVORS]),
-                tokens=last.tokens + measured * few + len(sifted[:SURVIVORS]) * trial.tokens,
-                divergence=divergence,
-            )
+                best, divergence, known = offspring, found, {place: on_portion}
+        steps.append(_step(generation, evaluations, tokens, divergence))
+        logger.info(
+            "generation {} of {}: divergence {:.4f} after {} evaluations",
+            generation,
+            generations,
+            divergence,
+            evaluations,
         )
-        logger.info("generation {} of {}: divergence {:.4f}", generation, generations, divergence)
         if progress_path is not None and is_source_process():
-            progress = {
-                "fingerprint": fingerprint,
-                "sparsities": best,
-                "steps": [step.model_dump() for step in steps],
-                "costs": [units.costs for units in levels],
-            }
+            progress = _Progress(
+                fingerprint=fingerprint,
+                sparsities=best,
+                steps=steps,
+                costs=[units.costs for units in levels],
+                known=known,
+            )
             with replacing(progress_path) as beside:
-                beside.write_text(json.dumps(progress))
+                beside.write_text(progress.model_dump_json())
 
-    if progress_path is not None and is_source_process():
-        Path(progress_path).unlink(missing_ok=True)
     return plan.model_copy(
         update={"blocks": _rows(plan, blocks, best, weights), "search": tuple(steps)}
+    )
+
+
+def forget(progress_path: str | Path) -> None:
+    """Remove what a search has written of its progress, once its plan is safe."""
+    if is_source_process():
+        Path(progress_path).unlink(missing_ok=True)
+
+
+def _step(generation: int, evaluations: int, tokens: int, divergence: float) -> SearchStep:
+    return SearchStep(
+        generation=generation, evaluations=evaluations, tokens=tokens, divergence=divergence
     )
 
 
@@ -283,16 +298,43 @@ def _rows(
     return tuple(rows)
 
 
-def _load(path: str | Path | None, fingerprint: str) -> dict[str, Any] | None:
+class _Progress(BaseModel):
+    """How far a search is.
+
+    :param fingerprint: of its start, samples and settings
+    :param costs: of each level's units
+    :param known: the best plan's divergence on portions of the samples, by their number
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    fingerprint: str
+    sparsities: dict[str, float]
+    steps: list[SearchStep] = Field(min_length=1)
+    costs: list[dict[str, float]]
+    known: dict[int, float]
+
+
+def _load(
+    path: str | Path | None, fingerprint: str, levels: Sequence[_Units], linears: list[str]
+) -> _Progress | None:
     """What an interrupted search of the very same start, samples and settings left.
 
     The first process of several writes it, and reads it for all.
     """
-    state: dict[str, Any] | None = None
+    state: _Progress | None = None
     if path is not None and is_source_process() and Path(path).is_file():
-        state = json.loads(Path(path).read_text())
-        if state is not None and state.get("fingerprint") != fingerprint:
-            logger.warning("{} is of another search; this one begins anew", path)
+        try:
+            state = _Progress.model_validate_json(Path(path).read_bytes())
+            members = [list(state.sparsities), *map(list, state.costs)]
+            if state.fingerprint != fingerprint:
+                logger.warning("{} is of another search; this one begins anew", path)
+                state = None
+            elif members != [linears, *(list(units.members) for units in levels)]:
+                raise ValueError("it names other Linears")
+        except (ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("{} is damaged ({}); the search begins anew", path, reason)
             state = None
     if is_distributed():
         shared = [state]

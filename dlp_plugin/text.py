@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["calibration_set", "read_tokens", "token_windows"]
+__all__ = ["beginning", "calibration_set", "read_tokens", "token_windows"]
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Token that a tokenizer puts in front of every text; None if it puts none.
+
+    Models that were always trained with it (Gemma) make little sense of text without.
+    """
+    bos = tokenizer.bos_token_id
+    begins = [
+        tokenizer("a", add_special_tokens=special)["input_ids"][:1] for special in (False, True)
+    ]
+    return bos if begins[1] == [bos] != begins[0] else None
 
 
 def read_tokens(
@@ -32,7 +45,9 @@ def read_tokens(
     :param split: the dataset's split
     :param column: the dataset's column that holds the text
     :param limit: tokens wanted; a dataset is then streamed and read no further
-    :raises ValueError: if the dataset has no such column
+    :raises FileNotFoundError: if there is neither such a file nor such a dataset
+    :raises ValueError: if the file is not UTF-8, or the dataset has no such column or no text
+        in one of its rows
     """
 
     def encode(text: str) -> list[int]:
@@ -40,19 +55,25 @@ def read_tokens(
         return list(ids)
 
     if Path(source).is_file():
-        return encode(Path(source).read_text(encoding="utf-8"))[:limit]
-    rows: Dataset | IterableDataset
-    if limit is None:
-        rows = load_dataset(str(source), config, split=split)
-    else:
-        rows = load_dataset(str(source), config, split=split, streaming=True)
+        try:
+            return encode(Path(source).read_text(encoding="utf-8"))[:limit]
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{source} is no UTF-8 text (byte {error.start}): convert it, e.g. with iconv"
+            ) from None
+    rows = _rows(str(source), config, split, streaming=limit is not None)
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(f"{source} has no column {column!r}; it has {rows.column_names}")
 
     # Encoded as one text: tokenizers treat the beginning of a text in their own way.
     texts: list[str] = []
     roughly = 0
-    for row in rows:
+    for number, row in enumerate(rows):
+        if not isinstance(row[column], str):
+            raise ValueError(
+                f"{source}: {column!r} of row {number} is {row[column]!r} instead of text: leave "
+                "such rows out, or name another column"
+            )
         texts.append(row[column])
         roughly += 0 if limit is None else len(encode(row[column]))
         if limit is not None and roughly >= limit:
@@ -62,14 +83,34 @@ def read_tokens(
     return encode("\n\n".join(texts))
 
 
-def token_windows(token_ids: Sequence[int], length: int) -> list[torch.Tensor]:
+def _rows(
+    source: str, config: str | None, split: str, streaming: bool
+) -> Dataset | IterableDataset:
+    local = source.startswith((".", "/", "~")) or source.endswith((".txt", ".md", ".text"))
+    if local and not Path(source).exists():
+        raise FileNotFoundError(f"there is no file or folder {source}: check the path")
+    try:
+        load: Any = load_dataset  # typed for a literal ``streaming`` only
+        rows: Dataset | IterableDataset = load(source, config, split=split, streaming=streaming)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise type(error)(
+            f"{source} is no text file here, and as a dataset it cannot be read ({reason}): check "
+            "the path, or the dataset's name, configuration and split"
+        ) from error
+    return rows
+
+
+def token_windows(
+    token_ids: Sequence[int], length: int, first: int | None = None
+) -> list[torch.Tensor]:
     """Cut a token stream into consecutive windows that do not overlap.
 
-    The last window may be shorter; a single left-over token predicts nothing and is
-    dropped.
+    The last window may be shorter; one that predicts nothing is dropped.
 
     :param token_ids: the tokens of the whole text, in order
-    :param length: tokens per window, at least 2
+    :param length: tokens per window, at least 2, ``first`` included
+    :param first: token that every window begins with, as :func:`beginning` finds it
     :return: int64 tensors ``[tokens]``, all of ``length`` but perhaps the last
     :raises ValueError: if ``length`` is below 2 or the text has fewer than 2 tokens
     """
@@ -77,27 +118,32 @@ def token_windows(token_ids: Sequence[int], length: int) -> list[torch.Tensor]:
         raise ValueError(f"length must be at least 2 tokens, got {length}")
     if len(token_ids) < 2:
         raise ValueError(f"the text has {len(token_ids)} tokens, and 2 are the least")
-    windows = torch.tensor(token_ids, dtype=torch.int64).split(length)
+    begin = torch.tensor([] if first is None else [first], dtype=torch.int64)
+    pieces = torch.as_tensor(token_ids, dtype=torch.int64).split(length - len(begin))
+    windows = [torch.cat([begin, piece]) for piece in pieces]
     return [window for window in windows if len(window) > 1]
 
 
-def calibration_set(token_ids: Sequence[int], length: int, samples: int) -> Dataset:
+def calibration_set(
+    token_ids: Sequence[int], length: int, samples: int, first: int | None = None
+) -> Dataset:
     """Full windows of a token stream, evenly spread over it, as ``oneshot()`` takes them.
 
     :param token_ids: the tokens of the whole text, in order
-    :param length: tokens per sample, at least 2
+    :param length: tokens per sample, at least 2, ``first`` included
+    :param first: token that every sample begins with, as :func:`beginning` finds it
     :param samples: how many, at least 1; fewer (with a log line) if the text is short
     :return: rows of ``input_ids`` and ``attention_mask``
     :raises ValueError: if the text does not fill one window, or ``samples`` is below 1
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    if len(token_ids) < length:
+    if len(token_ids) < length - (first is not None):
         raise ValueError(
             f"the calibration text has {len(token_ids)} tokens, which is less than one "
             f"sample of {length}: give more text or a smaller length"
         )
-    windows = [w for w in token_windows(token_ids, length) if len(w) == length]
+    windows = [w for w in token_windows(token_ids, length, first) if len(w) == length]
     if len(windows) < samples:
         logger.warning("The text gives {} samples instead of {}", len(windows), samples)
         samples = len(windows)

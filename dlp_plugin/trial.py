@@ -24,6 +24,8 @@ from llmcompressor.utils.dev import get_main_device
 from torch import distributed as dist
 from torch.nn import functional
 
+from dlp_plugin.precision import wide_enough
+
 __all__ = ["Trial"]
 
 Batch = dict[str, Any]
@@ -71,7 +73,8 @@ class Trial:
         self._linears = linears
         self._norms = norms
         self._thresholds: dict[tuple[str, int], torch.Tensor] = {}
-        self._places: dict[tuple[str, int], torch.Tensor] = {}
+        self._places: dict[str, torch.Tensor] = {}
+        self._grouped = 0
         self._batches = _together(batches)
         self._device = get_main_device()
         self._kept: list[_Kept] = []
@@ -108,8 +111,34 @@ class Trial:
                 count += len(wanted)
         return _mean(total, count, self._device)
 
+    def portions(self, tokens: int) -> list[list[int]]:
+        """The samples in portions of at least so many tokens, to measure on one at a time.
+
+        :return: numbers of batches; as many portions on every process of a distributed run
+        """
+        found: list[list[int]] = [[]]
+        for place in range(len(self._batches)):
+            if self.tokens_in(found[-1]) >= tokens:
+                found.append([])
+            found[-1].append(place)
+        if len(found) > 1 and self.tokens_in(found[-1]) < tokens:
+            rest = found.pop()
+            found[-1] += rest
+        if is_distributed():
+            count = torch.tensor(len(found), device=self._device)
+            dist.all_reduce(count, op=dist.ReduceOp.MIN)
+            found = found[: int(count)]
+        return found
+
+    def tokens_in(self, portion: Sequence[int]) -> int:
+        """Number of tokens in a portion."""
+        return sum(self._batches[place]["input_ids"].numel() for place in portion)
+
     def divergence(
-        self, sparsities: Mapping[str, float], tokens: int | None = None, group: int = 0
+        self,
+        sparsities: Mapping[str, float],
+        portion: Sequence[int] | None = None,
+        group: int = 0,
     ) -> float:
         """Mean Kullback-Leibler divergence from the dense model per token, in nats.
 
@@ -118,7 +147,7 @@ class Trial:
         is a lower bound of the divergence over the whole vocabulary.
 
         :param sparsities: as in :meth:`loss`
-        :param tokens: measure on the first so many tokens (rounded up); None for all
+        :param portion: measure on one of :meth:`portions`; None for all samples
         :param group: as in :meth:`loss`
         """
         if not self._kept:
@@ -126,11 +155,9 @@ class Trial:
                 self._kept = [_keep(self._logits(batch).flatten(0, 1)) for batch in self._batches]
         total, count = 0.0, 0
         with self._pruned(sparsities, group):
-            for batch, kept in zip(self._batches, self._kept, strict=True):
-                if tokens is not None and count >= tokens:
-                    break
-                logits = self._logits(batch).flatten(0, 1)
-                total += _divergence(logits, kept)
+            for place in range(len(self._batches)) if portion is None else portion:
+                logits = self._logits(self._batches[place]).flatten(0, 1)
+                total += _divergence(logits, self._kept[place])
                 count += len(logits)
         return _mean(total, count, self._device)
 
@@ -142,7 +169,8 @@ class Trial:
             for key, value in batch.items()
             if key in known and key != "labels"
         }
-        logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
+        with wide_enough(self._model, self._device):
+            logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
         return logits
 
     @contextmanager
@@ -171,16 +199,18 @@ class Trial:
     @torch.no_grad()
     def _place(self, name: str, group: int) -> torch.Tensor:
         """Each weight's place in its group by score, from 0, uint8 ``[out, groups, group]``."""
-        key = name, group
-        if key not in self._places:
+        if self._grouped != group:
+            self._places.clear()  # a byte a weight, for one structure at a time
+            self._grouped = group
+        if name not in self._places:
             linear = self._linears[name]
             weight = linear.weight.to(get_execution_device(linear))
             places, number = [], torch.uint8 if group <= 256 else torch.int32
             for rows in _scores(weight, self._norms[name]).split(_ROWS):
                 order = rows.unflatten(1, (-1, group)).argsort(dim=2, stable=True)
                 places.append(order.argsort(dim=2).to(number))
-            self._places[key] = torch.cat(places)
-        return self._places[key]
+            self._places[name] = torch.cat(places)
+        return self._places[name]
 
     @torch.no_grad()
     def _threshold(self, name: str, count: int) -> torch.Tensor:

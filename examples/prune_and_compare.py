@@ -12,16 +12,15 @@ import time
 from pathlib import Path
 
 import torch
-from llmcompressor import oneshot
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import last_plans
 from dlp_plugin.checkpoint import inspect_checkpoint, zeros_lost, zstd_bytes
 from dlp_plugin.evaluate import perplexity
-from dlp_plugin.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.loading import apply_recipe, load_model, load_tokenizer
+from dlp_plugin.text import beginning, calibration_set, read_tokens, token_windows
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
@@ -48,38 +47,39 @@ def main() -> None:
         parser.error(f"--output {arguments.output} exists already; name another folder")
 
     logger.disable("llmcompressor.utils.metric_logging")
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")  # of the host's log, the warnings
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    logger.remove()  # our progress, and of the others the warnings
+    shown = {"": "WARNING", "dlp_plugin": "INFO"}
+    logger.add(sys.stderr, level=0, format="{level}: {message}", filter=shown)
+    tokenizer = load_tokenizer(arguments.model)
     tokens = read_tokens(arguments.calibration, tokenizer)
-    dataset = calibration_set(tokens, arguments.length, SAMPLES)
-    windows = token_windows(read_tokens(arguments.test, tokenizer), arguments.length)
+    dataset = calibration_set(tokens, arguments.length, SAMPLES, beginning(tokenizer))
+    tokens = read_tokens(arguments.test, tokenizer)
+    windows = token_windows(tokens, arguments.length, beginning(tokenizer))
 
-    def load(folder: str | Path) -> torch.nn.Module:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
-
-    def apply(recipe: str, model: str | Path = arguments.model, **save: str) -> torch.nn.Module:
-        return oneshot(
-            model=str(model),
-            recipe=str(RECIPES / recipe),
+    def apply(
+        recipe: str, model: str | Path = arguments.model, output: Path | None = None
+    ) -> torch.nn.Module:
+        return apply_recipe(
+            model,
+            str(RECIPES / recipe),
+            output,
             tokenizer=tokenizer,
             dataset=dataset,
             num_calibration_samples=len(dataset),
             max_seq_length=arguments.length,
             shuffle_calibration_samples=False,
-            **save,
         )
 
+    arguments.output.mkdir(parents=True)
     pruned, packed = arguments.output / "pruned", arguments.output / "w4a16"
     steps = {
-        "dense": lambda: load(arguments.model),
+        "dense": lambda: load_model(arguments.model),
         "uniform": lambda: apply("uniform_wanda.yaml"),
         "DLP, alpha 0.15": lambda: apply("dlp_wanda.yaml"),
-        "DLP, alpha auto, refined": lambda: apply("dlp_refined_wanda.yaml", output_dir=str(pruned)),
-        "the same, loaded": lambda: load(pruned),
-        "the same + W4A16": lambda: apply("w4a16.yaml", pruned, output_dir=str(packed)),
-        "the same + W4A16, loaded": lambda: load(packed),
+        "DLP, alpha auto, refined": lambda: apply("dlp_refined_wanda.yaml", output=pruned),
+        "the same, loaded": lambda: load_model(pruned),
+        "the same + W4A16": lambda: apply("w4a16.yaml", pruned, output=packed),
+        "the same + W4A16, loaded": lambda: load_model(packed),
     }
     table = Table("", "zeros", "perplexity", "to dense", "seconds", title="perplexity")
     dense = 0.0

@@ -13,17 +13,16 @@ import time
 from pathlib import Path
 
 import torch
-from llmcompressor import oneshot
 from loguru import logger
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin.checkpoint import zeros_lost
 from dlp_plugin.evaluate import perplexity
+from dlp_plugin.loading import apply_recipe, load_config, load_model, load_tokenizer
 from dlp_plugin.recovery import hold_masks, mask_updates, sparse_merge
-from dlp_plugin.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.text import beginning, calibration_set, read_tokens, token_windows
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
@@ -72,35 +71,34 @@ def main() -> None:
         parser.error(f"--output {arguments.output} exists already; name another folder")
 
     logger.disable("llmcompressor.utils.metric_logging")
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")  # of the host's log, the warnings
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    logger.remove()  # our progress, and of the others the warnings
+    shown = {"": "WARNING", "dlp_plugin": "INFO"}
+    logger.add(sys.stderr, level=0, format="{level}: {message}", filter=shown)
+    tokenizer = load_tokenizer(arguments.model)
+    first = beginning(tokenizer)
     dataset = calibration_set(
-        read_tokens(arguments.calibration, tokenizer), arguments.length, SAMPLES
+        read_tokens(arguments.calibration, tokenizer), arguments.length, SAMPLES, first
     )
     tokens = torch.tensor(read_tokens(arguments.train or arguments.calibration, tokenizer))
-    windows = token_windows(read_tokens(arguments.test, tokenizer), arguments.length)
+    windows = token_windows(read_tokens(arguments.test, tokenizer), arguments.length, first)
+    arguments.output.mkdir(parents=True)
     pruned = arguments.output / "pruned"
     table = Table("", "perplexity", "zeros lost", "seconds", title="recovery")
 
-    def load(folder: str | Path, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-
     def apply(recipe: Path, model: str | Path, output: Path) -> None:
-        oneshot(
-            model=str(model),
-            recipe=str(recipe),
+        apply_recipe(
+            model,
+            str(recipe),
+            output,
             tokenizer=tokenizer,
             dataset=dataset,
             num_calibration_samples=len(dataset),
             max_seq_length=arguments.length,
             shuffle_calibration_samples=False,
-            output_dir=str(output),
         )
 
     def save(model: torch.nn.Module, name: str) -> Path:
-        model.to(AutoConfig.from_pretrained(pruned).dtype)
+        model.to(load_config(pruned).dtype)
         model.save_pretrained(arguments.output / name)
         tokenizer.save_pretrained(arguments.output / name)
         return arguments.output / name
@@ -110,18 +108,18 @@ def main() -> None:
         seconds = "" if started is None else f"{time.time() - started:.0f}"
         lost = ""
         if isinstance(model, Path):
-            lost, model = f"{sum(zeros_lost(pruned, model).values()):,}", load(model)
+            lost, model = f"{sum(zeros_lost(pruned, model).values()):,}", load_model(model)
         table.add_row(name, f"{perplexity(model, windows):.3f}", lost, seconds)
 
-    show("dense", load(arguments.model))
+    show("dense", load_model(arguments.model))
     started = time.time()
     apply(arguments.recipe, arguments.model, pruned)
-    show("pruned", load(pruned), started)
+    show("pruned", load_model(pruned), started)
 
     for name in ("LoRA", "LoRA, masked"):
         torch.manual_seed(0)
         started = time.time()
-        adapted = get_peft_model(load(pruned, torch.float32), LORA)
+        adapted = get_peft_model(load_model(pruned).float(), LORA)
         if name == "LoRA, masked":
             mask_updates(adapted)
         adapters = [p for p in adapted.parameters() if p.requires_grad]
@@ -130,7 +128,7 @@ def main() -> None:
         show(f"{name}: trained", adapted, started)
         adapted.save_pretrained(arguments.output / name)
         if name == "LoRA":
-            again = PeftModel.from_pretrained(load(pruned, torch.float32), arguments.output / name)
+            again = PeftModel.from_pretrained(load_model(pruned).float(), arguments.output / name)
             show(f"{name}: merge_and_unload", save(again.merge_and_unload(), "filled"))
         merged = save(sparse_merge(adapted), f"{name}, merged")
         show(f"{name}: sparse_merge", merged)
@@ -141,7 +139,7 @@ def main() -> None:
     show("LoRA, masked: sparse_merge, W4A16", packed, started)
 
     started = time.time()
-    model = load(pruned, torch.float32)
+    model = load_model(pruned).float()
     optimizer = torch.optim.AdamW(model.parameters(), arguments.rate / 4)
     hold_masks(model, optimizer)
     train(model, optimizer, tokens, arguments.length, arguments.steps)

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from compressed_tensors.offload import remove_dispatch
 from datasets import load_dataset
-from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
 from prune_and_compare import sparsity_of
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dlp_plugin import DLPModifier, OWLModifier
 from dlp_plugin.evaluate import perplexity
+from dlp_plugin.loading import apply_recipe, compute_device, load_model, load_tokenizer
 from dlp_plugin.text import calibration_set, read_tokens, token_windows
 
 SPARSITY = 0.7
@@ -72,10 +72,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     logger.disable("llmcompressor.utils.metric_logging")
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")  # of the host's log, the warnings
+    logger.remove()  # our progress, and of the others the warnings
+    shown = {"": "WARNING", "dlp_plugin": "INFO"}
+    logger.add(sys.stderr, level=0, format="{level}: {message}", filter=shown)
     console = Console()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     windows = windows_of(arguments.test, tokenizer, arguments.length)
     # A file is read whole, so that its samples spread over it; C4 as far as needed.
     from_file = Path(arguments.calibration).is_file()
@@ -89,15 +90,14 @@ def main() -> None:
 
     def measure(model: torch.nn.Module) -> tuple[float, float]:
         """Perplexity and sparsity of a model, which is used up."""
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         # oneshot() leaves weights on the CPU, to visit the GPU at every use
-        remove_dispatch(model).to(device)
+        remove_dispatch(model).to(compute_device())
         result = perplexity(model, windows, batch_size=1), sparsity_of(model)
         model.to("meta")  # the host's tracing keeps a model alive; its weights are let go
         return result
 
     started = time.time()
-    dense, _ = measure(AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto"))
+    dense, _ = measure(load_model(arguments.model))
     columns = ("pruner", "method", "zeros", "perplexity", "published, LLaMA-2-7B", "seconds")
     table = Table(*columns, title=f"{arguments.model} at {SPARSITY:.0%}")
     table.add_row("", "dense", "0", f"{dense:.2f}", "", f"{time.time() - started:.0f}")
@@ -105,9 +105,9 @@ def main() -> None:
         table.add_section()
         for method in arguments.methods:
             started = time.time()
-            model = oneshot(
-                model=arguments.model,
-                recipe=recipe(pruner, method),
+            model = apply_recipe(
+                arguments.model,
+                recipe(pruner, method),
                 tokenizer=tokenizer,
                 dataset=dataset,
                 num_calibration_samples=len(dataset),

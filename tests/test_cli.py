@@ -11,12 +11,15 @@ import torch
 from conftest import CALIBRATION_TEXT, ROOT, SHIPPED
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from dlp_plugin.checkpoint import zeros_lost
 from dlp_plugin.cli import app
+from dlp_plugin.evaluate import perplexity
+from dlp_plugin.loading import load_model
 from dlp_plugin.plan import Plan
+from dlp_plugin.text import read_tokens, token_windows
 
 CALIBRATE = ["--data", str(CALIBRATION_TEXT), "--samples", "8", "--length", "64"]
 
@@ -170,11 +173,13 @@ class TestMerge:
         assert "holds no adapter_config.json" in " ".join(output.split())
 
 
-def test_ppl_is_that_of_the_model_card(tmp_path: Path) -> None:
+def test_ppl_is_the_library_s(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(CALIBRATION_TEXT.read_text()[:20_000])
     output = command("ppl", SHIPPED, "--data", text, "--length", "64").output
-    assert 5 < float(re.search(r"perplexity (\d+\.\d+)", output).group(1)) < 60
+    tokens = read_tokens(text, AutoTokenizer.from_pretrained(SHIPPED))
+    expected = perplexity(load_model(SHIPPED), token_windows(tokens, 64))
+    assert f"perplexity {expected:.4f} ({len(tokens):,} tokens" in output
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,100 @@ def test_help_teaches(name: str) -> None:
     assert len(command(name, "--help").output.splitlines()) > 10
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["show", "PLAN"]])
+def test_what_needs_no_model_loads_neither_torch_nor_the_host(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    rows = [("model.layers.0", 8, 1.0), ("model.layers.1", 8, 2.0)]
+    Plan.make(rows, model="m", statistic="median", alpha=0.1, target=0.5).save(plan)
+    code = (
+        "import sys\nfrom dlp_plugin.cli import app\n"
+        f"app({[str(plan) if word == 'PLAN' else word for word in arguments]}, "
+        "standalone_mode=False)\n"
+        "print({'torch', 'transformers', 'llmcompressor'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+class TestProgress:
+    """What takes long says how far it is, at the level that the terminal shows."""
+
+    def test_of_scoring_choosing_and_refining(self, tmp_path: Path) -> None:
+        arguments = ["--alpha", "auto", "--refine", 2, "--output", tmp_path / "plan.json"]
+        told = command("score", SHIPPED, *CALIBRATE, *arguments).stderr
+        assert re.search(r"INFO: .*block 12 of 12", told)
+        assert re.search(r"INFO: .*alpha 0\.15.*loss", told)
+        assert re.search(r"INFO: generation 2 of 2: divergence \d", told)
+
+
 class TestMistakesAreToldInOneMessage:
+    def one_line(self, *arguments: object) -> str:
+        """The message, which is one, and names no place in the code."""
+        result = command(*arguments, code=1)
+        assert "Traceback" not in result.output
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        return line
+
+    def pruning(self, recipe: Path, *more: object, output: str = "out") -> str:
+        data = [*CALIBRATE, "--output", recipe.with_name(output)]
+        line = self.one_line("oneshot", SHIPPED, "--recipe", recipe, *data, *more)
+        assert not recipe.with_name(output).exists()
+        return line
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "is empty, and a recipe"),
+            ("s_stage: {p_modifiers: {NoModifier: {}}}", "No modifier of type 'NoModifier'"),
+            ("s_stage: {p_modifiers: {DLPModifier: {beta: 1}}}", "beta"),
+        ],
+    )
+    def test_a_recipe_that_is_none(self, tmp_path: Path, text: str, message: str) -> None:
+        (tmp_path / "recipe.yaml").write_text(text)
+        assert message in self.pruning(tmp_path / "recipe.yaml")
+
+    def test_more_tokens_than_positions(self, tmp_path: Path) -> None:
+        line = self.one_line("ppl", SHIPPED, "--data", CALIBRATION_TEXT, "--length", 300)
+        assert "--length 300 is more than the 256 positions" in line
+
+    def test_a_model_or_text_that_is_not_there(self, tmp_path: Path) -> None:
+        assert "does not exist" in self.one_line("ppl", tmp_path / "x", "--data", CALIBRATION_TEXT)
+        line = self.one_line("ppl", SHIPPED, "--data", tmp_path / "gone.txt")
+        assert "no file or folder" in line
+
+    def test_outputs_that_cannot_be_written_are_found_before_the_work(self, tmp_path: Path) -> None:
+        gone = tmp_path / "gone" / "file"
+        assert "gone" in self.one_line("score", "./no-model", *CALIBRATE, "--output", gone)
+        assert "gone" in self.one_line("zero-shot", "./no-model", "boolq", "--output", gone)
+        compare = ["--data", CALIBRATION_TEXT, "--test", CALIBRATION_TEXT, "--output", tmp_path]
+        assert "gone" in self.one_line("compare", "./no-model", *compare, "--write-recipe", gone)
+
+    def test_a_number_that_is_none(self, tmp_path: Path) -> None:
+        output = ["--output", tmp_path / "plan.json"]
+        line = self.one_line("score", SHIPPED, *CALIBRATE, *output, "--alpha", "much")
+        assert "--alpha is 'much': give a number, or auto" in line
+
+    def test_debug_shows_where(self, tmp_path: Path) -> None:
+        result = CliRunner().invoke(app, ["--debug", "show", str(tmp_path / "gone.json")])
+        assert isinstance(result.exception, FileNotFoundError)
+        result = CliRunner().invoke(app, ["show", str(tmp_path / "gone.json")])
+        assert isinstance(result.exception, SystemExit)
+
+    def test_an_adapter_for_a_model_of_another_shape(self, tmp_path: Path) -> None:
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2,
+        )  # fmt: skip
+        adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
+        adapted.save_pretrained(tmp_path / "adapter")
+        adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+        line = self.one_line("merge", adapter, merged, "--base", SHIPPED)
+        assert "does not fit" in line
+        assert "size mismatch" in line
+        assert not merged.exists()
+
     def test_a_field_out_of_bounds(self, tmp_path: Path) -> None:
         result = command(
             "score", SHIPPED, *CALIBRATE, "--output", tmp_path / "p", "--alpha", "-1", code=1

@@ -14,7 +14,6 @@ from conftest import CALIBRATION_TEXT, SHIPPED, TEST_TEXT
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import dlp_plugin.compare as module
 from dlp_plugin import (
     AlphaPruningModifier,
     DLPModifier,
@@ -94,7 +93,7 @@ class Runs:
 
 def counted(monkeypatch: pytest.MonkeyPatch, broken_at: int = 0) -> Runs:
     runs = Runs(broken_at)
-    monkeypatch.setattr(module, "oneshot", runs)
+    monkeypatch.setattr("dlp_plugin.loading.oneshot", runs)
     return runs
 
 
@@ -188,7 +187,7 @@ class TestFigures:
             models.append(oneshot(**arguments))
             return models[-1]
 
-        monkeypatch.setattr(module, "oneshot", kept)
+        monkeypatch.setattr("dlp_plugin.loading.oneshot", kept)
         compared(copied, "dlp:0.05", 0.5)
         assert len(models) == 2  # scoring, and the cell
         assert {p.device.type for model in models for p in model.parameters()} == {"meta"}

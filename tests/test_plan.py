@@ -2,9 +2,12 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dlp_plugin.plan import Plan
 
@@ -69,6 +72,14 @@ def test_table_and_picture(plan: Plan, tmp_path: Path) -> None:
         (lambda p: p["blocks"][1].update(sparsity=0.1), "come to 0.304000 of all weights"),
         (lambda p: p["blocks"][1].update(score=-3), r"blocks\.1\.score"),
         (lambda p: p["blocks"][1].update(sparsity=2), r"blocks\.1\.sparsity"),
+        (lambda p: p.update(alpha=True), "alpha: Value error, True is no number"),
+        (lambda p: p.update(alpha=1e308), r"alpha must be at most 1e\+06, got 1e\+308"),
+        (lambda p: p["blocks"][1].update(weights=10**400), r"blocks\.1\.weights"),
+        (lambda p: p["blocks"][1].update(score=10**400), r"blocks\.1\.score"),
+        (
+            lambda p: p["blocks"][1].update(linears={"up": 0.1, "down": 0.2}),
+            "sparsity of layers.1 is 0.76.*, but its linears' lie between 0.1 and 0.2",
+        ),
     ],
 )
 def test_a_damaged_plan_is_refused(plan: Plan, tmp_path: Path, change, message: str) -> None:
@@ -78,6 +89,60 @@ def test_a_damaged_plan_is_refused(plan: Plan, tmp_path: Path, change, message: 
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"plan.json is not a sound plan \(.*{message}"):
         Plan.load(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "it is no UTF-8 text"),
+        (b"[" * 200_000, "it is nested too deeply"),
+        (b'{"alpha": ' + b"9" * 5000 + b"}", "digits"),
+        (b"[1]", "valid dictionary"),
+    ],
+)
+def test_a_file_that_is_something_else(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"plan.json is not a sound plan \(.*{message}") as told:
+        Plan.load(tmp_path / "plan.json")
+    assert len(str(told.value)) < 700
+
+
+def test_a_folder_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a sound plan .*directory"):
+        Plan.load(tmp_path)
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**40), 10**40),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=5), st.floats(), max_size=2),
+)
+
+
+@given(data=st.data())
+def test_whatever_stands_in_a_field_it_is_a_plan_or_an_error(data: st.DataObject) -> None:
+    content = Plan.make(
+        [("a", 8, 1.0), ("b", 8, 2.0)], model="m", statistic="median", alpha=0.1, target=0.5
+    ).model_dump(mode="json")
+    place = data.draw(st.sampled_from([content, content["blocks"][0]]))
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(ODD)
+    with suppress(ValueError):
+        assert Plan.load(content).sparsity == pytest.approx(Plan.load(content).target, abs=1e-5)
+
+
+def test_linears_must_come_to_their_block() -> None:
+    block = {"name": "b", "weights": 40, "score": 1.0, "importance": 0.0, "sparsity": 0.5}
+    block["linears"] = {"b.up": 0.2, "b.down": 0.6}
+    content = {"model": "m", "statistic": "median", "alpha": 0, "target": 0.5, "blocks": [block]}
+    plan = Plan.load(content)
+    plan.check_linears({"b.up": 10, "b.down": 30})  # (10 * 0.2 + 30 * 0.6) / 40
+    message = r"block b has sparsity 0\.5, and its linears come to 0\.4 by their weights: search"
+    with pytest.raises(ValueError, match=message):
+        plan.check_linears({"b.up": 20, "b.down": 20})
 
 
 @pytest.mark.parametrize("keep", [0, 1, 50, -3])

@@ -1,7 +1,8 @@
 """Choosing a strength and refining a plan, on losses made by hand and on the real thing."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from conftest import random_samples, run
 from llmcompressor.modifiers.pruning import WandaPruningModifier
+from loguru import logger
 
 from dlp_plugin import DLPModifier, LinearSparsityModifier, OWLModifier, Plan
 from dlp_plugin.blocks import Block
-from dlp_plugin.search import choose_strength, refine, sparsities_of
+from dlp_plugin.search import choose_strength, forget, refine, sparsities_of
 
 SCORES = [1.0, 2.0, 3.0, 4.0]
 
@@ -22,19 +24,37 @@ class Judge:
 
     tokens = 4096
     fingerprint = "by hand"
+    parts = 2
 
     def __init__(self, best: Callable[[str], float]) -> None:
         self.best = best
         self.calls = 0
+        self.measured: list[tuple[int | None, tuple[float, ...]]] = []
+
+    def portions(self, tokens: int) -> list[list[int]]:
+        return [[part] for part in range(self.parts)]
+
+    def tokens_in(self, portion: list[int]) -> int:
+        return self.tokens // self.parts
 
     def divergence(
-        self, sparsities: Mapping[str, float], tokens: int | None = None, group: int = 0
+        self, sparsities: Mapping[str, float], portion: list[int] | None = None, group: int = 0
     ) -> float:
         self.calls += 1
+        self.measured.append((None if portion is None else portion[0], tuple(sparsities.values())))
         return sum((s - self.best(name)) ** 2 for name, s in sparsities.items())
 
     def loss(self, sparsities: Mapping[str, float], group: int = 0) -> float:
         return self.divergence(sparsities, group=group)
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What is logged meanwhile."""
+    lines: list[str] = []
+    handler = logger.add(lines.append)
+    yield lines
+    logger.remove(handler)
 
 
 def blocks() -> list[Block]:
@@ -112,8 +132,34 @@ class TestRefine:
         path = [step.divergence for step in plan.search]
         assert path == sorted(path, reverse=True)
         assert [step.generation for step in plan.search] == list(range(10))
-        assert plan.search[-1].evaluations == 1 + 9 * (8 + 2)
-        assert plan.search[-1].tokens == 4096 + 9 * (8 * 2048 + 2 * 4096)
+        assert plan.search[-1].evaluations == judge.calls
+        portions = [portion for portion, _ in judge.measured]
+        whole = portions.count(None)
+        assert whole == 1 + 9 * 2  # the start, and two survivors of every generation
+        assert plan.search[-1].tokens == whole * 4096 + (judge.calls - whole) * 2048
+
+    def test_the_best_plan_is_measured_once_on_every_portion(self) -> None:
+        judge = Judge(lambda name: 0.6)  # the start is the optimum
+        refine(judge, start(), blocks(), generations=9)
+        best = tuple(sparsities_of(start(), blocks()).values())
+        looked = [portion for portion, sparsities in judge.measured if sparsities == best]
+        assert looked == [None, 1, 0]
+
+    def test_one_portion_is_all_there_is(self) -> None:
+        """Then what was sifted is measured already."""
+        judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
+        judge.parts = 1
+        plan = refine(judge, start(), blocks(), generations=9)
+        assert plan.search[-1].evaluations == judge.calls == 1 + 9 * 8
+        assert plan.search[-1].divergence < plan.search[0].divergence
+
+    def test_sifting_looks_at_one_portion_after_the_other(self) -> None:
+        judge = Judge(lambda name: 0.6)
+        judge.parts = 3
+        refine(judge, start(), blocks(), generations=6)
+        looked = [portion for portion, _ in judge.measured if portion is not None]
+        assert list(dict.fromkeys(looked[:-20])) == [1, 2, 0]
+        assert {looked.count(part) // 8 for part in range(3)} == {2}
 
     def test_of_n_m_it_moves_whole_numbers(self) -> None:
         """A step of b.up (320 weights) is one N in it and four in b.q (80 weights)."""
@@ -147,7 +193,7 @@ class TestRefine:
 
         whole: list[bool] = []
         refine(Recorder(lambda name: 0.2 * int(name[1])), start(), blocks(), generations=6)
-        first_two = 2 + 2 * 11
+        first_two = 1 + 2 * 10  # the start is not measured on every portion at once
         assert all(whole[:first_two])
         assert not all(whole[first_two : first_two + 8])
 
@@ -176,9 +222,38 @@ class TestRefine:
         done = len(json.loads(path.read_text())["steps"]) - 1
         assert 0 < done < 12
         judge = Judge(optimum)
-        assert search(judge) == refine(Judge(optimum), start(), blocks(), generations=12)
-        assert judge.calls <= 2 + (12 - done) * 11
+        whole = refine(Judge(optimum), start(), blocks(), generations=12)
+        assert search(judge) == whole
+        assert judge.calls <= (12 - done) * 11
+        # A finished one costs nothing when the plan could not be written and is made again.
+        again = Judge(optimum)
+        assert search(again) == whole
+        assert again.calls == 0
+        forget(path)
+        forget(path)
         assert not path.exists()
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda text: text[: len(text) // 2],
+            lambda text: "garbage",
+            lambda text: "[]",
+            lambda text: text.replace('"steps"', '"stages"'),
+            lambda text: text.replace("b0.up", "b9.up"),
+            lambda text: text.replace('"costs"', '"costs":1,"other"'),
+        ],
+    )
+    def test_a_damaged_file_does_not_block(self, tmp_path: Path, damage: Callable) -> None:
+        path = tmp_path / "search"
+        search = partial(refine, plan=start(), blocks=blocks(), generations=3, progress_path=path)
+        whole = search(Judge(lambda name: 0.6 if name < "b2" else 0.5))
+        path.write_text(damage(path.read_text()))
+        judge = Judge(lambda name: 0.6 if name < "b2" else 0.5)
+        with told() as lines:
+            assert search(judge) == whole
+        assert judge.calls == whole.search[-1].evaluations
+        assert any(f"{path} is damaged" in line for line in lines)
 
     def test_progress_of_another_search_is_left(self, tmp_path: Path) -> None:
         path = tmp_path / "search"

@@ -8,9 +8,10 @@ import torch
 from conftest import word_tokenizer
 from datasets import Dataset
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 from dlp_plugin.evaluate import perplexity
-from dlp_plugin.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.text import beginning, calibration_set, read_tokens, token_windows
 
 
 def test_windows_do_not_overlap_and_the_last_may_be_short() -> None:
@@ -87,3 +88,67 @@ def test_batching_changes_nothing_and_the_mode_comes_back(make_model) -> None:
     sizes = torch.tensor([len(w) - 1.0 for w in windows])
     mean = (torch.cat([labels, last[None]]) * sizes).sum() / sizes.sum()
     assert one_by_one == pytest.approx(mean.exp().item(), rel=1e-5)
+
+
+def test_a_collapsed_model_has_no_finite_perplexity() -> None:
+    logits = torch.zeros(4, 4)
+    logits[:, 0] = 1e4  # sure of token 0, which never comes
+    assert perplexity(Table(logits), [torch.tensor([1, 2, 3, 1])]) == math.inf
+
+
+def test_long_windows_are_widened_in_pieces() -> None:
+    model = Table(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    ids = torch.arange(600) * 3 % 8
+    logits = model.logits.detach()[ids[:-1]].double()
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:])
+    assert perplexity(model, [ids]) == pytest.approx(math.exp(expected), rel=1e-6)
+
+
+class TestTheBeginningOfATokenizer:
+    def test_one_that_puts_none(self) -> None:
+        assert beginning(word_tokenizer()) is None
+
+    def test_one_that_puts_it_before_every_text(self) -> None:
+        tokenizer = word_tokenizer()
+        tokenizer.bos_token = "7"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="7 $A", special_tokens=[("7", 7)]
+        )
+        assert beginning(tokenizer) == 7
+
+    def test_every_window_and_sample_begins_with_it(self) -> None:
+        windows = token_windows(range(10, 17), 4, 7)
+        assert [w.tolist() for w in windows] == [[7, 10, 11, 12], [7, 13, 14, 15], [7, 16]]
+        rows = calibration_set(range(10, 17), 4, 2, 7)
+        assert rows["input_ids"][:] == [[7, 10, 11, 12], [7, 13, 14, 15]]
+        assert len(calibration_set(range(3), 4, 1, 7)) == 1  # with it they fill a sample
+
+    def test_it_is_seen_but_not_counted(self) -> None:
+        """Every token of the text counts once, its first one given the beginning."""
+        model = Table(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+        log = model.logits.detach().log_softmax(-1)
+        expected = -(log[7, 1] + log[1, 2] + log[2, 3]) / 3
+        value = perplexity(model, token_windows([1, 2, 3], 4, 7))
+        assert value == pytest.approx(math.exp(expected), rel=1e-6)
+
+
+class TestSourcesThatCannotBeRead:
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no file or folder .*gone\.txt: check"):
+            read_tokens(tmp_path / "gone.txt", word_tokenizer())
+        with pytest.raises(FileNotFoundError, match="no file or folder gone.txt"):
+            read_tokens("gone.txt", word_tokenizer())
+
+    def test_a_file_that_is_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "text.txt").write_bytes(b"ab\xff")
+        with pytest.raises(ValueError, match=r"text\.txt is no UTF-8 text \(byte 2\)"):
+            read_tokens(tmp_path / "text.txt", word_tokenizer())
+
+    def test_a_folder_that_holds_no_dataset(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match=r"as a dataset it cannot be read"):
+            read_tokens(tmp_path, word_tokenizer())
+
+    def test_a_row_without_text(self, tmp_path: Path) -> None:
+        Dataset.from_dict({"text": ["7 8 9", None]}).to_json(tmp_path / "train.jsonl")
+        with pytest.raises(ValueError, match=r"'text' of row 1 is None instead of text"):
+            read_tokens(tmp_path, word_tokenizer())

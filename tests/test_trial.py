@@ -94,7 +94,7 @@ def test_tokens_that_are_not_likely_count_as_one(
     assert 0 < found[0] < found[1] < found[2]
 
 
-def test_divergence_on_the_first_tokens(make_model: MakeModel) -> None:
+def test_divergence_on_portions(make_model: MakeModel) -> None:
     model = make_model()
     linears, norms = parts(model)
     # samples of unequal length are not run together
@@ -102,9 +102,16 @@ def test_divergence_on_the_first_tokens(make_model: MakeModel) -> None:
     trial = Trial(model, linears, norms, unequal)
     assert trial.tokens == 30
     sparsities = dict.fromkeys(linears, 0.5)
-    first = Trial(model, linears, norms, unequal[:1]).divergence(sparsities)
-    assert trial.divergence(sparsities, 10) == pytest.approx(first)
-    assert trial.divergence(sparsities, 17) != pytest.approx(first)
+    whole = trial.divergence(sparsities)
+    assert trial.portions(10) == [[0], [1, 2]]
+    assert trial.portions(17) == [[0, 1, 2]]  # the last 5 are no portion of their own
+    assert trial.portions(1) == [[0], [1], [2]]
+    total = 0.0
+    for portion, part in zip(trial.portions(10), (unequal[:1], unequal[1:]), strict=True):
+        alone = Trial(model, linears, norms, part).divergence(sparsities)
+        assert trial.divergence(sparsities, portion) == pytest.approx(alone)
+        total += alone * trial.tokens_in(portion)
+    assert whole == pytest.approx(total / 30)
 
 
 def test_the_mode_of_the_model_comes_back(make_model: MakeModel) -> None:
@@ -151,3 +158,16 @@ def test_groups_of_n_m(make_model: MakeModel) -> None:
         weight[mask.bool()] = 0
     assert loss == pytest.approx(trial.loss({}), abs=1e-6)
     assert by_rows != pytest.approx(loss, abs=1e-4)
+
+
+def test_places_are_kept_for_one_structure_at_a_time(make_model: MakeModel) -> None:
+    """A byte a weight, whatever number of structures is measured."""
+    model = make_model()
+    linears, norms = parts(model)
+    trial = Trial(model, linears, norms, batches())
+    sparsities = dict.fromkeys(linears, 0.5)
+    first = trial.loss(sparsities, group=4)
+    trial.loss(sparsities, group=8)
+    kept = sum(places.nbytes for places in trial._places.values())
+    assert kept == sum(linear.weight.numel() for linear in linears.values())
+    assert trial.loss(sparsities, group=4) == first

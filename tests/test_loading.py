@@ -1,0 +1,81 @@
+"""Models from disk: all of it, or an error in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import word_tokenizer
+from safetensors.torch import load_file, save_file
+
+from dlp_plugin.loading import load_model, load_tokenizer
+
+
+@pytest.fixture
+def folder(make_model: Callable, tmp_path: Path) -> Path:
+    make_model().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def renamed(folder: Path, old: str, new: str | None) -> None:
+    weights = load_file(folder / "model.safetensors")
+    value = weights.pop(old)
+    if new is not None:
+        weights[new] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_model_that_lacks_a_weight(folder: Path) -> None:
+    renamed(folder, "model.layers.1.mlp.up_proj.weight", None)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        load_model(folder)
+
+
+def test_a_model_with_a_weight_that_it_does_not_know(folder: Path, make_model: Callable) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.experts.0.up_proj.weight"] = weights["model.norm.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.0\.up_proj\.weight is unexpected"):
+        load_model(folder)
+
+
+def test_a_file_that_was_not_written_to_its_end(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"cannot be read .*: a file is damaged"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_path_that_does_not_exist_is_not_asked_for_on_the_hub(
+    load: Callable, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: give the folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"\./nowhere does not exist"):
+        load("./nowhere")
+
+
+def test_a_file_in_place_of_a_folder(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json is a file, not a folder"):
+        load_model(folder / "config.json")
+
+
+def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_name: str) -> None:
+        raise OSError("404 not found\nA page of advice")
+
+    monkeypatch.setattr("dlp_plugin.loading.AutoTokenizer.from_pretrained", refuse)
+    message = r"no/model is no folder here, and the hub does not give it \(404 not found\): check"
+    with pytest.raises(OSError, match=message) as told:
+        load_tokenizer("no/model")
+    assert "\n" not in str(told.value)
+
+
+def test_a_configuration_that_is_garbage(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"holds no model that can be loaded: .*JSON") as told:
+        load_model(folder)
+    assert "\n" not in str(told.value)

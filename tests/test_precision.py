@@ -1,0 +1,158 @@
+"""Float32 where the processor has no arithmetic in a model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import random_samples, run
+from safetensors.torch import load_file
+
+from dlp_plugin import DLPModifier, WandaPruningModifier, precision
+from dlp_plugin.evaluate import perplexity
+from dlp_plugin.loading import apply_recipe, load_model
+from dlp_plugin.precision import is_native, narrow, wide_enough, widen
+from dlp_plugin.trial import Trial
+
+IDS = torch.arange(48).view(2, 24) * 5 % 256
+
+
+@pytest.fixture
+def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that has float32 only."""
+    monkeypatch.setattr(precision, "is_native", lambda dtype, _="cpu": dtype == torch.float32)
+
+
+class TestWhatAProcessorHas:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+    def test_every_processor_has_these(self, dtype: torch.dtype) -> None:
+        assert is_native(dtype)
+
+    def test_accelerators_have_all(self) -> None:
+        assert is_native(torch.bfloat16, "cuda")
+
+    @pytest.mark.parametrize(
+        ("library", "instructions", "expected"),
+        [
+            (True, {"avx512_bf16": True}, True),
+            (True, {"amx_bf16": True}, True),
+            (True, {"avx512_f": True}, False),  # AVX-512 alone: imitated
+            (False, {"avx512_bf16": True}, False),  # kept from using it
+            (False, {}, False),
+        ],
+    )
+    def test_library_and_processor_must_have_bf16(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        library: bool,
+        instructions: dict[str, bool],
+        expected: bool,
+    ) -> None:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: library)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        assert is_native(torch.bfloat16) is expected
+
+
+class TestWidening:
+    def test_there_and_back_changes_no_bit(self, make_model: Callable, without_bf16: None) -> None:
+        model = make_model(torch.bfloat16)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        stored = widen(model)
+        assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+        narrow(model, stored)
+        for name, value in model.state_dict().items():
+            assert value.dtype == before[name].dtype
+            assert torch.equal(value, before[name])
+
+    def test_what_was_float32_stays_and_what_came_since_joins(self, without_bf16: None) -> None:
+        model = torch.nn.Linear(2, 2).bfloat16()
+        model.register_parameter("wide", torch.nn.Parameter(torch.tensor([1 / 3])))
+        stored = widen(model)
+        model.register_buffer("scale", torch.ones(1))
+        narrow(model, stored)
+        assert model.wide.item() == torch.tensor(1 / 3).item()
+        assert (model.scale.dtype, model.weight.dtype) == (torch.bfloat16, torch.bfloat16)
+
+    def test_tied_weights_stay_tied(self, make_model: Callable, without_bf16: None) -> None:
+        model = make_model(torch.bfloat16, tie_word_embeddings=True)
+        narrow(model, widen(model))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class TestAModelOfSomebodyElse:
+    """It keeps its dtype, and computes as its float32 twin, to the bit."""
+
+    @torch.no_grad()
+    def test_logits(self, make_model: Callable, without_bf16: None) -> None:
+        model, twin = make_model(torch.bfloat16), make_model(torch.bfloat16).float()
+        with wide_enough(model, "cpu"):
+            logits = model(IDS).logits
+        assert torch.equal(logits, twin(IDS).logits)
+        assert model.dtype == torch.bfloat16
+        assert not torch.equal(model(IDS).logits.float(), logits)
+
+    def test_perplexity(self, make_model: Callable, without_bf16: None) -> None:
+        narrow_, wide = make_model(torch.bfloat16), make_model(torch.bfloat16).float()
+        assert perplexity(narrow_, list(IDS)) == perplexity(wide, list(IDS))
+
+    def test_the_losses_that_a_search_judges_by(
+        self, make_model: Callable, without_bf16: None
+    ) -> None:
+        losses = []
+        for model in (make_model(torch.bfloat16), make_model(torch.bfloat16).float()):
+            linears = {n: m for n, m in model.named_modules() if n.endswith("up_proj")}
+            norms = {name: torch.ones(linear.in_features) for name, linear in linears.items()}
+            trial = Trial(model, linears, norms, [{"input_ids": IDS}])
+            sparsities = dict.fromkeys(linears, 0.5)
+            losses.append((trial.loss(sparsities), trial.divergence(sparsities)))
+        assert losses[0] == losses[1]
+
+    def test_nothing_happens_where_the_dtype_is_native(self, make_model: Callable) -> None:
+        model = make_model()
+        with wide_enough(model, "cpu"), torch.no_grad():
+            logits = model(IDS).logits
+        assert torch.equal(logits, model(IDS).logits)
+
+
+class TestFromDiskToDisk:
+    @pytest.fixture
+    def folder(self, make_model: Callable, tmp_path):
+        from conftest import word_tokenizer
+
+        make_model(torch.bfloat16).save_pretrained(tmp_path / "dense")
+        word_tokenizer().save_pretrained(tmp_path / "dense")
+        return tmp_path / "dense"
+
+    def arguments(self) -> dict[str, object]:
+        from conftest import word_tokenizer
+
+        samples = random_samples()
+        return {
+            "dataset": samples,
+            "tokenizer": word_tokenizer(),
+            "num_calibration_samples": len(samples),
+            "shuffle_calibration_samples": False,
+        }
+
+    def test_a_loaded_model_computes_in_float32(self, folder, without_bf16: None) -> None:
+        assert load_model(folder).dtype == torch.float32
+
+    def test_what_is_saved_has_the_checkpoint_s_dtype(
+        self, folder, make_model: Callable, without_bf16: None
+    ) -> None:
+        """And its masks are those of the float32 twin: exact."""
+
+        def recipe() -> list:
+            stage = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"])
+            return [DLPModifier(), stage]
+
+        output = folder.with_name("pruned")
+        apply_recipe(folder, recipe(), output, **self.arguments())
+        saved = load_file(output / "model.safetensors")
+        assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+        twin = run(make_model(torch.bfloat16).float(), recipe(), random_samples())
+        for name, value in twin.state_dict().items():
+            assert torch.equal(saved[name], value.bfloat16()), name
+        assert (output / "recipe.yaml").is_file()

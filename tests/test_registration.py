@@ -1,0 +1,61 @@
+"""``import dlp_plugin`` is light, and recipes know the modifiers whatever is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+
+import dlp_plugin
+
+KNOWN = """
+from llmcompressor.recipe import Recipe
+text = "s_stage: {p_modifiers: {OWLModifier: {}, WandaPruningModifier: {sparsity: 0.5}}}"
+print([type(modifier).__module__ for modifier in Recipe.create_instance(text).modifiers])
+"""
+
+
+def python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_import_loads_neither_torch_nor_the_host() -> None:
+    code = "import sys, dlp_plugin; print({'torch', 'llmcompressor'} & set(sys.modules))"
+    assert python(code).strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import dlp_plugin, llmcompressor",
+        "import llmcompressor, dlp_plugin",
+        "from dlp_plugin.peers import OWLModifier",
+        "from dlp_plugin import stages",
+        "import dlp_plugin; from llmcompressor.modifiers.pruning import WandaPruningModifier",
+    ],
+)
+def test_recipes_know_the_modifiers(first: str) -> None:
+    found = python(first + KNOWN).splitlines()[-1]
+    assert found == "['dlp_plugin.peers', 'dlp_plugin.stages']"
+
+
+def test_it_can_be_imported_without_the_host() -> None:
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "llmcompressor":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import dlp_plugin
+print(dlp_plugin.Plan.__name__)
+"""
+    assert python(code).strip() == "Plan"
+
+
+def test_every_name_is_there() -> None:
+    for name in dlp_plugin.__all__:
+        assert getattr(dlp_plugin, name).__name__ == name
+        assert name in dir(dlp_plugin)
+    with pytest.raises(AttributeError, match="'dlp_plugin' has no attribute 'NoModifier'"):
+        _ = dlp_plugin.NoModifier
