@@ -58,13 +58,13 @@ def check_alpha(value: float, field: str = "alpha") -> float:
 
     :raises ValueError: if it is negative or not finite
     """
-    if isinstance(value, bool) or not (math.isfinite(value) and value >= 0):
+    if isinstance(value, bool) or not 0 <= value < math.inf:
         raise ValueError(
             f"{field} must be finite and at least 0, got {value}; 0 is uniform "
             "sparsity, the default of DLP's paper is 0.15"
         )
     if value > _STRONGEST:
-        raise ValueError(f"{field} must be at most {_STRONGEST:g}, got {value:g}; 0.15 is usual")
+        raise ValueError(f"{field} must be at most {_STRONGEST:g}, got {value}; 0.15 is usual")
     return value
 
 
@@ -75,7 +75,7 @@ def split_structure(mask_structure: str) -> tuple[int, int]:
     :raises ValueError: if it is neither ``0:0`` nor ``N:M`` with N from 1 to M - 1
     """
     left, _, right = mask_structure.partition(":")
-    n, m = (int(part) if part.isdecimal() else -1 for part in (left, right))
+    n, m = (int(part) if part.isdecimal() and len(part) < 10 else -1 for part in (left, right))
     if not (0 < n < m or n == m == 0):
         raise ValueError(
             f"mask_structure must be N:M, with N zeros in every M weights and 0 < N < M, or "

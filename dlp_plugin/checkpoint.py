@@ -6,16 +6,27 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import zstandard
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils import match_name
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-__all__ = ["Checkpoint", "Zeros", "inspect_checkpoint", "zeros_lost", "zstd_bytes"]
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+__all__ = [
+    "Checkpoint",
+    "Zeros",
+    "inspect_checkpoint",
+    "read_config",
+    "weight_files",
+    "zeros_lost",
+    "zstd_bytes",
+]
+
+_SINGLE = "model.safetensors"
+_INDEX = f"{_SINGLE}.index.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,8 @@ class Checkpoint:
     """What :func:`inspect_checkpoint` found.
 
     :param folder: where it lies
-    :param linears: full name of every weight matrix to its zeros, in name order
+    :param linears: full name of every weight matrix to its zeros, in name order; of fused
+        experts full name of all experts' weights
     :param quantization: format of the quantized weights; None if there are none
     :param bytes_on_disk: size of all safetensors files
     :param bytes_if_sparse: what the blocks' weights would take in an engine that stores
@@ -91,8 +103,10 @@ def inspect_checkpoint(
     :param folder: a checkpoint as transformers or llm-compressor saves it
     :param advance: called with the fraction of matrices done by each step
     :param group: M of a pattern N:M that is to be looked for in every row; 0 for none
-    :raises FileNotFoundError: if the folder holds no safetensors file
-    :raises ValueError: if a quantized weight has no scheme in ``config.json``
+    :raises FileNotFoundError: if the folder holds no safetensors file, or lacks one that its
+        index names
+    :raises ValueError: if a file is damaged, or a quantized weight has no scheme in
+        ``config.json``
     """
     folder = Path(folder)
     tensors = _tensors_by_module(folder)
@@ -110,13 +124,17 @@ def inspect_checkpoint(
                 stored = state.pop("weight") if stored is None else stored
                 bits = 8 * stored.nbytes // zeros.weights
                 sparse_bits += zeros.weights + bits * (zeros.weights - zeros.zeros)
+        for local in _fused(module, state):
+            stored = state.pop(local)
+            zeros = linears[f"{module}.{local}"] = _zeros(stored.flatten(0, 1), 0)
+            sparse_bits += zeros.weights + 8 * stored.itemsize * (zeros.weights - zeros.zeros)
         sparse_bits += 8 * sum(tensor.nbytes for tensor in state.values())
         advance(1 / len(tensors))
     return Checkpoint(
         folder,
         linears,
         None if quantization is None else quantization.format,
-        sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        sum(file.stat().st_size for file in _files(folder)),
         sparse_bits // 8,
     )
 
@@ -137,19 +155,32 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
     for module, files in before.items():
         if _block_of(module) is None:
             continue
-        left = _dense_weight(module, _read(module, files), config_before)
-        if left is None or left.ndim != 2:
-            continue
-        state = _read(module, after.get(module, {}))
-        right = _dense_weight(module, state, config_after)
-        if right is None or right.shape != left.shape:
-            found = "is missing" if right is None else f"is {list(right.shape)}"
-            raise ValueError(
-                f"{module} is {list(left.shape)} in {pruned} and {found} in {other}: they "
-                "are not the same model"
-            )
-        lost[module] = int(((left == 0) & (right != 0)).sum())
+        state_before = _read(module, files)
+        state_after = _read(module, after.get(module, {}))
+        pairs = {
+            f"{module}.{n}": (state_before[n], state_after.get(n))
+            for n in _fused(module, state_before)
+        }
+        left = _dense_weight(module, state_before, config_before)
+        if left is not None and left.ndim == 2:
+            pairs[module] = left, _dense_weight(module, state_after, config_after)
+        for name, (one, two) in pairs.items():
+            if two is None or two.shape != one.shape:
+                found = "is missing" if two is None else f"is {list(two.shape)}"
+                raise ValueError(
+                    f"{name} is {list(one.shape)} in {pruned} and {found} in {other}: they "
+                    "are not the same model"
+                )
+            lost[name] = int(((one == 0) & (two != 0)).sum())
     return lost
+
+
+def _fused(module: str, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Local names of the weights ``[experts, ...]`` of a block's fused experts."""
+    if _block_of(module) is None:
+        return []
+    others = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
+    return [n for n, x in state.items() if x.ndim == 3 and n not in others and "_bias" not in n]
 
 
 def _zeros(weight: torch.Tensor, group: int) -> Zeros:
@@ -164,7 +195,7 @@ def _zeros(weight: torch.Tensor, group: int) -> Zeros:
 def zstd_bytes(folder: str | Path) -> int:
     """Size of a checkpoint's safetensors files under zstd at its default level."""
     total = 0
-    for file in Path(folder).glob("*.safetensors"):
+    for file in _files(Path(folder)):
         compressor = zstandard.ZstdCompressor().compressobj()
         with file.open("rb") as opened:
             while chunk := opened.read(1 << 24):
@@ -173,19 +204,90 @@ def zstd_bytes(folder: str | Path) -> int:
     return total
 
 
-def _tensors_by_module(folder: Path) -> dict[str, dict[str, Path]]:
-    """Every module's tensors by their local names, with their files, in depth order."""
-    files = sorted(folder.glob("*.safetensors"))
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Full name of every tensor of a checkpoint to the file that holds it.
+
+    Files that belong to something else, such as an adapter or a leftover, do not count: where
+    there is an index, it says which do, and else ``model.safetensors`` where there is one.
+
+    :raises FileNotFoundError: if there is none, or one that the index names is missing
+    :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
+    """
+    found = {key: file for file in _files(folder) for key in _keys(file)}
+    for key, name in _index(folder).items():
+        if found.get(key) != folder / name:
+            raise ValueError(
+                f"{folder / name} does not hold {key}, as {_INDEX} says: fetch or save the "
+                "checkpoint again"
+            )
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    files = [folder / name for name in sorted(set(_index(folder).values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing, which {_INDEX} names: fetch or save the checkpoint again"
+            )
+    if not files and (folder / _SINGLE).is_file():
+        files = [folder / _SINGLE]
+    files = files or sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no .safetensors file; give the folder of a saved model"
         )
-    tensors: dict[str, dict[str, Path]] = {}
-    for file in files:
+    return files
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor to file name by the index; empty where there is none."""
+    content = _read_json(folder / _INDEX)
+    weight_map = content.get("weight_map", {}) if content else {}
+    if content is not None and not weight_map:
+        raise ValueError(f"{folder / _INDEX} has no weight_map: save the checkpoint again")
+    return dict(weight_map)
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """What stands in ``config.json``; None where there is none.
+
+    :raises ValueError: if it is no JSON, or no mapping
+    """
+    return _read_json(folder / "config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no JSON ({error}): fetch or save the checkpoint again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__} instead of a mapping")
+    return content
+
+
+def _keys(file: Path) -> list[str]:
+    try:
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (not a mapping)
-                module, _, local = key.rpartition(".")
-                tensors.setdefault(module, {})[local] = file
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged, or was not written to its end ({error}): fetch or save the "
+            "checkpoint again"
+        ) from None
+
+
+def _tensors_by_module(folder: Path) -> dict[str, dict[str, Path]]:
+    """Every module's tensors by their local names, with their files, in depth order."""
+    tensors: dict[str, dict[str, Path]] = {}
+    for key, file in weight_files(folder).items():
+        module, _, local = key.rpartition(".")
+        tensors.setdefault(module, {})[local] = file
     return {module: tensors[module] for module in sorted(tensors, key=_depth_order)}
 
 
@@ -210,12 +312,11 @@ def _depth_order(module: str) -> list[tuple[int, int, str]]:
 
 
 def _quantization_config(folder: Path) -> QuantizationConfig | None:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        return None
-    config = json.loads(config_file.read_text()).get("quantization_config")
+    config = (read_config(folder) or {}).get("quantization_config")
     if config is None or config.get("quant_method") != "compressed-tensors":
         return None
+    from compressed_tensors.quantization import QuantizationConfig
+
     return QuantizationConfig.model_validate(config)
 
 
@@ -231,6 +332,8 @@ def _dense_weight(
             f"{module} is quantized, but config.json has no quantization_config for it: "
             "the checkpoint is incomplete"
         )
+    from compressed_tensors.compressors import BaseCompressor  # seconds, for quantized ones only
+
     compressor: Any = BaseCompressor.get_value_from_registry(scheme.format or config.format)
     weight: torch.Tensor = compressor.decompress(state, scheme)["weight"]
     return weight
@@ -242,6 +345,9 @@ def _scheme(module: str, config: QuantizationConfig) -> QuantizationScheme | Non
     Without the model a module's class is not known, but what is quantized here was
     matched by one of the groups, and those that go by class nearly always say Linear.
     """
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.utils import match_name
+
     groups = config.config_groups.values()
     schemes = [group for group in groups if isinstance(group, QuantizationScheme)]
     for scheme in schemes:

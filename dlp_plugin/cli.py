@@ -289,6 +289,7 @@ def ppl(
     Windows do not overlap, and every token after a window's first counts once.
     """
     with _told():
+        from dlp_plugin.causal import check_causal
         from dlp_plugin.evaluate import perplexity
         from dlp_plugin.loading import load_model, load_tokenizer
         from dlp_plugin.text import beginning, read_tokens, token_windows
@@ -298,6 +299,7 @@ def ppl(
         tokens = read_tokens(data, tokenizer, config=config, split=split, column=column)
         windows = token_windows(tokens, length, beginning(tokenizer))
         loaded = load_model(model)
+        check_causal(loaded, "ppl measures perplexity")
         with _progress("Measuring", len(windows)) as advance:
             value = perplexity(loaded, windows, batch_size, advance)
         console.print(

@@ -33,6 +33,7 @@ from dlp_plugin import host
 from dlp_plugin.allocation import check_sparsity, split_structure
 from dlp_plugin.blocks import check_columns, outer_block
 from dlp_plugin.calibration import Batch, scoring_batches, split
+from dlp_plugin.causal import check_causal
 from dlp_plugin.evaluate import perplexity
 from dlp_plugin.files import replacing
 from dlp_plugin.loading import apply_recipe, compute_device, load_config, load_model
@@ -379,7 +380,9 @@ def compare(
     found = _loaded(path, _subject(model, calibration, windows))
     path.parent.mkdir(parents=True, exist_ok=True)
     if found.dense is None:
-        found.dense, _ = _measured(load_model(model), windows)
+        dense = load_model(model)
+        check_causal(dense, "compare measures perplexity")
+        found.dense, _ = _measured(dense, windows)
         found.save(path)
 
     def keep(method: str, target: str, plan: Plan) -> None:

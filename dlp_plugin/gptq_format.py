@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dlp_plugin.checkpoint import read_config, weight_files
 from dlp_plugin.files import check_vacant, replacing
 
 __all__ = ["export_gptq"]
@@ -71,12 +72,8 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
     source = Path(source)
     config = _read_config(source)
     args = _only_scheme(_quantization_of(source, config))
-    shards = sorted(source.glob("*.safetensors"))
-    places = {key: shard for shard in shards for key in _keys(shard)}
-    if not places:
-        raise FileNotFoundError(
-            f"{source} holds no .safetensors file; give the folder of a saved model"
-        )
+    places = weight_files(source)
+    shards = sorted(set(places.values()))
     modules = {key.removesuffix(".weight_packed") for key in places if _is_packed(key)}
 
     def fetch(key: str) -> torch.Tensor:
@@ -92,7 +89,7 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
         size = 0
         for shard in shards:
             tensors: dict[str, torch.Tensor] = {}
-            for key in _keys(shard):
+            for key in (key for key, place in places.items() if place == shard):
                 module, _, local = key.rpartition(".")
                 if _is_packed(key):
                     tensors.update(_gptq_tensors(module, args, places, fetch))
@@ -124,10 +121,9 @@ def _tied(source: Path) -> dict[str, str]:
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    file = source / "config.json"
-    if not file.is_file():
+    config = read_config(source)
+    if config is None:
         raise FileNotFoundError(f"{source} holds no config.json; give the folder of a saved model")
-    config: dict[str, Any] = json.loads(file.read_text())
     return config
 
 
@@ -282,11 +278,6 @@ def _in_half_if_exact(scale: torch.Tensor) -> torch.Tensor:
 
 def _is_packed(key: str) -> bool:
     return key.endswith(".weight_packed")
-
-
-def _keys(shard: Path) -> list[str]:
-    with safe_open(shard, framework="pt") as opened:
-        return list(opened.keys())
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

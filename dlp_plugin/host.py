@@ -10,7 +10,10 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
 - it reads ``sparsity`` (a list has one entry per match) when its epoch starts;
 - a recipe is saved as stage -> group -> modifier type -> fields;
 - a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``, and the
-  sequential one runs each block once where ``propagate_error`` is False.
+  sequential one runs each block once where ``propagate_error`` is False;
+- ``oneshot()`` makes Linears of fused experts before it initializes modifiers, and
+  transformers names what it saves by ``model._weight_conversions`` read backwards, one file
+  at a time (``tests/test_round_trips.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -26,14 +29,31 @@ import torch
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import active_session
+from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
+from llmcompressor.modeling.moe.gpt_oss import GptOssLinearExperts
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
 )
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from loguru import logger
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from dlp_plugin.blocks import find_blocks
 
@@ -42,10 +62,12 @@ __all__ = [
     "block_names",
     "calibration_arguments",
     "current_modifiers",
+    "heed_ignore",
     "keep_all_modifiers_when_saved",
     "leave_dense",
     "reviving_modifiers",
     "run_once",
+    "save_under_source_names",
     "set_sparsities",
     "stage_targets",
     "stages_after",
@@ -98,10 +120,62 @@ def stage_targets(
     :return: for every module that the stage's ``targets`` match, in the order of the
         stage's sparsity list, the modules below it to be pruned, by full name
     """
+    _check_patterns(stage)
     return {
         target: dict(_prunable(target, layer, stage))
         for target, layer in match_named_modules(model, stage.targets)
     }
+
+
+def _check_patterns(stage: PruningStage) -> None:
+    """Refuse what the host would stumble over, or take apart letter by letter."""
+    for field in ("targets", "ignore"):
+        entries = getattr(stage, field)
+        if isinstance(entries, str):
+            raise ValueError(
+                f"{type(stage).__name__}.{field} is {entries!r}: write a list, [{entries!r}]"
+            )
+        for entry in entries:
+            try:
+                re.compile(entry.removeprefix("re:"))
+            except re.error as error:
+                if entry.startswith("re:"):
+                    raise ValueError(
+                        f"{type(stage).__name__}.{field} holds {entry!r}, which is no regular "
+                        f"expression ({error}): mend it, or name the modules without re:"
+                    ) from None
+
+
+def heed_ignore(model: torch.nn.Module, stage: PruningStage) -> list[str]:
+    """Have the host leave out what ``ignore`` names by an exact name, or a pattern with ``$``.
+
+    It asks about the name with a dot behind it where a target is the module itself.
+
+    :return: what was added to ``ignore`` for that
+    :raises ValueError: if an entry that is no pattern matches nothing in the model
+    """
+    modules = dict(model.named_modules())
+    for entry in stage.ignore:
+        if not any(_ignored(f"{name}.", module, [entry]) for name, module in modules.items()):
+            said = f"{type(stage).__name__}.ignore holds {entry!r}, which matches no module of "
+            if not entry.startswith("re:"):
+                remedy = "mend or remove it; the names are those of model.named_modules()"
+                raise ValueError(f"{said}{type(model).__name__}: {remedy}")
+            logger.info("{}{}", said, type(model).__name__)
+    missed = [
+        name
+        for target, layer in match_named_modules(model, stage.targets)
+        for below, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES)
+        if _ignored(name := f"{target}.{below}", module, stage.ignore)
+        and not match_targets(name, module, stage.ignore)
+    ]
+    return leave_dense(stage, [name.strip(".") for name in missed])
+
+
+def _ignored(host_name: str, module: torch.nn.Module, ignore: Sequence[str]) -> bool:
+    """Whether an entry matches a module by the name that the host asks about, or its own."""
+    names = (host_name, host_name.strip("."))
+    return any(match_targets(name, module, ignore) for name in names)
 
 
 def _prunable(
@@ -109,7 +183,7 @@ def _prunable(
 ) -> Iterator[tuple[str, torch.nn.Module]]:
     for name, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES):
         host_name = f"{target}.{name}"
-        if not match_targets(host_name, module, stage.ignore):
+        if not _ignored(host_name, module, stage.ignore):
             yield host_name.strip("."), module
 
 
@@ -124,10 +198,14 @@ def set_sparsities(stage: PruningStage, sparsities: list[float]) -> None:
     stage.sparsity = sparsities
 
 
-def leave_dense(stage: PruningStage, names: list[str]) -> None:
-    """Add modules, by full name, to what a stage ignores."""
+def leave_dense(stage: PruningStage, names: list[str]) -> list[str]:
+    """Add modules, by full name, to what a stage ignores.
+
+    :return: the entries that were added
+    """
     patterns = [f"re:\\.?{re.escape(name)}\\.?$" for name in names]
     stage.ignore = [*stage.ignore, *patterns]
+    return patterns
 
 
 def block_names(model: torch.nn.Module, sequential_targets: list[str] | None) -> list[str]:
@@ -203,3 +281,178 @@ def keep_all_modifiers_when_saved() -> None:
         groups[name].add(kind)
         if name != wanted:
             modifier.group = name
+
+
+# Experts
+
+# What an experts' module holds fused, by whether it has a gate: name -> Linears of one expert
+_FUSED: dict[bool, dict[str, list[str]]] = {
+    True: {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]},
+    False: {"up_proj": ["up_proj"], "down_proj": ["down_proj"]},
+}
+# How transformers fuses experts that a checkpoint holds one by one: operation and dimension;
+# the second where there is a gate
+_MERGE = [(MergeModulelist, 0), (Concatenate, 1)]
+
+
+def save_under_source_names(model: Any) -> None:
+    """Have experts saved as the checkpoints of their architecture hold them.
+
+    The host makes Linears of fused experts and would save these under their own names. What is
+    set here is read whenever the model is saved; the model itself stays as it is. Call it once
+    the experts are Linears; calling it again does no harm.
+
+    Mixtral's ``mlp.experts.0.gate_proj.weight`` becomes ``block_sparse_moe.experts.0.w1.weight``
+    (or ``.weight_packed``, if quantized), GPT-OSS's a part of ``mlp.experts.gate_up_proj``.
+
+    :param model: a transformers model
+    :raises ValueError: if experts are to be quantized that such checkpoints hold fused, or if
+        it is not known how they hold them
+    """
+    experts: list[tuple[str, LinearExperts2D]] = get_linearized_moes(model)
+    if not experts:
+        return
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    used: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    if used is None:  # a model that was not loaded, which transformers saves by what is known
+        used = [each for each in known if not isinstance(each, PrefixChange)]
+    quantized = _quantized(model)
+    dense: list[str] = []
+    added: dict[tuple[str | None, str], WeightTransform] = {}
+    for name, module in experts:
+        if isinstance(_transform_to(f"{name}.0.down_proj.weight", used), WeightRenaming):
+            continue  # loaded as Linears, or seen to before
+        linears = [each for each, _ in match_named_modules(module, ["Linear"])]
+        inside = [f"{name}.{each}" for each in linears if f"{name}.{each}" in quantized]
+        for fused, parts in _FUSED[module.has_gate].items():
+            converter = _transform_to(f"{name}.{fused}", known)
+            operations = getattr(converter, "operations", [])
+            transforms: Iterable[WeightTransform]
+            steps = [(type(each), getattr(each, "dim", None)) for each in operations]
+            if converter and steps == _MERGE[: len(parts)]:
+                transforms = _renamings(converter, fused, parts)
+                dense += [name] if quantized and len(inside) < len(linears) else []
+            elif all(getattr(each, "check_dims", False) for each in operations):
+                # Fused in checkpoints too: as in the model, or told apart from that on loading
+                if inside:
+                    raise ValueError(
+                        f"{quantized[inside[0]]} would quantize {inside[0]}, but "
+                        f"checkpoints of {model.config.model_type} hold experts fused, and have "
+                        "no place for quantized ones: add 're:.*experts.*' to its ignore"
+                    )
+                transforms = _fusions(name, module, fused, parts)
+            else:
+                raise ValueError(
+                    f"{name}.{fused} of {model.config.model_type} is made by {operations} when "
+                    "it is loaded, which dlp_plugin cannot undo to save it: take another model"
+                )
+            added |= {(each.scope_prefix, each.source_patterns[0]): each for each in transforms}
+    if dense:
+        logger.warning(
+            "Experts stay unquantized beside quantized Linears ({} and others): vLLM loads such a "
+            "checkpoint, transformers 5.17 takes all its experts for quantized and does not",
+            dense[0],
+        )
+    others = [each for each in used if (each.scope_prefix, each.source_patterns[0]) not in added]
+    set_save_conversion_mapping(model, [*others, *added.values()])
+
+
+def _transform_to(name: str, transforms: Sequence[WeightTransform]) -> WeightTransform | None:
+    """What makes an expert's tensor on loading; renaming of what is above it does not count."""
+    for each in transforms:
+        _, pattern = each.reverse_transform().rename_source_key(name)
+        if pattern is not None and "_proj" in pattern:
+            return each
+    return None
+
+
+def _renamings(
+    converter: WeightTransform, fused: str, parts: list[str]
+) -> Iterator[WeightRenaming]:
+    """One for each of an expert's Linears, after a converter that fuses what it finds."""
+    place = converter.target_patterns[0].removesuffix(fused)
+    for source, part in zip(converter.source_patterns, parts, strict=True):
+        renaming = WeightRenaming(
+            source.removesuffix(".weight").replace("*", r"(\d+)"), rf"{place}\1.{part}"
+        )
+        renaming.scope_prefix = converter.scope_prefix
+        renaming.base_model_prefix = converter.base_model_prefix
+        yield renaming
+
+
+def _fusions(
+    name: str, module: LinearExperts2D, fused: str, parts: list[str]
+) -> Iterator[WeightConverter]:
+    """Of the weights and, where there are some, of the biases of a layer's experts."""
+    for kind, suffix in {"weight": "", "bias": "_bias"}.items():
+        if kind == "weight" or module.has_bias:
+            names = [
+                [f"{name}.{i}.{part}.{kind}" for part in parts] for i in range(module.num_experts)
+            ]
+            yield WeightConverter(
+                f"{name}.{fused}{suffix}",
+                [f"{names[0][0]}$", *(f"{name}.*.{part}.{kind}$" for part in parts)],
+                [
+                    _FuseExperts(
+                        names, isinstance(module, GptOssLinearExperts), module.is_transposed
+                    )
+                ],
+            )
+
+
+class _FuseExperts(ConversionOps):
+    """Make one tensor of what a layer's experts have each, on saving.
+
+    transformers converts what goes to one file after the other, and two files can part the
+    experts of a layer: all are taken from the model, and written where the first one is.
+
+    :param names: for every expert the tensors to be joined in their first dimension
+    :param interleaved: join them by turns, not one behind the other
+    :param transposed: hold them ``[in, out]``
+    """
+
+    def __init__(self, names: list[list[str]], interleaved: bool, transposed: bool) -> None:
+        self.names = names
+        self.interleaved = interleaved
+        self.transposed = transposed
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **context: Any,
+    ) -> dict[str, Any]:
+        """Fuse.
+
+        :param source_patterns: of the first expert's first tensor, and of all
+        :return: the fused tensor by its full name; nothing if the first one is in another file
+        """
+        if source_patterns[0] not in input_dict:
+            return {}
+        experts = [[_stored(context["model"], name) for name in names] for names in self.names]
+        return {context["full_layer_name"]: torch.stack([self._join(each) for each in experts])}
+
+    def _join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        joined = torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
+        return joined.t() if self.transposed else joined
+
+
+def _stored(model: Any, name: str) -> torch.Tensor:
+    parameter: torch.Tensor = model.get_parameter(name)
+    return load_offloaded_parameter(model, name) if parameter.is_meta else parameter
+
+
+def _quantized(model: torch.nn.Module) -> dict[str, str]:
+    """Full name of every module that the recipe will have quantized, and by what."""
+    quantizers: list[Any] = [m for m in current_modifiers() if isinstance(m, QuantizationMixin)]
+    return {
+        name: type(quantizer).__name__
+        for quantizer in quantizers
+        for name, _ in match_named_modules(model, quantizer.resolved_targets, quantizer.ignore)
+    }

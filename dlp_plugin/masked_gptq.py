@@ -19,6 +19,7 @@ from copy import copy
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationStrategy,
@@ -31,6 +32,8 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.helpers import assign_batches, column_scale_window
 from loguru import logger
 from pydantic import PrivateAttr
+
+from dlp_plugin.host import save_under_source_names
 
 __all__ = ["MaskedGPTQModifier"]
 
@@ -58,13 +61,31 @@ class MaskedGPTQModifier(GPTQModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Set up quantization as the host does.
 
-        :raises ValueError: if compressed-tensors is told to use no backend but its own
+        :raises ValueError: if compressed-tensors is told to use no backend but its own, or a
+            module has fewer columns than its scheme has in a group
         """
         if ENFORCE_EAGER:
             raise ValueError(
                 "CT_ENFORCE_EAGER is set, which keeps MaskedGPTQModifier from masking: unset it"
             )
-        return bool(super().on_initialize(state, **kwargs))
+        save_under_source_names(state.model)
+        done = bool(super().on_initialize(state, **kwargs))
+        self._check_groups(state.model)
+        return done
+
+    def _check_groups(self, model: torch.nn.Module) -> None:
+        """Refuse groups that are wider than a row, which the host lets pass until it quantizes."""
+        with disable_onloading():
+            for name, module in model.named_modules():
+                scheme = getattr(module, "quantization_scheme", None)
+                group = getattr(getattr(scheme, "weights", None), "group_size", None) or 0
+                columns = module.get_parameter("weight").shape[-1] if group > 0 else 0
+                if group > columns:
+                    raise ValueError(
+                        f"{name} has {columns} columns, fewer than a group of {group} has: give "
+                        f"MaskedGPTQModifier a scheme with smaller groups, or add {name} to its "
+                        "ignore"
+                    )
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Say what was kept."""

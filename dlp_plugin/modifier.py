@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,7 +27,9 @@ from dlp_plugin.allocation import (
 )
 from dlp_plugin.blocks import Block, check_columns, group_by_block, outer_block
 from dlp_plugin.calibration import scoring_batches, split
-from dlp_plugin.plan import Plan
+from dlp_plugin.causal import check_causal
+from dlp_plugin.files import check_writable
+from dlp_plugin.plan import Number, Plan
 from dlp_plugin.scores import ChannelNorms, Part, block_score
 from dlp_plugin.search import choose_strength, forget, refine
 from dlp_plugin.stages import Stage
@@ -69,7 +70,7 @@ class AllocationModifier(Modifier):
     :param seed: of the search
     """
 
-    sparsity: float | None = None
+    sparsity: Number | None = None
     mask_structure: str | None = None
     num_samples: int | None = Field(default=None, ge=1)
     plan_path: str | None = None
@@ -139,6 +140,7 @@ class AllocationModifier(Modifier):
         :raises ValueError: naming the field or module, if anything is amiss
         """
         host.keep_all_modifiers_when_saved()
+        host.save_under_source_names(state.model)
         stages = host.stages_after(self, AllocationModifier)
         for stage in stages:
             _check_stage(stage, type(self).__name__)
@@ -148,8 +150,11 @@ class AllocationModifier(Modifier):
                 f"{type(self).__name__} in the recipe: add one, or set plan_path to only write "
                 "the plan"
             )
-        if self.plan_path is not None and not Path(self.plan_path).parent.is_dir():
-            raise ValueError(f"plan_path {self.plan_path}: its folder does not exist; create it")
+        if self.plan_path is not None:
+            try:
+                check_writable(self.plan_path)
+            except OSError as error:
+                raise ValueError(f"plan_path: {error}") from error
 
         for name in host.reviving_modifiers(self, AllocationModifier):
             logger.warning(
@@ -171,7 +176,7 @@ class AllocationModifier(Modifier):
                 "data: pass dataset=... to oneshot(), or from_plan to prune from a plan"
             )
         if self._judges:
-            self._check_causal(state.model)
+            check_causal(state.model, f"{self.strength_field}: auto and refine judge by loss")
         if self.refine:
             for fed in self._stages:
                 fed.check_single_linears()
@@ -194,6 +199,7 @@ class AllocationModifier(Modifier):
             for block in self._blocks:
                 for name, linear in block.linears.items():
                     self.register_hook(linear, partial(self._record, name), "forward_pre")
+            logger.info("Scoring {} blocks on {} batches", len(self._blocks), len(batches))
             self._passing = True
             host.run_once(state.model, batches)
             self.remove_hooks()
@@ -278,17 +284,6 @@ class AllocationModifier(Modifier):
         """Have the settings say what the plan was made with."""
         setattr(self, self.strength_field, plan.alpha)
 
-    def _check_causal(self, model: torch.nn.Module) -> None:
-        """Refuse to judge a model that predicts no next token."""
-        kind = type(model).__name__
-        get_output = getattr(model, "get_output_embeddings", lambda: None)
-        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if get_output() is None or encoder_decoder or "MaskedLM" in kind:
-            raise ValueError(
-                f"{self.strength_field}: auto and refine judge by the loss of a causal language "
-                f"model, and {kind} is none: fix {self.strength_field}, leave out refine"
-            )
-
     def _match(
         self,
         model: torch.nn.Module,
@@ -303,6 +298,8 @@ class AllocationModifier(Modifier):
             found = {}
             for stage in stages:
                 fed = _FedStage(stage, host.stage_targets(model, stage), names)
+                if not isinstance(stage, Stage):  # which does so itself
+                    host.heed_ignore(model, stage)
                 self._stages.append(fed)
                 found.update(fed.inside)
         linears = {name: module for name, module in model.named_modules() if name in found}
@@ -404,6 +401,7 @@ class AllocationModifier(Modifier):
                     parts[name] = (linear.weight.detach(), norm)
             score = self.score(depth, parts)
         self._scored[block.name] = (block.without(unseen).weights, score)
+        logger.info("scored block {} of {}: {}", depth + 1, len(self._blocks), block.name)
         self._unseen[block.name] = unseen
 
     def _norms_of(self, block: Block) -> dict[str, torch.Tensor | None]:
@@ -469,7 +467,7 @@ class AllocationModifier(Modifier):
 
     def _adopt(self, plan: Plan) -> None:
         self._plan = plan
-        logger.info("The blocks' sparsities:\n{}", plan)
+        logger.debug("The blocks' sparsities:\n{}", plan)
         if lost := [block.name for block in plan.blocks if block.sparsity == 1]:
             logger.warning(
                 "These blocks will be pruned to nothing; lower {} or sparsity: {}",
@@ -488,7 +486,7 @@ def _search_path(plan_path: str) -> str:
     return f"{plan_path}.search"
 
 
-Strength = float | Literal["auto"]
+Strength = Number | Literal["auto"]
 
 
 def checked_strength(value: float | str, field: str) -> float | str:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from dlp_plugin.precision import widest
 from dlp_plugin.scores import Part, _check_dtype, _check_finite, _count, _magnitudes, _mean
 
 __all__ = ["Tail", "block_exponent", "outlier_ratio", "power_law_exponent"]
@@ -141,6 +142,8 @@ def _log_spectrum(weight: torch.Tensor) -> torch.Tensor:
 
     :param weight: finite, ``[out, in]``
     """
+    if widest(weight.device) != torch.float64:
+        weight = weight.cpu()
     wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
     size = wide.shape[0]
     gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)

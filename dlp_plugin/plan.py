@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -30,7 +29,7 @@ from dlp_plugin.allocation import (
 )
 from dlp_plugin.files import replacing
 
-__all__ = ["BlockPlan", "Candidate", "Plan", "SearchStep", "package_versions"]
+__all__ = ["BlockPlan", "Candidate", "Number", "Plan", "SearchStep", "package_versions"]
 
 _TITLES: dict[Method, str] = {
     "dlp": "DLP",
@@ -41,6 +40,10 @@ _TITLES: dict[Method, str] = {
 
 # Characters of what is wrong with a plan: a number in it may have a thousand digits.
 _SHOWN = 400
+# Scores are far smaller, and sums with greater ones overflow.
+_LARGEST = 1e40
+# What a mean of numbers in [0, 1] is off by rounding, at most.
+_ROUNDING = 1e-9
 
 _PACKAGES = (
     "dlp_plugin",
@@ -63,6 +66,9 @@ def _no_bool(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
+"""A number that is written as one: ``true`` is none."""
+
+_Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=1 << 53)]
 
 
 class BlockPlan(BaseModel):
@@ -82,17 +88,17 @@ class BlockPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
-    weights: int = Field(ge=1, lt=1 << 53)
-    score: Number = Field(ge=0)
+    weights: _Count = Field(ge=1)
+    score: Number = Field(ge=0, le=_LARGEST)
     importance: Number
     sparsity: Number = Field(ge=0, le=1)
-    linears: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
+    linears: dict[str, Annotated[Number, Field(ge=0, le=1)]] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> BlockPlan:
         if self.linears:
             least, most = min(self.linears.values()), max(self.linears.values())
-            if not least - 1e-6 <= self.sparsity <= most + 1e-6:
+            if not least - _ROUNDING <= self.sparsity <= most + _ROUNDING:
                 raise ValueError(
                     f"sparsity of {self.name} is {self.sparsity}, but its linears' lie between "
                     f"{least} and {most}"
@@ -125,10 +131,10 @@ class SearchStep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    generation: int
-    evaluations: int
-    tokens: int
-    divergence: float
+    generation: _Count
+    evaluations: _Count
+    tokens: _Count
+    divergence: Number
 
 
 class Plan(BaseModel):
@@ -153,7 +159,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    schema_version: Literal[1] = 1
+    schema_version: Annotated[Literal[1], BeforeValidator(_no_bool)] = 1
     method: Method = "dlp"
     model: str
     statistic: str
@@ -284,7 +290,7 @@ class Plan(BaseModel):
         for block in self.blocks:
             if block.linears:
                 pruned = math.fsum(weights[n] * sparsity for n, sparsity in block.linears.items())
-                if abs(pruned / block.weights - block.sparsity) > 1e-6:
+                if abs(pruned / block.weights - block.sparsity) > _ROUNDING:
                     raise ValueError(
                         f"the plan (of {self.model}) says that block {block.name} has sparsity "
                         f"{block.sparsity:g}, and its linears come to {pruned / block.weights:g} "
@@ -325,9 +331,9 @@ class Plan(BaseModel):
         """
         where = "from_plan" if isinstance(source, dict) else str(source)
         try:
-            if not isinstance(source, dict):
-                source = json.loads(Path(source).read_text(encoding="utf-8"))
-            return cls.model_validate(source)
+            if isinstance(source, dict):
+                return cls.model_validate(source)
+            return cls.model_validate_json(Path(source).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"plan {where} does not exist; `dlp-plugin score` makes one"
@@ -338,10 +344,9 @@ class Plan(BaseModel):
             problem = f"{field}: {first['msg']}"
         except UnicodeDecodeError:
             problem = "it is no UTF-8 text"
-        except RecursionError:
-            problem = "it is nested too deeply"
-        except (ValueError, OverflowError, IsADirectoryError) as error:
+        except (ValueError, OSError) as error:
             problem = str(error)
+        problem = " ".join(problem.split())
         problem = problem if len(problem) <= _SHOWN else f"{problem[:_SHOWN]}..."
         raise ValueError(
             f"{where} is not a sound plan ({problem}); score the model again with "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Stored", "is_native", "narrow", "wide_enough", "widen"]
+__all__ = ["Stored", "is_native", "narrow", "wide_enough", "widen", "widest"]
 
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
@@ -57,6 +57,11 @@ def is_native(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
         return False
     has = torch.cpu.get_capabilities()
     return platform.machine() != "x86_64" or any(has.get(name) for name in _INSTRUCTIONS[dtype])
+
+
+def widest(device: torch.device | str) -> torch.dtype:
+    """The dtype to sum in: float64, which Apple's MPS does not have."""
+    return torch.float32 if str(device).startswith("mps") else torch.float64
 
 
 def widen(model: torch.nn.Module) -> Stored:

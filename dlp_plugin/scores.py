@@ -17,6 +17,7 @@ from compressed_tensors.utils import get_execution_device
 from torch import distributed as dist
 
 from dlp_plugin.allocation import Statistic
+from dlp_plugin.precision import widest
 
 __all__ = ["ChannelNorms", "Part", "block_score", "smallest_score"]
 
@@ -102,7 +103,8 @@ def _summed_over_ranks(
             piece[:-1] = square
             piece[-1] = 1
         pieces.append(piece)
-    total = torch.cat(pieces).to(get_execution_device(next(iter(linears.values()))))
+    device = get_execution_device(next(iter(linears.values())))
+    total = torch.cat(pieces).to(device, widest(device))
     dist.all_reduce(total)
     summed = total.split([len(piece) for piece in pieces])
     return {
@@ -112,9 +114,9 @@ def _summed_over_ranks(
 
 
 def _channel_squares(inputs: torch.Tensor) -> torch.Tensor:
-    """Sum of squares per channel: ``[..., channels]`` to float64 ``[channels]``."""
+    """Sum of squares per channel: ``[..., channels]`` to float64 ``[channels]``, where there is."""
     tokens = inputs.reshape(-1, inputs.shape[-1])
-    total = torch.zeros(tokens.shape[1], dtype=torch.float64, device=tokens.device)
+    total = torch.zeros(tokens.shape[1], dtype=widest(tokens.device), device=tokens.device)
     for chunk in tokens.split(_TOKENS):
         wide = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
         total += (wide * wide).sum(0)
@@ -205,10 +207,10 @@ def _mean(parts: Mapping[str, Part]) -> float:
     total, count = 0.0, 0
     for name, (weight, norms) in parts.items():
         _check_finite(name, weight.dtype, [chunk.amax() for chunk in _magnitudes(weight)])
-        columns = torch.zeros_like(norms, dtype=torch.float64)
+        columns = torch.zeros_like(norms, dtype=widest(norms.device))
         for chunk in _chunks(weight):
             columns += chunk.abs().sum(0, dtype=torch.float32)
-        total += float(columns @ norms.double())
+        total += float(columns @ norms.to(columns.dtype))
         count += weight.numel()
     return total / count
 

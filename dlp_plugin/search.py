@@ -15,10 +15,11 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import distributed as dist
 
 from dlp_plugin.blocks import Block
@@ -69,6 +70,7 @@ def choose_strength(trial: Trial, make: Callable[..., Plan], blocks: Sequence[Bl
     plans = [make(alpha=half) for half in HALF_RANGES]
     if plans[0].method == "linear":  # its strength is the step from block to block
         plans = [make(alpha=half * unit) for half in HALF_RANGES]
+    logger.info("Trying {} strengths, each on {} tokens", len(plans), trial.tokens)
     losses: list[float] = []
     measured: dict[tuple[float, ...], float] = {}  # whole N make one plan of several strengths
     for plan in plans:
@@ -199,18 +201,31 @@ def refine(
         _Units({block.name: list(block.linears) for block in blocks}, weights, plan.group),
         _Units({name: [name] for block in blocks for name in block.linears}, weights, plan.group),
     ]
-    content = [plan.model_dump(mode="json"), generations, seed, trial.fingerprint]
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    fingerprint = _digest([plan.model_dump(mode="json"), generations, seed, trial.fingerprint])
     state = _load(progress_path, fingerprint, levels, list(weights))
     portions = trial.portions(SIFTING_TOKENS)
+    known = {} if state is None else state.known  # so that nothing is measured twice
     evaluations = tokens = 0
 
-    def measured(sparsities: Mapping[str, float], portion: list[int] | None = None) -> float:
+    def measured(sparsities: Mapping[str, float], place: int | None = None) -> float:
+        """Divergence on one of the portions, or on all samples."""
         nonlocal evaluations, tokens
-        evaluations += 1
-        tokens += trial.tokens if portion is None else trial.tokens_in(portion)
-        return trial.divergence(sparsities, portion, group=plan.group)
+        portion = None if place is None else portions[place]
+        key = _digest([place, list(sparsities.values())])[:16]
+        if key not in known:
+            evaluations += 1
+            tokens += trial.tokens if portion is None else trial.tokens_in(portion)
+            known[key] = trial.divergence(sparsities, portion, group=plan.group)
+        return known[key]
 
+    logger.info(
+        "Refining: {} generations of {} changes, each on {} tokens, the best {} on {}",
+        generations,
+        OFFSPRING,
+        trial.tokens_in(portions[0]),
+        SURVIVORS,
+        trial.tokens,
+    )
     if state is None:
         best = sparsities_of(plan, blocks)
         divergence = measured(best)
@@ -220,9 +235,8 @@ def refine(
                 "dtype, lower the sparsity, or leave out refine"
             )
         steps = [_step(0, evaluations, tokens, divergence)]
-        known = {0: divergence} if len(portions) == 1 else {}  # of the best plan, by portion
     else:
-        best, steps, known = state.sparsities, state.steps, state.known
+        best, steps = state.sparsities, state.steps
         last = steps[-1]
         divergence, evaluations, tokens = last.divergence, last.evaluations, last.tokens
         for units, costs in zip(levels, state.costs, strict=True):
@@ -232,24 +246,24 @@ def refine(
     for generation in range(len(steps), generations + 1):
         units = levels[generation > generations // 3 or not levels[0].can_switch]
         chance = random.Random(f"{seed} {generation}")
-        place = generation % len(portions)
-        if place not in known:
-            known[place] = measured(best, portions[place])
-        sifted = []
+        place = generation % len(portions) if len(portions) > 1 else None
+        here = measured(best, place)
+        sifted: list[tuple[float, dict[str, float]]] = []
         for _ in range(OFFSPRING):
             offspring, moved = units.switched(best, chance)
             if not any(moved.values()):
                 continue
-            found = measured(offspring, portions[place])
+            found = measured(offspring, place)
             if not math.isfinite(found):
                 continue
-            units.learn(moved, found - known[place])
-            sifted.append((found, offspring))
+            units.learn(moved, found - here)
+            if (found, offspring) not in sifted:
+                sifted.append((found, offspring))
         sifted.sort(key=lambda pair: pair[0])
-        for on_portion, offspring in sifted[:SURVIVORS]:
-            found = on_portion if len(portions) == 1 else measured(offspring)
+        for _, offspring in sifted[:SURVIVORS]:
+            found = measured(offspring)
             if found < divergence:
-                best, divergence, known = offspring, found, {place: on_portion}
+                best, divergence = offspring, found
         steps.append(_step(generation, evaluations, tokens, divergence))
         logger.info(
             "generation {} of {}: divergence {:.4f} after {} evaluations",
@@ -280,6 +294,10 @@ def forget(progress_path: str | Path) -> None:
         Path(progress_path).unlink(missing_ok=True)
 
 
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def _step(generation: int, evaluations: int, tokens: int, divergence: float) -> SearchStep:
     return SearchStep(
         generation=generation, evaluations=evaluations, tokens=tokens, divergence=divergence
@@ -303,16 +321,16 @@ class _Progress(BaseModel):
 
     :param fingerprint: of its start, samples and settings
     :param costs: of each level's units
-    :param known: the best plan's divergence on portions of the samples, by their number
+    :param known: every divergence measured, by a digest of what it was measured for
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     fingerprint: str
-    sparsities: dict[str, float]
+    sparsities: dict[str, Annotated[float, Field(ge=0, le=1)]]
     steps: list[SearchStep] = Field(min_length=1)
-    costs: list[dict[str, float]]
-    known: dict[int, float]
+    costs: list[dict[str, FiniteFloat]]
+    known: dict[str, float]
 
 
 def _load(
@@ -334,7 +352,9 @@ def _load(
                 raise ValueError("it names other Linears")
         except (ValueError, OSError) as error:
             reason = str(error).splitlines()[0]
-            logger.warning("{} is damaged ({}); the search begins anew", path, reason)
+            logger.warning(
+                "{} is damaged, or of another version ({}); the search begins anew", path, reason
+            )
             state = None
     if is_distributed():
         shared = [state]

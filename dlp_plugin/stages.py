@@ -31,12 +31,17 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import make_empty_h
 from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import make_empty_row_scalars
 from llmcompressor.utils.dist import broadcast_qparams_and_cleanup
 from loguru import logger
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 from torch import distributed as dist
 
 from dlp_plugin.allocation import check_target, check_whole, split_structure
 from dlp_plugin.blocks import check_columns
-from dlp_plugin.host import PruningStage, stage_targets
+from dlp_plugin.host import (
+    PruningStage,
+    heed_ignore,
+    save_under_source_names,
+    stage_targets,
+)
 from dlp_plugin.scores import smallest_score
 
 __all__ = ["OneShotMagnitudeModifier", "SparseGPTModifier", "Stage", "WandaPruningModifier"]
@@ -50,6 +55,8 @@ class Stage(PruningStage):
     :param sparsity: of all targets, or one per match of ``targets``; with an N:M structure it
         may be left out, or be a list of N / M
     """
+
+    _heeded: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -81,7 +88,14 @@ class Stage(PruningStage):
                 )
         if self._prune_m:
             self._check_structure(targets, self._prune_m)
+        save_under_source_names(state.model)
+        self._heeded = heed_ignore(state.model, self)
         return bool(super().on_initialize(state, **kwargs))
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Read as it was written again."""
+        self.ignore = [entry for entry in self.ignore if entry not in self._heeded]
+        return bool(super().on_finalize(state, **kwargs))
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Begin to collect statistics.
@@ -207,7 +221,7 @@ class OneShotMagnitudeModifier(Stage):
         """Let go of the model."""
         self._target_layers.clear()
         self._module_sparsities.clear()
-        return True
+        return super().on_finalize(state, **kwargs)
 
 
 def smallest(weight: torch.Tensor, count: int, name: str = "the matrix") -> torch.Tensor:

@@ -24,7 +24,7 @@ from llmcompressor.utils.dev import get_main_device
 from torch import distributed as dist
 from torch.nn import functional
 
-from dlp_plugin.precision import wide_enough
+from dlp_plugin.precision import wide_enough, widest
 
 __all__ = ["Trial"]
 
@@ -91,7 +91,7 @@ class Trial:
         for batch in self._batches:
             digest.update(str(batch["input_ids"].tolist()).encode())
         for name, norms in self._norms.items():
-            digest.update(f"{name} {float(norms.double().sum())!r}".encode())
+            digest.update(f"{name} {float(norms.cpu().double().sum())!r}".encode())
         return digest.hexdigest()
 
     def loss(self, sparsities: Mapping[str, float], group: int = 0) -> float:
@@ -269,7 +269,7 @@ def _per_token(batch: Batch) -> bool:
 def _mean(total: float, count: int, device: torch.device) -> float:
     """Mean over the samples of all processes."""
     if is_distributed():
-        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
+        sums = torch.tensor([total, count], dtype=widest(device), device=device)
         dist.all_reduce(sums)
         total, count = sums[0].item(), int(sums[1])
     return total / count if count else math.nan
@@ -288,7 +288,7 @@ def _keep(logits: torch.Tensor) -> _Kept:
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
     """Logarithm of what probabilities leave, ``[n, 1]``."""
-    left = 1 - logs.double().exp().sum(1, keepdim=True)
+    left = 1 - logs.to(widest(logs.device)).exp().sum(1, keepdim=True)
     return left.clamp_min(1e-12).log().float()
 
 
@@ -302,5 +302,6 @@ def _divergence(logits: torch.Tensor, kept: _Kept) -> float:
         top = every.gather(1, places.long().to(every.device))
         other = torch.cat([top, _rest(top)], dim=1)
         logs = logs.to(every.device)
-        total += float((logs.exp() * (logs - other)).double().sum())
+        differences = logs.exp() * (logs - other)
+        total += float(differences.to(widest(logs.device)).sum())
     return total

@@ -67,7 +67,7 @@ def test_alpha_zero_is_uniform() -> None:
 blocks = st.lists(st.tuples(st.floats(0, 1e30), st.integers(1, 10**12)), min_size=1, max_size=40)
 
 
-@given(blocks, st.floats(0.001, 0.999), st.floats(0, 5))
+@given(blocks, st.floats(0.001, 0.999), st.floats(0, 5) | st.floats(0, 1e6))
 def test_total_is_exact_and_order_never_inverts(
     rows: list[tuple[float, int]], sparsity: float, alpha: float
 ) -> None:
@@ -85,7 +85,7 @@ def test_importance_is_one_minus_the_share() -> None:
     assert importances([0, 0, 0, 0]) == [0.75] * 4
 
 
-@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan, math.inf, 10**400, True])
 def test_sparsity_outside_the_open_interval_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"strictly between 0 and 1, got .*e\.g\. 0\.7"):
         check_sparsity(value)
@@ -93,10 +93,18 @@ def test_sparsity_outside_the_open_interval_is_refused(value: float) -> None:
         allocate([1, 2], [1, 1], value, 0.1)
 
 
-@pytest.mark.parametrize("value", [-0.01, math.nan, math.inf])
+@pytest.mark.parametrize("value", [-0.01, -(10**400), math.nan, math.inf, True, False])
 def test_alpha_negative_or_not_finite_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="alpha must be finite and at least 0, got"):
         check_alpha(value)
+
+
+@pytest.mark.parametrize("value", [1e7, 1e308, 10**400])
+def test_alpha_beyond_what_floats_can_carry_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha must be at most 1e\+06, got 1.*0\.15 is usual"):
+        check_alpha(value)
+    with pytest.raises(ValueError, match=r"alpha must be at most 1e\+06"):
+        allocate([1, 2], [1, 1], 0.5, value)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +229,9 @@ def largest_parts(
     )
 
 
-@pytest.mark.parametrize("text", ["", "4", "4:", "4:4", "5:4", "0:4", "-1:4", "a:b", "1:2:3"])
+@pytest.mark.parametrize(
+    "text", ["", "4", "4:", "4:4", "5:4", "0:4", "-1:4", "a:b", "1:2:3", f"1:{'9' * 5000}"]
+)
 def test_a_structure_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="mask_structure must be N:M, with N zeros"):
         split_structure(text)

@@ -1,6 +1,7 @@
 """Zeros of checkpoints on disk, dense and packed, against the models in memory."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,91 @@ def test_a_quantized_weight_without_a_scheme_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="model.layers.0.up is quantized, but config.json"):
         inspect_checkpoint(tmp_path)
+
+
+def test_fused_experts(tmp_path: Path) -> None:
+    """As GPT-OSS holds them: one tensor of all experts, counted as the matrices that it is."""
+    experts = torch.ones(3, 4, 2)
+    experts[0, :2] = 0
+    tensors = {
+        "layers.0.mlp.experts.gate_up_proj": experts,
+        "layers.0.mlp.experts.gate_up_proj_bias": torch.zeros(3, 2),
+        "layers.0.conv.weight": torch.zeros(3, 1, 4),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    name = "layers.0.mlp.experts.gate_up_proj"
+    found = inspect_checkpoint(tmp_path)
+    assert found.linears == {name: Zeros(24, 4)}
+    assert found.bytes_if_sparse == (24 + 32 * 20) // 8 + 4 * (6 + 12)
+    other = tmp_path / "other"
+    other.mkdir()
+    experts[0, 0, 0] = 1
+    save_file(tensors, other / "model.safetensors")
+    assert zeros_lost(tmp_path, other) == {name: 1}
+    del tensors[name]
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} is \[3, 4, 2\] in .* and is missing in"):
+        zeros_lost(tmp_path, other)
+
+
+class TestWhichFilesCount:
+    """Of two shards, with and without what the index says."""
+
+    @pytest.fixture
+    def sharded(self, make_model, tmp_path: Path) -> Path:
+        make_model().save_pretrained(tmp_path / "model", max_shard_size="150KB")
+        assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+        return tmp_path / "model"
+
+    def test_a_missing_shard(self, sharded: Path) -> None:
+        gone = sorted(sharded.glob("*.safetensors"))[-1]
+        gone.unlink()
+        for read in (inspect_checkpoint, zstd_bytes, lambda folder: zeros_lost(folder, folder)):
+            with pytest.raises(FileNotFoundError, match=rf"{gone.name} is missing, which .*index"):
+                read(sharded)
+
+    def test_a_shard_without_a_tensor_of_the_index(self, sharded: Path) -> None:
+        file = sorted(sharded.glob("*.safetensors"))[-1]
+        tensors = load_file(file)
+        lost = sorted(tensors)[0]
+        del tensors[lost]
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=rf"{file.name} does not hold {re.escape(lost)}, as"):
+            inspect_checkpoint(sharded)
+
+    def test_files_of_something_else(self, sharded: Path) -> None:
+        before, size = inspect_checkpoint(sharded), zstd_bytes(sharded)
+        save_file({"layers.0.a.weight": torch.zeros(64, 64)}, sharded / "adapter.safetensors")
+        assert inspect_checkpoint(sharded) == before
+        assert zstd_bytes(sharded) == size
+
+    def test_files_beside_a_single_one(self, tmp_path: Path) -> None:
+        save_file({"layers.0.a.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+        save_file({"layers.1.a.weight": torch.zeros(4, 4)}, tmp_path / "old.safetensors")
+        found = inspect_checkpoint(tmp_path)
+        assert found.linears == {"layers.0.a": Zeros(16, 0)}
+        assert found.bytes_on_disk == (tmp_path / "model.safetensors").stat().st_size
+
+
+class TestDamagedFiles:
+    @pytest.mark.parametrize(
+        "damage", [lambda data: data[:-8], lambda data: b"garbage", bytes.upper]
+    )
+    def test_weights(self, tmp_path: Path, damage) -> None:
+        file = tmp_path / "model.safetensors"
+        save_file({"layers.0.a.weight": torch.ones(4, 4)}, file)
+        file.write_bytes(damage(file.read_bytes()))
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or was not written"):
+            inspect_checkpoint(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("text", "message"), [("{", "is no JSON"), ("[]", "holds a list instead of a mapping")]
+    )
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+    def test_configuration_and_index(
+        self, tmp_path: Path, name: str, text: str, message: str
+    ) -> None:
+        save_file({"layers.0.a.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} {message}"):
+            inspect_checkpoint(tmp_path)

@@ -362,3 +362,19 @@ def test_a_model_in_memory_gives_what_its_checkpoint_gives(
     right = load_file(tmp_path / "from_memory" / "model.safetensors")
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_damaged_source_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        export_gptq(source, tmp_path / "out")
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}
+    quantization["config_groups"] = {"group_0": group}
+    (source / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    (source / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or was not written"):
+        export_gptq(source, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]

@@ -223,6 +223,20 @@ class TestHardCases:
         with pytest.raises(ValueError, match="48"):
             run(model, [quantizer(config=scheme(group=48))], random_samples())
 
+    def test_groups_wider_than_a_row(self, make_model: MakeModel) -> None:
+        """Before anything is pruned, and by name."""
+        model = make_model()
+        before = [linear.weight.clone() for linear in linears_of(model).values()]
+        stage = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"])
+        message = (
+            r"model\.layers\.0\.self_attn\.q_proj has 64 columns, fewer than a group of 128 has: "
+            r"give MaskedGPTQModifier a scheme with smaller groups, or add .*q_proj to its ignore"
+        )
+        with pytest.raises(ValueError, match=message):
+            run(model, [stage, quantizer(config=scheme(group=128))], random_samples())
+        for linear, weight in zip(linears_of(model).values(), before, strict=True):
+            assert torch.equal(linear.weight, weight)
+
     def test_backends_switched_off(
         self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:

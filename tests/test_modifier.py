@@ -420,6 +420,19 @@ class TestBadInput:
     def test_alpha(self, make_model: MakeModel, value: float) -> None:
         refuses(make_model(), recipe({"alpha": value}), "alpha must be finite and at least 0, got")
 
+    def test_a_yes_is_no_number(self, make_model: MakeModel) -> None:
+        for fields in ({"alpha": True}, {"sparsity": True}):
+            refuses(make_model(), recipe(fields), "True is no number")
+
+    @pytest.mark.parametrize("field", ["targets", "ignore"])
+    def test_a_bad_regular_expression(self, make_model: MakeModel, field: str) -> None:
+        message = rf"WandaPruningModifier\.{field} holds 're:\[', which is no regular expression"
+        refuses(make_model(), recipe(**{field: ["re:["]}), message)
+
+    def test_an_ignore_entry_that_matches_nothing(self, make_model: MakeModel) -> None:
+        message = r"ignore holds 'model\.head', which matches no module of LlamaForCausalLM: mend"
+        refuses(make_model(), recipe(ignore=["re:.*lm_head", "model.head"]), message)
+
     def test_an_unknown_statistic_or_field(self, make_model: MakeModel) -> None:
         refuses(make_model(), recipe({"statistic": "max"}), "'median' or 'mean'")
         refuses(make_model(), recipe({"alhpa": 0.1}), "alhpa")
@@ -458,7 +471,8 @@ class TestBadInput:
     def test_targets_that_match_nothing(self, make_model: MakeModel) -> None:
         refuses(make_model(), recipe(targets=["Conv2d"]), "prunes no Linear in any block")
         # the host walks through the letters of a plain string
-        refuses(make_model(), recipe(targets="Linear"), "prunes no Linear in any block")
+        message = r"WandaPruningModifier\.targets is 'Linear': write a list, \['Linear'\]"
+        refuses(make_model(), recipe(targets="Linear"), message)
         refuses(make_model(), recipe(ignore=["Linear"]), "prunes no Linear in any block")
 
     def test_a_target_that_holds_several_blocks(self, make_model: MakeModel) -> None:
@@ -472,7 +486,7 @@ class TestBadInput:
         self, make_model: MakeModel, tmp_path: Path
     ) -> None:
         text = recipe({"plan_path": str(tmp_path / "absent" / "plan.json")})
-        refuses(make_model(), text, "plan_path .*: its folder does not exist; create it")
+        refuses(make_model(), text, "plan_path: cannot write .* does not exist; create it first")
 
     def test_a_weight_that_is_not_finite(self, make_model: MakeModel) -> None:
         model = make_model()

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from dlp_plugin import DLPModifier, WandaPruningModifier, precision
 from dlp_plugin.evaluate import perplexity
 from dlp_plugin.loading import apply_recipe, load_model
-from dlp_plugin.precision import is_native, narrow, wide_enough, widen
+from dlp_plugin.peer_scores import block_exponent
+from dlp_plugin.precision import is_native, narrow, wide_enough, widen, widest
+from dlp_plugin.scores import ChannelNorms, block_score
 from dlp_plugin.trial import Trial
 
 IDS = torch.arange(48).view(2, 24) * 5 % 256
@@ -53,6 +55,41 @@ class TestWhatAProcessorHas:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
         monkeypatch.setattr("platform.machine", lambda: "x86_64")
         assert is_native(torch.bfloat16) is expected
+
+
+class TestADeviceWithoutFloat64:
+    def test_is_apple_s(self) -> None:
+        assert widest(torch.device("mps")) == torch.float32
+        assert widest(torch.device("cpu")) == widest(torch.device("cuda")) == torch.float64
+
+    def test_sums_are_taken_in_what_it_has(
+        self, make_model: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Norms, scores by mean, losses and divergences: the same to float32's precision."""
+
+        def found() -> list[float]:
+            model = make_model()
+            linears = {n: m for n, m in model.named_modules() if n.endswith("up_proj")}
+            inputs = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+            norms = ChannelNorms()
+            for name in linears:
+                norms.add(name, inputs)
+            of_linears = norms.of(linears)
+            parts = {n: (linears[n].weight.detach(), of_linears[n]) for n in linears}
+            trial = Trial(model, linears, of_linears, [{"input_ids": IDS}])
+            sparsities = dict.fromkeys(linears, 0.5)
+            judged = [trial.loss(sparsities), trial.divergence(sparsities)]
+            return [block_score(parts, "mean"), block_exponent(weights_of(parts)), *judged]
+
+        def weights_of(parts: dict) -> dict:
+            return {name: weight for name, (weight, _) in parts.items()}
+
+        wide = found()
+        for module in ("scores", "peer_scores", "trial"):
+            monkeypatch.setattr(f"dlp_plugin.{module}.widest", lambda _: torch.float32)
+        narrower = found()
+        assert narrower == pytest.approx(wide, rel=1e-4, abs=1e-6)
+        assert narrower != wide
 
 
 class TestWidening:

@@ -1,6 +1,7 @@
 """Choosing a strength and refining a plan, on losses made by hand and on the real thing."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from loguru import logger
 
 from dlp_plugin import DLPModifier, LinearSparsityModifier, OWLModifier, Plan
 from dlp_plugin.blocks import Block
-from dlp_plugin.search import choose_strength, forget, refine, sparsities_of
+from dlp_plugin.search import HALF_RANGES, choose_strength, forget, refine, sparsities_of
 
 SCORES = [1.0, 2.0, 3.0, 4.0]
 
@@ -111,7 +112,12 @@ class TestChooseStrength:
 
     def test_of_equal_losses_the_uniform_one_wins(self) -> None:
         make = partial(Plan.make, [("b0", 480, 1.0)], model="m", statistic="median", target=0.6)
-        assert choose_strength(Judge(lambda _: 0.6), make, blocks()[:1]).alpha == 0
+        with told() as lines:
+            assert choose_strength(Judge(lambda _: 0.6), make, blocks()[:1]).alpha == 0
+        assert "Trying 7 strengths, each on 4096 tokens" in lines[0]
+        assert [line.split("alpha ")[1].split(":")[0] for line in lines[1:]] == [
+            f"{half:g}" for half in HALF_RANGES
+        ]
 
 
 class TestRefine:
@@ -138,19 +144,30 @@ class TestRefine:
         assert whole == 1 + 9 * 2  # the start, and two survivors of every generation
         assert plan.search[-1].tokens == whole * 4096 + (judge.calls - whole) * 2048
 
-    def test_the_best_plan_is_measured_once_on_every_portion(self) -> None:
-        judge = Judge(lambda name: 0.6)  # the start is the optimum
-        refine(judge, start(), blocks(), generations=9)
-        best = tuple(sparsities_of(start(), blocks()).values())
-        looked = [portion for portion, sparsities in judge.measured if sparsities == best]
-        assert looked == [None, 1, 0]
+    @pytest.mark.parametrize("structure", ["0:0", "2:4"])
+    def test_nothing_is_measured_twice(self, structure: str) -> None:
+        """Neither the best plan on a portion, nor a change that was drawn before."""
+        rows = [(block.name, block.weights, 1.0) for block in blocks()]
+        plan = Plan.make(
+            rows,
+            model="m",
+            statistic="median",
+            alpha=0.0,
+            target=0.5,
+            mask_structure=structure,
+        )
+        judge = Judge(lambda name: 0.5)  # the start is the optimum
+        refined = refine(judge, plan, blocks(), generations=30)
+        assert refined.search[-1].evaluations == judge.calls
+        assert len(set(judge.measured)) == judge.calls < 1 + 2 + 30 * 10  # some were drawn again
 
     def test_one_portion_is_all_there_is(self) -> None:
         """Then what was sifted is measured already."""
         judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
         judge.parts = 1
         plan = refine(judge, start(), blocks(), generations=9)
-        assert plan.search[-1].evaluations == judge.calls == 1 + 9 * 8
+        assert plan.search[-1].evaluations == judge.calls <= 1 + 9 * 8
+        assert {portion for portion, _ in judge.measured} == {None}
         assert plan.search[-1].divergence < plan.search[0].divergence
 
     def test_sifting_looks_at_one_portion_after_the_other(self) -> None:
@@ -160,6 +177,25 @@ class TestRefine:
         looked = [portion for portion, _ in judge.measured if portion is not None]
         assert list(dict.fromkeys(looked[:-20])) == [1, 2, 0]
         assert {looked.count(part) // 8 for part in range(3)} == {2}
+
+    def test_changes_and_what_they_start_from_are_sifted_on_the_same_portion(self) -> None:
+        judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
+        judge.parts = 3
+        refine(judge, start(), blocks(), generations=3)
+        generation = 1
+        for portion, _ in judge.measured[1:]:
+            generation += portion not in (None, generation % 3)
+            assert portion in (None, generation % 3)
+        assert generation == 3
+
+    def test_it_tells_what_it_will_do_and_every_step(self) -> None:
+        with told() as lines:
+            plan = refine(Judge(lambda name: 0.6), start(), blocks(), generations=2)
+        assert "2 generations of 8 changes, each on 2048 tokens, the best 2 on 4096" in lines[0]
+        last = plan.search[-1]
+        expected = f"divergence {last.divergence:.4f} after {last.evaluations} evaluations"
+        assert f"generation 2 of 2: {expected}" in lines[-1]
+        assert len(lines) == 3
 
     def test_of_n_m_it_moves_whole_numbers(self) -> None:
         """A step of b.up (320 weights) is one N in it and four in b.q (80 weights)."""
@@ -206,7 +242,12 @@ class TestRefine:
         assert refined(0) != refined(1)
 
     def test_an_interrupted_search_goes_on(self, tmp_path: Path) -> None:
-        class Tired(Judge):
+        class Cliff(Judge):
+            def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
+                found = super().divergence(sparsities, *rest, **named)
+                return math.inf if max(sparsities.values()) > 0.66 else found
+
+        class Tired(Cliff):
             def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
                 if self.calls == 60:
                     raise KeyboardInterrupt
@@ -221,12 +262,13 @@ class TestRefine:
             search(Tired(optimum))
         done = len(json.loads(path.read_text())["steps"]) - 1
         assert 0 < done < 12
-        judge = Judge(optimum)
-        whole = refine(Judge(optimum), start(), blocks(), generations=12)
+        assert "Infinity" in path.read_text()
+        judge = Cliff(optimum)
+        whole = refine(Cliff(optimum), start(), blocks(), generations=12)
         assert search(judge) == whole
         assert judge.calls <= (12 - done) * 11
         # A finished one costs nothing when the plan could not be written and is made again.
-        again = Judge(optimum)
+        again = Cliff(optimum)
         assert search(again) == whole
         assert again.calls == 0
         forget(path)
@@ -242,13 +284,16 @@ class TestRefine:
             lambda text: text.replace('"steps"', '"stages"'),
             lambda text: text.replace("b0.up", "b9.up"),
             lambda text: text.replace('"costs"', '"costs":1,"other"'),
+            lambda text: text.replace('"b0":', '"b0":"NaN","b1":', 1),
+            lambda text: "\udcff" + text,
+            lambda text: "[" * 100_000,
         ],
     )
     def test_a_damaged_file_does_not_block(self, tmp_path: Path, damage: Callable) -> None:
         path = tmp_path / "search"
         search = partial(refine, plan=start(), blocks=blocks(), generations=3, progress_path=path)
         whole = search(Judge(lambda name: 0.6 if name < "b2" else 0.5))
-        path.write_text(damage(path.read_text()))
+        path.write_text(damage(path.read_text()), errors="surrogateescape")
         judge = Judge(lambda name: 0.6 if name < "b2" else 0.5)
         with told() as lines:
             assert search(judge) == whole

@@ -456,3 +456,33 @@ def test_plans_of_a_structure_are_checked(tmp_path: Path) -> None:
     content["blocks"][0]["sparsity"] = 7 / 8
     with pytest.raises(ValueError, match="blocks: their sparsities come to 0.625"):
         Plan.load(content)
+
+
+class TestIgnore:
+    """Names and patterns mean in a stage what they mean everywhere."""
+
+    ENTRIES = (
+        ("lm_head", "lm_head"),
+        ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj"),
+        (r"re:.*layers\.0\.self_attn\.q_proj$", "model.layers.0.self_attn.q_proj"),
+    )
+
+    @pytest.mark.parametrize(
+        ("pruner", "fed"),
+        [*((p, fed) for p in PRUNERS for fed in (1, 0)), (pruning.WandaPruningModifier, 1)],
+    )
+    def test_exact_names_and_ends(self, make_model: MakeModel, pruner: type, fed: int) -> None:
+        ignore = [entry for entry, _ in self.ENTRIES]
+        stage = pruner(sparsity=0.5, targets=["Linear"], ignore=ignore)
+        model = prune(make_model(), *([DLPModifier()] if fed else []), stage)
+        dense = {n for n, linear in linears_of(model).items() if not (linear.weight == 0).any()}
+        assert dense == {name for _, name in self.ENTRIES}
+        assert stage.ignore == ignore  # the recipe reads as it was written
+
+    def test_below_a_target_that_holds_several(self, make_model: MakeModel) -> None:
+        ignore = ["model.layers.1.mlp.up_proj", r"re:.*q_proj$"]
+        stage = WandaPruningModifier(sparsity=0.5, targets=["LlamaDecoderLayer"], ignore=ignore)
+        model = prune(make_model(), stage)
+        dense = {n for n, linear in linears_of(model).items() if not (linear.weight == 0).any()}
+        queries = {f"model.layers.{depth}.self_attn.q_proj" for depth in range(3)}
+        assert dense == {"lm_head", "model.layers.1.mlp.up_proj"} | queries
