@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Zeros",
+    "check_weight_files",
     "inspect_checkpoint",
     "read_config",
     "weight_files",
@@ -64,7 +65,7 @@ class Checkpoint:
     :param linears: full name of every weight matrix to its zeros, in name order; of fused
         experts full name of all experts' weights
     :param quantization: format of the quantized weights; None if there are none
-    :param bytes_on_disk: size of all safetensors files
+    :param bytes_on_disk: size of its safetensors files
     :param bytes_if_sparse: what the blocks' weights would take in an engine that stores
         one bit for every weight and the values that are not zero, with everything else
         (scales, norms, embeddings) as it is; no such engine reads these files today
@@ -146,7 +147,8 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
     :param other: folder of the same model afterwards: quantized, merged, trained on
     :return: full name of every Linear inside a block to its number of weights that are
         zero in ``pruned`` and not in ``other``
-    :raises ValueError: if a matrix is missing from ``other`` or has another shape
+    :raises FileNotFoundError: as :func:`inspect_checkpoint` does
+    :raises ValueError: likewise, and if a matrix is missing from ``other`` or has another shape
     """
     pruned, other = Path(pruned), Path(other)
     before, after = _tensors_by_module(pruned), _tensors_by_module(other)
@@ -193,7 +195,10 @@ def _zeros(weight: torch.Tensor, group: int) -> Zeros:
 
 
 def zstd_bytes(folder: str | Path) -> int:
-    """Size of a checkpoint's safetensors files under zstd at its default level."""
+    """Size of a checkpoint's safetensors files under zstd at its default level.
+
+    :raises FileNotFoundError: if there is none, or one that the index names is missing
+    """
     total = 0
     for file in _files(Path(folder)):
         compressor = zstandard.ZstdCompressor().compressobj()
@@ -213,14 +218,27 @@ def weight_files(folder: Path) -> dict[str, Path]:
     :raises FileNotFoundError: if there is none, or one that the index names is missing
     :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
     """
-    found = {key: file for file in _files(folder) for key in _keys(file)}
-    for key, name in _index(folder).items():
-        if found.get(key) != folder / name:
-            raise ValueError(
-                f"{folder / name} does not hold {key}, as {_INDEX} says: fetch or save the "
-                "checkpoint again"
-            )
-    return found
+    held = [(key, file) for file in _files(folder) for key in _keys(file)]
+    said = [(key, folder / name) for key, name in _index(folder).items()]
+    for key, file in sorted(set(said).difference(held)):
+        raise ValueError(
+            f"{file} does not hold {key}, as {_INDEX} says: fetch or save the checkpoint again"
+        )
+    return dict(held + said)
+
+
+def check_weight_files(folder: str | Path) -> None:
+    """Make sure that a folder's safetensors files are all there, and whole, from their headers.
+
+    For what is about to be loaded by others, whose errors do not name the file. A folder
+    without such files passes: its weights may be of another kind.
+
+    :raises FileNotFoundError: if one that the index names is missing
+    :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
+    """
+    folder = Path(folder)
+    if (folder / _INDEX).is_file() or any(folder.glob("*.safetensors")):
+        weight_files(folder)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -243,9 +261,15 @@ def _files(folder: Path) -> list[Path]:
 def _index(folder: Path) -> dict[str, str]:
     """Tensor to file name by the index; empty where there is none."""
     content = _read_json(folder / _INDEX)
-    weight_map = content.get("weight_map", {}) if content else {}
-    if content is not None and not weight_map:
-        raise ValueError(f"{folder / _INDEX} has no weight_map: save the checkpoint again")
+    if content is None:
+        return {}
+    weight_map: Any = content.get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{folder / _INDEX} has no weight_map from tensors to files: fetch or save the "
+            "checkpoint again"
+        )
     return dict(weight_map)
 
 
@@ -267,7 +291,10 @@ def _read_json(file: Path) -> dict[str, Any] | None:
             f"{file} is no JSON ({error}): fetch or save the checkpoint again"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__} instead of a mapping")
+        raise ValueError(
+            f"{file} holds a {type(content).__name__} instead of a mapping: fetch or save the "
+            "checkpoint again"
+        )
     return content
 
 

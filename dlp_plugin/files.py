@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ from types import FrameType
 __all__ = ["check_vacant", "check_writable", "replacing"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
 
 
 def check_vacant(folder: str | Path) -> None:
@@ -62,22 +64,50 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
     :param target: file or folder to be written; its parent must exist
     :raises FileNotFoundError: if the parent folder does not exist
+    :raises FileExistsError: before the body if ``target`` is a folder that is not empty, and
+        after it if another run has put something there meanwhile that cannot be replaced
     :raises OSError: naming ``target``, if the disk or a quota is full
     """
     target = Path(target).resolve()
     _check_parent(target)
+    if target.is_dir():
+        check_vacant(target)
     _remove_what_killed_runs_left(target)
     beside = _beside(target, os.getpid())
     with _exit_on_sigterm():
         try:
             yield beside
-            os.replace(beside, target)
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
+            _move(beside, target)
+        except Exception as error:
+            number = _errno(error)
+            if number not in _NO_ROOM:
                 raise
-            raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from error
+            reason = os.strerror(number)
+            raise OSError(
+                number, f"cannot write {target}: {reason}; make room, or write elsewhere"
+            ) from error
         finally:
             _remove(beside)
+
+
+def _errno(error: Exception) -> int:
+    """Number of a system's error; 0 for others. Writers in Rust tell it in words only."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0
+
+
+def _move(beside: Path, target: Path) -> None:
+    try:
+        os.replace(beside, target)
+    except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            raise
+        raise FileExistsError(
+            f"cannot write {target}: something else is there by now, perhaps of another run; "
+            "give a new one"
+        ) from error
 
 
 @contextmanager
@@ -88,14 +118,20 @@ def _exit_on_sigterm() -> Iterator[None]:
         yield
         return
 
+    leaving = False
+
     def leave(number: int, _frame: FrameType | None) -> None:
-        sys.exit(128 + number)
+        nonlocal leaving
+        if not leaving:  # a second one must not stop the clearing away
+            leaving = True
+            sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is leave:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _beside(target: Path, process: int | str) -> Path:

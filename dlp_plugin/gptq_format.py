@@ -42,11 +42,11 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
 
     A quantized Linear becomes ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` (see
     :func:`_gptq_tensors`); every other tensor and file is copied as it is, shard by
-    shard. Zeros stay zeros: a weight is 0 where its integer equals its zero point, in
-    both formats. A tied head is written too, as AutoGPTQ does: without it AutoGPTQ's
-    loader leaves head and embedding at zero. ``desc_act`` is always false, because
-    activation ordering of today's llm-compressor (``actorder: weight``, or ``static``)
-    leaves the groups in order.
+    shard; stray safetensors files are not. Zeros stay zeros: a weight is 0 where its
+    integer equals its zero point, in both formats. A tied head is written too, as
+    AutoGPTQ does: without it AutoGPTQ's loader leaves head and embedding at zero.
+    ``desc_act`` is always false, because activation ordering of today's llm-compressor
+    (``actorder: weight``, or ``static``) leaves the groups in order.
 
     AutoGPTQ and vLLM read it, with what they ask for besides: in and out features in
     multiples of 32 (both), every Linear of a block quantized (AutoGPTQ), symmetric
@@ -56,11 +56,11 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
         wrote, strategy ``group`` or ``channel``; or the model that it returned, which is
         then packed as if it had been saved, and written without a tokenizer
     :param output: folder to be made; it may exist if it is empty
-    :raises FileNotFoundError: if ``source`` has no config or weights, or the parent of
-        ``output`` is missing
+    :raises FileNotFoundError: if ``source`` has no config or weights or lacks a shard, or
+        the parent of ``output`` is missing
     :raises FileExistsError: if ``output`` holds something already
-    :raises ValueError: if the checkpoint is not pack-quantized, or the GPTQ format
-        cannot hold its scheme or one of its modules
+    :raises ValueError: if a file is damaged, the checkpoint is not pack-quantized, or the
+        GPTQ format cannot hold its scheme or one of its modules
     """
     output = Path(output)
     check_vacant(output)
@@ -106,7 +106,8 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
         _write_json(beside / "config.json", {**config, "quantization_config": settings})
         _write_json(beside / "quantize_config.json", settings)
         for file in source.iterdir():
-            if file.is_file() and not (beside / file.name).exists():
+            stray = file.suffix == ".safetensors"  # what counts has been written by now
+            if file.is_file() and not stray and not (beside / file.name).exists():
                 shutil.copy(file, beside)
         logger.info(f"{len(modules)} modules of {source} written in GPTQ format to {output}")
 

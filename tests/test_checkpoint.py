@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dlp_plugin import DLPModifier, MaskedGPTQModifier
-from dlp_plugin.checkpoint import Zeros, inspect_checkpoint, zeros_lost, zstd_bytes
+from dlp_plugin.checkpoint import (
+    Zeros,
+    check_weight_files,
+    inspect_checkpoint,
+    weight_files,
+    zeros_lost,
+    zstd_bytes,
+)
+
+INDEX = "model.safetensors.index.json"
 
 
 def stage() -> WandaPruningModifier:
@@ -178,9 +188,14 @@ class TestWhichFilesCount:
     def test_a_missing_shard(self, sharded: Path) -> None:
         gone = sorted(sharded.glob("*.safetensors"))[-1]
         gone.unlink()
-        for read in (inspect_checkpoint, zstd_bytes, lambda folder: zeros_lost(folder, folder)):
+        readers = (inspect_checkpoint, zstd_bytes, check_weight_files)
+        for read in (*readers, lambda folder: zeros_lost(folder, folder)):
             with pytest.raises(FileNotFoundError, match=rf"{gone.name} is missing, which .*index"):
                 read(sharded)
+        for file in sharded.glob("*.safetensors"):
+            file.unlink()
+        with pytest.raises(FileNotFoundError, match=r"is missing, which .*index"):
+            check_weight_files(sharded)  # not a folder of weights of another kind
 
     def test_a_shard_without_a_tensor_of_the_index(self, sharded: Path) -> None:
         file = sorted(sharded.glob("*.safetensors"))[-1]
@@ -188,12 +203,25 @@ class TestWhichFilesCount:
         lost = sorted(tensors)[0]
         del tensors[lost]
         save_file(tensors, file)
-        with pytest.raises(ValueError, match=rf"{file.name} does not hold {re.escape(lost)}, as"):
-            inspect_checkpoint(sharded)
+        for read in (inspect_checkpoint, check_weight_files):
+            with pytest.raises(ValueError, match=rf"{file.name} does not hold {re.escape(lost)}"):
+                read(sharded)
+
+    def test_a_tensor_in_two_shards_is_the_one_that_the_index_names(self, tmp_path: Path) -> None:
+        names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        save_file({"a.weight": torch.ones(2, 2)}, tmp_path / names[0])
+        other = {"a.weight": torch.zeros(2, 2), "b.weight": torch.ones(2, 2)}
+        save_file(other, tmp_path / names[1])
+        weight_map = {"a.weight": names[0], "b.weight": names[1]}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        expected = {key: tmp_path / name for key, name in weight_map.items()}
+        assert weight_files(tmp_path) == expected
+        assert inspect_checkpoint(tmp_path).linears["a"].zeros == 0
 
     def test_files_of_something_else(self, sharded: Path) -> None:
         before, size = inspect_checkpoint(sharded), zstd_bytes(sharded)
         save_file({"layers.0.a.weight": torch.zeros(64, 64)}, sharded / "adapter.safetensors")
+        save_file({"layers.1.a.weight": torch.zeros(64, 64)}, sharded / "model.safetensors")
         assert inspect_checkpoint(sharded) == before
         assert zstd_bytes(sharded) == size
 
@@ -207,19 +235,40 @@ class TestWhichFilesCount:
 
 class TestDamagedFiles:
     @pytest.mark.parametrize(
-        "damage", [lambda data: data[:-8], lambda data: b"garbage", bytes.upper]
+        "damage",
+        [
+            lambda data: data[:-1],
+            lambda data: data[:20],
+            lambda data: data + b"more",
+            lambda data: b"",
+            lambda data: bytes(len(data)),
+            lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 144\n",
+            bytes.upper,
+        ],
+        ids=["cut", "cut header", "longer", "empty", "zeros", "pointer of git-lfs", "garbage"],
     )
-    def test_weights(self, tmp_path: Path, damage) -> None:
-        file = tmp_path / "model.safetensors"
-        save_file({"layers.0.a.weight": torch.ones(4, 4)}, file)
+    def test_weights(self, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+        whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+        for folder in (whole, damaged):
+            folder.mkdir()
+            save_file({"layers.0.a.weight": torch.ones(4, 4)}, folder / "model.safetensors")
+        file = damaged / "model.safetensors"
         file.write_bytes(damage(file.read_bytes()))
-        with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or was not written"):
-            inspect_checkpoint(tmp_path)
+        for read in (
+            inspect_checkpoint,
+            check_weight_files,
+            lambda folder: zeros_lost(folder, whole),
+            lambda folder: zeros_lost(whole, folder),
+        ):
+            message = rf"^{re.escape(str(file))} is damaged, or was not written .* again$"
+            with pytest.raises(ValueError, match=message):
+                read(damaged)
+            read(whole)
 
     @pytest.mark.parametrize(
         ("text", "message"), [("{", "is no JSON"), ("[]", "holds a list instead of a mapping")]
     )
-    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+    @pytest.mark.parametrize("name", ["config.json", INDEX])
     def test_configuration_and_index(
         self, tmp_path: Path, name: str, text: str, message: str
     ) -> None:
@@ -227,3 +276,24 @@ class TestDamagedFiles:
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{re.escape(name)} {message}"):
             inspect_checkpoint(tmp_path)
+
+    @pytest.mark.parametrize("weight_map", [None, {}, ["a.weight"], {"a.weight": 1}])
+    def test_an_index_without_a_weight_map(self, tmp_path: Path, weight_map: object) -> None:
+        (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        for read in (inspect_checkpoint, check_weight_files):
+            with pytest.raises(ValueError, match=r"index\.json has no weight_map from tensors"):
+                read(tmp_path)
+
+
+def test_a_folder_without_safetensors_may_hold_weights_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    check_weight_files(tmp_path)
+
+
+def test_an_adapter_is_checked_like_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"layers.0.a.lora_A.weight": torch.ones(2, 4)}, file)
+    check_weight_files(tmp_path)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged, or was not"):
+        check_weight_files(tmp_path)

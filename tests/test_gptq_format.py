@@ -243,6 +243,21 @@ def test_shards_stay_shards(pack: Pack) -> None:
     assert set(index["weight_map"]) == set(whole)
     for key, file in index["weight_map"].items():
         assert torch.equal(shards[file][key], whole[key])
+    gone = sorted(files)[-1]
+    (source / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{gone} is missing, which .*index\.json names"):
+        export_gptq(source, source.with_name("incomplete"))
+    assert not source.with_name("incomplete").exists()
+
+
+def test_files_of_something_else_are_left_out(pack: Pack) -> None:
+    source = pack()
+    save_file({"stray.weight_packed": torch.ones(1, dtype=torch.int32)}, source / "old.safetensors")
+    (source / "notes.txt").write_text("kept")
+    output = exported(source)
+    assert [file.name for file in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert "stray.qweight" not in load_file(output / "model.safetensors")
+    assert (output / "notes.txt").read_text() == "kept"
 
 
 def test_an_empty_folder_is_filled_and_a_full_one_refused(pack: Pack, tmp_path: Path) -> None:

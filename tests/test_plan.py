@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlp_plugin.plan import Plan
@@ -152,6 +152,7 @@ def places_in(value: object) -> list[tuple[dict | list, object]]:
     return [(value, key) for key in keys] + inside
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_whatever_stands_in_a_file_it_is_a_plan_or_an_error_in_one_line(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

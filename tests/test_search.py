@@ -16,6 +16,7 @@ from loguru import logger
 from dlp_plugin import DLPModifier, LinearSparsityModifier, OWLModifier, Plan
 from dlp_plugin.blocks import Block
 from dlp_plugin.search import HALF_RANGES, choose_strength, forget, refine, sparsities_of
+from dlp_plugin.trial import Trial
 
 SCORES = [1.0, 2.0, 3.0, 4.0]
 
@@ -365,7 +366,50 @@ def test_refine_in_a_recipe_and_again_from_its_plan(
     assert zeros_by_linear(again) == found
 
 
+def test_a_search_whose_plan_cannot_be_written_is_not_lost(
+    make_model: Callable[..., torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    left = tmp_path / "plan.json.search"
+
+    def search() -> Plan:
+        modifier = DLPModifier(refine=2, plan_path=str(path))
+        run(make_model(), [modifier, WandaPruningModifier(**STAGE)], random_samples(8))
+        return modifier.plan
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "save", full)
+        with pytest.raises(OSError, match="no space left"):
+            search()
+    assert len(json.loads(left.read_text())["steps"]) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "divergence", lambda *_, **__: pytest.fail("measured again"))
+        plan = search()
+    assert Plan.load(path) == plan
+    assert not left.exists()
+
+
 class TestBadInput:
+    def test_linears_that_do_not_come_to_their_block(
+        self, make_model: Callable, tmp_path: Path
+    ) -> None:
+        """Found out before a weight is touched."""
+        path = tmp_path / "plan.json"
+        self.run(make_model(), DLPModifier(refine=1, plan_path=str(path)))
+        content = json.loads(path.read_text())
+        linears = content["blocks"][1]["linears"]
+        large, small = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.k_proj"
+        linears[large], linears[small] = 0.9, 0.1
+        model = make_model()
+        with pytest.raises(
+            ValueError, match=r"block model\.layers\.1 has sparsity.*linears come to"
+        ):
+            self.run(model, DLPModifier(from_plan=content))
+        assert set(zeros_by_linear(model).values()) == {0}
+
     def run(self, model: torch.nn.Module, modifier: object, samples: int = 8, **stage) -> None:
         run(model, [modifier, WandaPruningModifier(**{**STAGE, **stage})], random_samples(samples))
 
