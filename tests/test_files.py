@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from dlp_plugin.files import check_vacant, check_writable, replacing
 
 WRITER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
 from dlp_plugin.files import replacing
 with replacing(sys.argv[1]) as outer, replacing(sys.argv[1] + "-too") as beside:
     outer.write_text("half")
