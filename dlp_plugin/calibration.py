@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ __all__ = ["scoring_batches", "split"]
 Batch = dict[str, Any]
 
 
-def scoring_batches(loader: Iterable[Batch], num_samples: int | None = None) -> list[Batch]:
+def scoring_batches(
+    loader: Iterable[Batch], num_samples: int | None = None, main_input: str = "input_ids"
+) -> list[Batch]:
     """Take batches from a calibration loader, with every padded position removed.
 
     A batch that is padded is taken apart into samples, each cut down to what its
@@ -26,12 +29,14 @@ def scoring_batches(loader: Iterable[Batch], num_samples: int | None = None) -> 
     :param loader: batches of tensors ``[samples, ...]``, as llm-compressor makes them
     :param num_samples: take the first so many samples, over all processes of a
         distributed run; None for all
-    :raises ValueError: if no token is left
+    :param main_input: what a batch holds that holds neither ``input_ids`` nor ``inputs_embeds``
+    :raises ValueError: if a batch has rows without tokens, or if no token is left
     """
     if num_samples is not None and is_distributed():
         rank, ranks = dist.get_rank(), dist.get_world_size()
         num_samples = max(num_samples * (rank + 1) // ranks - num_samples * rank // ranks, 1)
-    taken = loader if num_samples is None else _first(loader, num_samples)
+    sound = _sound(loader, main_input)
+    taken = sound if num_samples is None else _first(sound, num_samples)
     batches = [piece for batch in taken for piece in _without_padding(batch)]
     if not batches:
         raise ValueError(
@@ -61,6 +66,28 @@ def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
         [batch for place, batch in enumerate(batches) if place not in judges],
         [batches[place] for place in sorted(judges)],
     )
+
+
+def _sound(loader: Iterable[Batch], main_input: str) -> Iterator[Batch]:
+    """Check what a loader gives: collators stumble over null rows, models over empty ones."""
+    batches = iter(loader)
+    remedy = "leave such rows out, e.g. dataset.filter(lambda row: row['input_ids'])"
+    for number in count(1):
+        said = f"batch {number} of the calibration data"
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{said} cannot be made of its rows ({reason}): {remedy}") from error
+        held = batch if isinstance(batch, Mapping) else {}
+        keys = (main_input, "input_ids", "inputs_embeds")
+        main = next((held[key] for key in keys if key in held), None)
+        if not isinstance(main, torch.Tensor) or not main.numel():
+            shapes = {k: list(v.shape) for k, v in held.items() if isinstance(v, torch.Tensor)}
+            raise ValueError(f"{said} has no {main_input} (tensors: {shapes}): {remedy}")
+        yield batch
 
 
 def _warn_if_all_have_the_same(batches: list[Batch]) -> None:

@@ -61,6 +61,7 @@ __all__ = [
     "PruningStage",
     "block_names",
     "calibration_arguments",
+    "check_patterns",
     "current_modifiers",
     "heed_ignore",
     "keep_all_modifiers_when_saved",
@@ -120,30 +121,31 @@ def stage_targets(
     :return: for every module that the stage's ``targets`` match, in the order of the
         stage's sparsity list, the modules below it to be pruned, by full name
     """
-    _check_patterns(stage)
+    check_patterns(stage, targets=stage.targets, ignore=stage.ignore)
     return {
         target: dict(_prunable(target, layer, stage))
         for target, layer in match_named_modules(model, stage.targets)
     }
 
 
-def _check_patterns(stage: PruningStage) -> None:
-    """Refuse what the host would stumble over, or take apart letter by letter."""
-    for field in ("targets", "ignore"):
-        entries = getattr(stage, field)
+def check_patterns(modifier: Modifier, **fields: str | Iterable[str]) -> None:
+    """Refuse what the host would stumble over, or take apart letter by letter.
+
+    :param fields: what each field holds that selects modules
+    :raises ValueError: naming the field, and the entry that is no regular expression
+    """
+    for name, entries in fields.items():
+        field = f"{type(modifier).__name__}.{name}"
         if isinstance(entries, str):
-            raise ValueError(
-                f"{type(stage).__name__}.{field} is {entries!r}: write a list, [{entries!r}]"
-            )
+            raise ValueError(f"{field} is {entries!r}: write a list, [{entries!r}]")
         for entry in entries:
             try:
-                re.compile(entry.removeprefix("re:"))
-            except re.error as error:
-                if entry.startswith("re:"):
-                    raise ValueError(
-                        f"{type(stage).__name__}.{field} holds {entry!r}, which is no regular "
-                        f"expression ({error}): mend it, or name the modules without re:"
-                    ) from None
+                re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+            except (re.error, OverflowError) as error:
+                raise ValueError(
+                    f"{field} holds {entry!r}, which is no regular expression ({error}): mend it, "
+                    "or name the modules without re:"
+                ) from None
 
 
 def heed_ignore(model: torch.nn.Module, stage: PruningStage) -> list[str]:
@@ -152,16 +154,9 @@ def heed_ignore(model: torch.nn.Module, stage: PruningStage) -> list[str]:
     It asks about the name with a dot behind it where a target is the module itself.
 
     :return: what was added to ``ignore`` for that
-    :raises ValueError: if an entry that is no pattern matches nothing in the model
+    :raises ValueError: as :func:`_check_ignore` does
     """
-    modules = dict(model.named_modules())
-    for entry in stage.ignore:
-        if not any(_ignored(f"{name}.", module, [entry]) for name, module in modules.items()):
-            said = f"{type(stage).__name__}.ignore holds {entry!r}, which matches no module of "
-            if not entry.startswith("re:"):
-                remedy = "mend or remove it; the names are those of model.named_modules()"
-                raise ValueError(f"{said}{type(model).__name__}: {remedy}")
-            logger.info("{}{}", said, type(model).__name__)
+    _check_ignore(model, stage)
     missed = [
         name
         for target, layer in match_named_modules(model, stage.targets)
@@ -170,6 +165,38 @@ def heed_ignore(model: torch.nn.Module, stage: PruningStage) -> list[str]:
         and not match_targets(name, module, stage.ignore)
     ]
     return leave_dense(stage, [name.strip(".") for name in missed])
+
+
+def _check_ignore(model: torch.nn.Module, stage: PruningStage) -> None:
+    """Tell of entries without effect.
+
+    :raises ValueError: if an entry that is no pattern matches no module, or one matches only
+        what holds modules that are pruned
+    """
+    holders = {
+        name[:place]: name
+        for modules in stage_targets(model, stage).values()
+        for name in modules
+        for place, character in enumerate(name)
+        if character == "."
+    }
+    for entry in stage.ignore:
+        said = f"{type(stage).__name__}.ignore holds {entry!r}, which matches"
+        found = {n: m for n, m in model.named_modules() if _ignored(f"{n}.", m, [entry])}
+        if not found and not entry.startswith("re:"):
+            raise ValueError(
+                f"{said} no module of {type(model).__name__}: mend or remove it; the names are "
+                "those of model.named_modules()"
+            )
+        if not found:  # one recipe serves models with a head and without
+            logger.warning("{} no module of {}", said, type(model).__name__)
+        holder = next((name for name in found if name in holders), None)
+        if holder and not any(match_targets("", m, PRUNABLE_LAYER_TYPES) for m in found.values()):
+            pattern = re.escape(f"{holder}.")
+            raise ValueError(
+                f"{said} {holder}, but nothing that is pruned, as {holders[holder]} in it is: "
+                f"write 're:{pattern}' to leave out all that is in it"
+            )
 
 
 def _ignored(host_name: str, module: torch.nn.Module, ignore: Sequence[str]) -> bool:

@@ -25,7 +25,7 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     fake_quantize,
 )
-from compressed_tensors.utils import patch_attr
+from compressed_tensors.utils import match_named_modules, patch_attr
 from compressed_tensors.utils.impl_backend import ENFORCE_EAGER, ImplBackend
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -33,7 +33,7 @@ from llmcompressor.modifiers.gptq.helpers import assign_batches, column_scale_wi
 from loguru import logger
 from pydantic import PrivateAttr
 
-from dlp_plugin.host import save_under_source_names
+from dlp_plugin.host import check_patterns, save_under_source_names
 
 __all__ = ["MaskedGPTQModifier"]
 
@@ -61,31 +61,38 @@ class MaskedGPTQModifier(GPTQModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Set up quantization as the host does.
 
-        :raises ValueError: if compressed-tensors is told to use no backend but its own, or a
-            module has fewer columns than its scheme has in a group
+        :raises ValueError: if compressed-tensors is told to use no backend but its own, a
+            pattern is none, or groups do not divide the columns of a module
         """
         if ENFORCE_EAGER:
             raise ValueError(
                 "CT_ENFORCE_EAGER is set, which keeps MaskedGPTQModifier from masking: unset it"
             )
+        check_patterns(self, targets=self.resolved_targets, ignore=self.ignore)
         save_under_source_names(state.model)
         done = bool(super().on_initialize(state, **kwargs))
         self._check_groups(state.model)
         return done
 
     def _check_groups(self, model: torch.nn.Module) -> None:
-        """Refuse groups that are wider than a row, which the host lets pass until it quantizes."""
+        """Refuse what the host lets pass until it quantizes: groups that are wider than a row.
+
+        Others that do not divide it too, as GPTQ cannot do what ``bypass_divisibility_checks``
+        asks for.
+        """
+        wrong = []
         with disable_onloading():
-            for name, module in model.named_modules():
+            for name, module in match_named_modules(model, self.resolved_targets, self.ignore):
                 scheme = getattr(module, "quantization_scheme", None)
                 group = getattr(getattr(scheme, "weights", None), "group_size", None) or 0
                 columns = module.get_parameter("weight").shape[-1] if group > 0 else 0
-                if group > columns:
-                    raise ValueError(
-                        f"{name} has {columns} columns, fewer than a group of {group} has: give "
-                        f"MaskedGPTQModifier a scheme with smaller groups, or add {name} to its "
-                        "ignore"
-                    )
+                if group > 0 and columns % group:
+                    wrong.append(f"{name} ({columns} columns, groups of {group})")
+        if wrong:
+            raise ValueError(
+                "MaskedGPTQModifier's groups do not divide the columns of "
+                f"{', '.join(wrong)}: give it a scheme whose groups do, or add these to its ignore"
+            )
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Say what was kept."""

@@ -14,7 +14,7 @@ from compressed_tensors.utils import align_module_device, match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
 from dlp_plugin import host
 from dlp_plugin.allocation import (
@@ -29,7 +29,7 @@ from dlp_plugin.blocks import Block, check_columns, group_by_block, outer_block
 from dlp_plugin.calibration import scoring_batches, split
 from dlp_plugin.causal import check_causal
 from dlp_plugin.files import check_writable
-from dlp_plugin.plan import Number, Plan
+from dlp_plugin.plan import Plan
 from dlp_plugin.scores import ChannelNorms, Part, block_score
 from dlp_plugin.search import choose_strength, forget, refine
 from dlp_plugin.stages import Stage
@@ -70,7 +70,7 @@ class AllocationModifier(Modifier):
     :param seed: of the search
     """
 
-    sparsity: Number | None = None
+    sparsity: float | None = None
     mask_structure: str | None = None
     num_samples: int | None = Field(default=None, ge=1)
     plan_path: str | None = None
@@ -95,6 +95,15 @@ class AllocationModifier(Modifier):
     _unseen: dict[str, list[str]] = PrivateAttr(default_factory=dict)
     _judging: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _passing: bool = PrivateAttr(default=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's true and yes, which pydantic takes for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{value} is no number, nor a name")
+        return value
 
     @field_validator("sparsity")
     @classmethod
@@ -173,7 +182,8 @@ class AllocationModifier(Modifier):
         if self._runs_data and not state.data.calib:
             raise ValueError(
                 f"{type(self).__name__} scores blocks on activations and got no calibration "
-                "data: pass dataset=... to oneshot(), or from_plan to prune from a plan"
+                "data: pass dataset=... to oneshot(), with input_ids or a text column, or "
+                "from_plan to prune from a plan"
             )
         if self._judges:
             check_causal(state.model, f"{self.strength_field}: auto and refine judge by loss")
@@ -193,7 +203,8 @@ class AllocationModifier(Modifier):
                 "pipeline='independent', its default"
             )
         if self._runs_data:
-            batches = scoring_batches(state.data.calib or (), self.num_samples)
+            main_input = getattr(state.model, "main_input_name", "input_ids")
+            batches = scoring_batches(state.data.calib or (), self.num_samples, main_input)
             if self._judges:
                 batches, self._judging = split(batches)
             for block in self._blocks:
@@ -476,7 +487,7 @@ class AllocationModifier(Modifier):
             )
         if self.plan_path is not None and is_source_process():
             plan.save(self.plan_path)
-            if plan.search:
+            if self.refine:
                 forget(_search_path(self.plan_path))
         for fed in self._stages:
             fed.feed(plan)
@@ -486,7 +497,7 @@ def _search_path(plan_path: str) -> str:
     return f"{plan_path}.search"
 
 
-Strength = Number | Literal["auto"]
+Strength = float | Literal["auto"]
 
 
 def checked_strength(value: float | str, field: str) -> float | str:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from dlp_plugin.allocation import Method, check_alpha
 from dlp_plugin.modifier import AllocationModifier, Strength, checked_strength
 from dlp_plugin.peer_scores import Tail, block_exponent, outlier_ratio
-from dlp_plugin.plan import Number, Plan
+from dlp_plugin.plan import Plan
 from dlp_plugin.scores import Part
 
 __all__ = ["AlphaPruningModifier", "LinearSparsityModifier", "OWLModifier"]
@@ -27,7 +27,7 @@ class OWLModifier(AllocationModifier):
     :param owl_lmbda: half the range of the blocks' sparsities, at least 0, or ``auto``
     """
 
-    owl_m: Number = Field(default=5.0, gt=0, allow_inf_nan=False)
+    owl_m: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     owl_lmbda: Strength = 0.08
 
     method: ClassVar[Method] = "owl"
@@ -70,7 +70,7 @@ class AlphaPruningModifier(AllocationModifier):
         released code's default) or at its ``median``
     """
 
-    epsilon: Number = 0.3
+    epsilon: float = 0.3
     tail: Tail = "peak"
 
     method: ClassVar[Method] = "alpha_pruning"

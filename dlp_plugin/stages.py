@@ -61,6 +61,9 @@ class Stage(PruningStage):
     @model_validator(mode="before")
     @classmethod
     def _check_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        given = fields.get("sparsity")
+        if any(isinstance(one, bool) for one in (given if isinstance(given, list) else [given])):
+            raise ValueError(f"sparsity is {given}, which is no number: state it, e.g. 0.7")
         structure = fields.get("mask_structure", "0:0")
         if not isinstance(structure, str):
             raise ValueError(
@@ -86,6 +89,12 @@ class Stage(PruningStage):
                     f"{kind}.sparsity must be between 0 and 1, got {sparsity}; it is the fraction "
                     "of weights to set to zero, e.g. 0.7"
                 )
+        if not any(targets.values()):
+            raise ValueError(
+                f"{kind} prunes nothing in {type(state.model).__name__}: its targets are "
+                f"{self.targets} (a list of class names, names or re: patterns), its ignore "
+                f"{self.ignore}"
+            )
         if self._prune_m:
             self._check_structure(targets, self._prune_m)
         save_under_source_names(state.model)

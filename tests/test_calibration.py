@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_samples, run
+from conftest import linears_of, random_samples, run, word_tokenizer
 from datasets import Dataset
+from llmcompressor import oneshot
 from loguru import logger
 
-from dlp_plugin import DLPModifier, Plan
+from dlp_plugin import DLPModifier, Plan, WandaPruningModifier
 from dlp_plugin.calibration import scoring_batches
 
 
@@ -79,6 +80,30 @@ class TestScoringBatches:
         with pytest.raises(ValueError, match="holds no token"):
             scoring_batches([batch([0, 0])])
 
+    @pytest.mark.parametrize(
+        ("bad", "tensors"),
+        [
+            (batch([]), r"\{'input_ids': \[1, 0\], 'attention_mask': \[1, 0\]\}"),
+            ({"labels": torch.ones(1, 2)}, r"\{'labels': \[1, 2\]\}"),
+            ({"input_ids": None}, r"\{\}"),
+            (None, r"\{\}"),
+        ],
+    )
+    def test_a_batch_without_tokens_is_an_error(self, bad: object, tensors: str) -> None:
+        message = (
+            rf"batch 2 of the calibration data has no input_ids \(tensors: {tensors}\): leave such "
+            r"rows out, e.g. dataset\.filter"
+        )
+        with pytest.raises(ValueError, match=message):
+            scoring_batches([batch([1, 2]), bad])
+        assert len(scoring_batches([batch([1, 2]), bad], 1)) == 1  # which is not looked at
+
+    def test_other_models_have_other_inputs(self) -> None:
+        image = {"pixel_values": torch.ones(1, 3, 2, 2)}
+        assert scoring_batches([image], main_input="pixel_values") == [image]
+        with pytest.raises(ValueError, match="batch 1 of the calibration data has no input_ids"):
+            scoring_batches([image])
+
 
 def texts() -> list[list[int]]:
     """Eight samples of unequal length, without the padding token 0."""
@@ -97,6 +122,32 @@ def rows(ids: list[list[int]], side: str | None, length: int = 40) -> Dataset:
     return Dataset.from_list(
         [{"input_ids": pad(s, 0), "attention_mask": pad([1] * len(s), 0)} for s in ids]
     )
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (None, r"batch \d of the calibration data cannot be made of its rows \(.*NoneType"),
+        ([1, None], r"batch \d of the calibration data cannot be made of its rows \(.*NoneType"),
+        ([], r"batch \d of the calibration data has no input_ids \(.*\[1, 0\]"),
+    ],
+)
+def test_rows_without_tokens_are_told_before_anything_is_pruned(
+    make_model: Callable[..., torch.nn.Module], bad: list | None, message: str
+) -> None:
+    """The host's own sampler stumbles over null rows first, where it does not shuffle."""
+    model = make_model()
+    stage = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"])
+    with pytest.raises(ValueError, match=f"{message}.*: leave such rows out"):
+        oneshot(
+            model=model,
+            recipe=[DLPModifier(), stage],
+            dataset=Dataset.from_dict({"input_ids": [[1, 2, 3], bad, [4, 5, 6]]}),
+            tokenizer=word_tokenizer(),
+            num_calibration_samples=3,
+            shuffle_calibration_samples=True,
+        )
+    assert not any((linear.weight == 0).any() for linear in linears_of(model).values())
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 """A next-token loss means something only where no token sees the next."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import as_if_loaded, random_samples, run
+from families import FAMILIES, make
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -29,6 +34,27 @@ def test_a_causal_model_passes_in_its_mode(make_model) -> None:
     check_causal(model, "this")
     assert model.training
     check_causal(make_model(torch.bfloat16), "this")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    model = make(family.config(), tmp_path, family.kind)
+    if family.kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        check_causal(model, "this")
+    else:
+        with pytest.raises(ValueError, match=f"this, .* and {type(model).__name__} is none: it"):
+            check_causal(model, "this")
+
+
+def test_it_costs_one_pass(make_model) -> None:
+    """And both samples are in it, as experts round otherwise with other numbers of rows."""
+    model, shapes = make_model(), []
+    model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    check_causal(model, "this")
+    assert shapes == [(2, 4)]
 
 
 @pytest.mark.parametrize("kind", [BertForMaskedLM, BertLMHeadModel])

@@ -223,19 +223,34 @@ class TestHardCases:
         with pytest.raises(ValueError, match="48"):
             run(model, [quantizer(config=scheme(group=48))], random_samples())
 
-    def test_groups_wider_than_a_row(self, make_model: MakeModel) -> None:
-        """Before anything is pruned, and by name."""
+    @pytest.mark.parametrize(("group", "bypass"), [(128, False), (128, True), (48, True)])
+    def test_groups_that_do_not_divide_a_row(
+        self, make_model: MakeModel, group: int, bypass: bool
+    ) -> None:
+        """Before anything is pruned, and by name, even if told to bypass the host's check."""
         model = make_model()
         before = [linear.weight.clone() for linear in linears_of(model).values()]
         stage = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"])
         message = (
-            r"model\.layers\.0\.self_attn\.q_proj has 64 columns, fewer than a group of 128 has: "
-            r"give MaskedGPTQModifier a scheme with smaller groups, or add .*q_proj to its ignore"
+            r"MaskedGPTQModifier's groups do not divide the columns of "
+            rf"model\.layers\.0\.self_attn\.q_proj \(64 columns, groups of {group}\), .*: "
+            "give it a scheme whose groups do, or add these to its ignore"
         )
-        with pytest.raises(ValueError, match=message):
-            run(model, [stage, quantizer(config=scheme(group=128))], random_samples())
+        gptq = quantizer(config=scheme(group=group), bypass_divisibility_checks=bypass)
+        with pytest.raises(ValueError, match=message) as error:
+            run(model, [stage, gptq], random_samples())
+        assert ("down_proj" in str(error.value)) == bool(128 % group)  # it has 128 columns
+        assert "lm_head" not in str(error.value)
         for linear, weight in zip(linears_of(model).values(), before, strict=True):
             assert torch.equal(linear.weight, weight)
+
+    @pytest.mark.parametrize("field", ["targets", "ignore"])
+    def test_a_bad_regular_expression(self, make_model: MakeModel, field: str) -> None:
+        model = pruned_model(make_model)
+        gptq = MaskedGPTQModifier(**{"scheme": "W4A16", "ignore": ["lm_head"], field: ["re:["]})
+        message = rf"MaskedGPTQModifier\.{field} holds 're:\[', which is no regular expression"
+        with pytest.raises(ValueError, match=message):
+            run(model, [gptq], random_samples())
 
     def test_backends_switched_off(
         self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch

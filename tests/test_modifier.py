@@ -420,9 +420,9 @@ class TestBadInput:
     def test_alpha(self, make_model: MakeModel, value: float) -> None:
         refuses(make_model(), recipe({"alpha": value}), "alpha must be finite and at least 0, got")
 
-    def test_a_yes_is_no_number(self, make_model: MakeModel) -> None:
-        for fields in ({"alpha": True}, {"sparsity": True}):
-            refuses(make_model(), recipe(fields), "True is no number")
+    @pytest.mark.parametrize("field", ["alpha", "sparsity", "refine", "num_samples", "seed"])
+    def test_a_yes_is_no_number(self, make_model: MakeModel, field: str) -> None:
+        refuses(make_model(), recipe({field: True}), f"DLPModifier\n{field}\n.*True is no number")
 
     @pytest.mark.parametrize("field", ["targets", "ignore"])
     def test_a_bad_regular_expression(self, make_model: MakeModel, field: str) -> None:
@@ -467,6 +467,8 @@ class TestBadInput:
         model = make_model()
         with pytest.raises(ValueError, match="got no calibration data: pass dataset="):
             prune(model, recipe(), dataset=None)
+        others = Dataset.from_dict({"labels": [[1, 2], [3, 4]]})
+        refuses(model, recipe(), "with input_ids or a text column", dataset=others)
 
     def test_targets_that_match_nothing(self, make_model: MakeModel) -> None:
         refuses(make_model(), recipe(targets=["Conv2d"]), "prunes no Linear in any block")
@@ -487,6 +489,10 @@ class TestBadInput:
     ) -> None:
         text = recipe({"plan_path": str(tmp_path / "absent" / "plan.json")})
         refuses(make_model(), text, "plan_path: cannot write .* does not exist; create it first")
+
+    def test_a_folder_where_the_plan_is_to_be(self, make_model: MakeModel, tmp_path: Path) -> None:
+        text = recipe({"plan_path": str(tmp_path), "refine": 1})
+        refuses(make_model(), text, "plan_path: .* is a folder; name a file in it")
 
     def test_a_weight_that_is_not_finite(self, make_model: MakeModel) -> None:
         model = make_model()
@@ -519,6 +525,67 @@ class TestBadInput:
             model.model.layers[2].mlp.down_proj.weight[0, 0] = math.nan
         refuses(model, recipe({"plan_path": str(tmp_path / "plan.json")}), "holds infinite")
         assert list(tmp_path.iterdir()) == []
+
+
+class TestSearchFile:
+    """How far a search is, beside the plan: kept until the plan is written, and no longer."""
+
+    @pytest.fixture
+    def plan_path(self, tmp_path: Path) -> Path:
+        return tmp_path / "plan.json"
+
+    @pytest.fixture
+    def search(self, plan_path: Path) -> Path:
+        return plan_path.with_name("plan.json.search")
+
+    def test_a_plan_that_cannot_be_written_loses_no_search(
+        self,
+        make_model: MakeModel,
+        plan_path: Path,
+        search: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise OSError("disk is full")
+
+        text = recipe({"plan_path": str(plan_path), "refine": 2})
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(Plan, "save", fail)
+            with pytest.raises(OSError, match="disk is full"):
+                prune(make_model(), text)
+        assert search.is_file()
+        assert not plan_path.exists()
+        monkeypatch.setattr(
+            "dlp_plugin.trial.Trial.divergence", lambda *_, **__: pytest.fail("measured again")
+        )
+        prune(make_model(), text)
+        assert len(Plan.load(plan_path).search) == 3
+        assert not search.exists()
+
+    def test_another_plan_written_there_leaves_it(
+        self, make_model: MakeModel, plan_path: Path, search: Path
+    ) -> None:
+        refined = DLPModifier(sparsity=0.5, refine=1)
+        stage = {"sparsity": 0.5, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+        prune(make_model(), [refined, WandaPruningModifier(**stage)])
+        search.write_text("of an interrupted search")
+        given = DLPModifier(
+            from_plan=refined.plan.model_dump(mode="json"), plan_path=str(plan_path)
+        )
+        prune(make_model(), [given, WandaPruningModifier(**stage)])
+        assert Plan.load(plan_path).search
+        assert search.read_text() == "of an interrupted search"
+
+
+def test_the_log_tells_how_far_scoring_is(make_model: MakeModel) -> None:
+    messages: list[str] = []
+    handle = logger.add(messages.append, level="INFO", format="{message}", filter="dlp_plugin")
+    prune(make_model(), recipe(), dataset=random_samples(4))
+    logger.remove(handle)
+    assert [message.strip() for message in messages] == [
+        "Scoring 3 blocks on 4 batches",
+        *(f"scored block {n + 1} of 3: model.layers.{n}" for n in range(3)),
+    ]
 
 
 def test_one_weight_in_two_modules_is_refused(make_model: MakeModel) -> None:

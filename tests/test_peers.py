@@ -228,12 +228,16 @@ class TestBadInput:
         ("modifier", "fields"),
         [
             (OWLModifier, {"owl_m": 0}),
+            (OWLModifier, {"owl_m": True}),
             (OWLModifier, {"owl_lmbda": -1}),
+            (OWLModifier, {"owl_lmbda": True}),
             (AlphaPruningModifier, {"epsilon": -0.1}),
+            (AlphaPruningModifier, {"epsilon": True}),
             (AlphaPruningModifier, {"epsilon": "auto"}),
             (AlphaPruningModifier, {"epsilon": 1.1}),
             (AlphaPruningModifier, {"tail": "head"}),
             (LinearSparsityModifier, {"beta": -0.1}),
+            (LinearSparsityModifier, {"beta": True}),
         ],
     )
     def test_settings_out_of_bounds_are_named(self, modifier: type, fields: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import linears_of, random_samples, run, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from llmcompressor.modifiers import pruning
+from loguru import logger
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dlp_plugin import (
@@ -268,6 +270,20 @@ class TestBadPatterns:
         stage = pruner(sparsity=value, mask_structure=structure, targets=["LlamaDecoderLayer"])
         refuses(make_model, rf"{pruner.__name__}.sparsity must be between 0 and 1, got", stage)
 
+    @pytest.mark.parametrize("value", [True, [0.5, True, 0.5]])
+    def test_a_yes_is_no_number(self, value: object) -> None:
+        message = r"sparsity is .*True.*, which is no number: state it, e\.g\. 0\.7"
+        for pruner in PRUNERS:
+            with pytest.raises(ValueError, match=message):
+                pruner(sparsity=value, targets=["LlamaDecoderLayer"])
+
+    @pytest.mark.parametrize("pruner", PRUNERS)
+    def test_targets_that_match_nothing(self, make_model: MakeModel, pruner: type) -> None:
+        message = (
+            rf"{pruner.__name__} prunes nothing in LlamaForCausalLM: its targets are \['Conv2d'\]"
+        )
+        refuses(make_model, message, pruner(sparsity=0.5, targets=["Conv2d"]))
+
     @pytest.mark.parametrize("structure", ["8:8", "5:4", "0:8", "4"])
     def test_a_structure_that_is_none(self, structure: str) -> None:
         with pytest.raises(ValueError, match=f"mask_structure must be N:M.*got '{structure}'"):
@@ -478,6 +494,71 @@ class TestIgnore:
         dense = {n for n, linear in linears_of(model).items() if not (linear.weight == 0).any()}
         assert dense == {name for _, name in self.ENTRIES}
         assert stage.ignore == ignore  # the recipe reads as it was written
+
+    @pytest.mark.parametrize("fed", [True, False])
+    @pytest.mark.parametrize(
+        ("entry", "found"),
+        [
+            ("model.head", "no module of LlamaForCausalLM: mend or remove it; the names are"),
+            ("Conv2d", "no module of LlamaForCausalLM"),
+            ("model.layers.1", r"model.layers.1, but nothing that is pruned, as .* in it is"),
+            ("LlamaMLP", r"model.layers.0.mlp, but .*: write 're:model\\\.layers\\\.0\\\.mlp\\\.'"),
+            (
+                "re:.*self_attn$",
+                r".*: write 're:model\\\.layers\\\.0\\\.self_attn\\\.' to leave out all",
+            ),
+        ],
+    )
+    def test_an_entry_without_effect_is_an_error(
+        self, make_model: MakeModel, entry: str, found: str, fed: bool
+    ) -> None:
+        stages = [WandaPruningModifier, pruning.WandaPruningModifier] if fed else PRUNERS
+        for pruner in stages:
+            stage = pruner(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head", entry])
+            said = rf"{pruner.__name__}.ignore holds {re.escape(repr(entry))}, which matches "
+            refuses(make_model, said + found, *([DLPModifier()] if fed else []), stage)
+
+    def test_the_remedy_leaves_out_all_that_is_in_a_module(self, make_model: MakeModel) -> None:
+        ignore = [r"re:model\.layers\.1\.", "lm_head", "LlamaRMSNorm", "Embedding"]
+        stage = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=ignore)
+        model = prune(make_model(), stage)
+        dense = {n for n, linear in linears_of(model).items() if not (linear.weight == 0).any()}
+        blocks = {f"model.layers.1.{name}" for name in linears_of(model.model.layers[1])}
+        assert dense == {"lm_head"} | blocks
+
+    def test_a_module_of_which_nothing_is_pruned(self, make_model: MakeModel) -> None:
+        stage = WandaPruningModifier(sparsity=0.5, targets=["re:.*attn$"], ignore=["LlamaMLP"])
+        model = prune(make_model(), stage)
+        assert (model.model.layers[0].self_attn.q_proj.weight == 0).any()
+
+    def test_a_pattern_for_models_that_have_what_this_has_not(self, make_model: MakeModel) -> None:
+        """As ``re:.*lm_head`` for an encoder: a line in the log."""
+        messages: list[str] = []
+        handle = logger.add(messages.append, level="WARNING", format="{message}")
+        ignore = ["re:.*lm_head", "re:.*score$"]
+        prune(make_model(), WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=ignore))
+        logger.remove(handle)
+        said = "WandaPruningModifier.ignore holds 're:.*score$', which matches no module of"
+        assert [said in message for message in messages].count(True) == 1
+        assert not any("lm_head" in message for message in messages)
+
+    @pytest.mark.parametrize("pattern", ["re:[", "re:a{99999999999999999999}"])
+    @pytest.mark.parametrize("field", ["targets", "ignore"])
+    def test_a_bad_regular_expression(
+        self, make_model: MakeModel, field: str, pattern: str
+    ) -> None:
+        stage = SparseGPTModifier(**{"sparsity": 0.5, **EVERY, field: [pattern]})
+        message = (
+            rf"SparseGPTModifier\.{field} holds {re.escape(repr(pattern))}, which is no regular "
+            r"expression \(.*\): mend it, or name the modules without re:"
+        )
+        refuses(make_model, message, stage)
+
+    def test_no_list(self, make_model: MakeModel) -> None:
+        message = r"WandaPruningModifier\.targets is 'Linear': write a list, \['Linear'\]"
+        refuses(make_model, message, WandaPruningModifier(sparsity=0.5, targets="Linear"))
+        with pytest.raises(ValueError, match=r"WandaPruningModifier\nignore\n.*a valid list"):
+            WandaPruningModifier(sparsity=0.5, ignore="lm_head")
 
     def test_below_a_target_that_holds_several(self, make_model: MakeModel) -> None:
         ignore = ["model.layers.1.mlp.up_proj", r"re:.*q_proj$"]
