@@ -359,7 +359,6 @@ def compare(
         from dlp_plugin.compare import Cell, target_named
         from dlp_plugin.compare import compare as run
         from dlp_plugin.files import check_writable, replacing
-        from dlp_plugin.loading import load_tokenizer
         from dlp_plugin.text import beginning, read_tokens, token_windows
 
         def tell(cell: Cell) -> None:
@@ -375,9 +374,8 @@ def compare(
             raise ValueError(f"--sparsity {sparsity} is none of --sparsities {sparsities}")
         if write_recipe is not None:
             check_writable(write_recipe)
-        length = _checked_length(model, length)
         calibration = _calibration(model, data, config, split, column, length, samples)
-        tokenizer = load_tokenizer(model)
+        tokenizer, length = calibration["tokenizer"], calibration["max_seq_length"]
         tokens = read_tokens(test, tokenizer, config=test_config, split=test_split, column=column)
         found = run(
             model,

@@ -478,6 +478,8 @@ def _stored(model: Any, name: str) -> torch.Tensor:
 def _quantized(model: torch.nn.Module) -> dict[str, str]:
     """Full name of every module that the recipe will have quantized, and by what."""
     quantizers: list[Any] = [m for m in current_modifiers() if isinstance(m, QuantizationMixin)]
+    for quantizer in quantizers:
+        check_patterns(quantizer, targets=quantizer.resolved_targets, ignore=quantizer.ignore)
     return {
         name: type(quantizer).__name__
         for quantizer in quantizers

@@ -29,7 +29,7 @@ from dlp_plugin.allocation import (
 )
 from dlp_plugin.files import replacing
 
-__all__ = ["BlockPlan", "Candidate", "Number", "Plan", "SearchStep", "package_versions"]
+__all__ = ["BlockPlan", "Candidate", "Plan", "SearchStep", "package_versions"]
 
 _TITLES: dict[Method, str] = {
     "dlp": "DLP",

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from dlp_plugin.checkpoint import check_weight_files
 from dlp_plugin.loading import load_stored, load_tokenizer
 
 if TYPE_CHECKING:
@@ -68,13 +68,14 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     :param base: the model; None for the one that the adapter was trained on
     :return: the model with the adapter on it, and the tokenizer: the one beside the adapter,
         for which the embeddings are enlarged if need be, or the base model's
-    :raises ValueError: if the folder holds no adapter
+    :raises ValueError: if the folder holds no adapter, a damaged one, or one of another model
     """
     _need_peft()
     from peft import PeftConfig, PeftModel
 
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no adapter_config.json: give an adapter's folder")
+    check_weight_files(folder)
     base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {folder} does not say what model it is for: name it")
@@ -85,7 +86,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
         model.resize_token_embeddings(len(tokenizer))
     try:
         return PeftModel.from_pretrained(model, str(folder)), tokenizer
-    except (RuntimeError, SafetensorError) as error:  # another shape; a damaged file
+    except RuntimeError as error:  # another shape
         reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise ValueError(
             f"the adapter in {folder} does not fit {base} ({reason.strip()}): name the model that "

@@ -271,6 +271,12 @@ class TestMistakesAreToldInOneMessage:
         result = CliRunner().invoke(app, ["show", str(tmp_path / "gone.json")])
         assert isinstance(result.exception, SystemExit)
 
+    def test_a_damaged_adapter(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text("{}")
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
+        line = self.one_line("merge", tmp_path, tmp_path / "merged", "--base", SHIPPED)
+        assert "adapter_model.safetensors is damaged, or was not written to its end" in line
+
     def test_an_adapter_for_a_model_of_another_shape(self, tmp_path: Path) -> None:
         config = LlamaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,

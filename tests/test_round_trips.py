@@ -191,6 +191,15 @@ def test_fused_experts_cannot_be_quantized(recipe: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[each], after[each]) for each in after)
 
 
+def test_a_bad_pattern_of_a_quantizer_is_named(tmp_path: Path) -> None:
+    """Its matches are looked for before it has been initialized itself."""
+    family = FAMILIES["mixtral"]
+    model = load(family, source_of(family, tmp_path / "source"))
+    message = r"MaskedGPTQModifier\.ignore holds 're:\[', which is no regular expression"
+    with pytest.raises(ValueError, match=message):
+        run(model, [*pruners(family), quantizer("re:[")], random_samples())
+
+
 def test_what_is_beside_fused_experts_can_be_quantized(tmp_path: Path) -> None:
     family = FAMILIES["gpt_oss"]
     source, packed = source_of(family, tmp_path / "source"), tmp_path / "packed"
