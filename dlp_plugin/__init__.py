@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from dlp_plugin.registration import register_with_host
 
 if TYPE_CHECKING:
-    from dlp_plugin.masked_gptq import MaskedGPTQModifier
-    from dlp_plugin.modifier import DLPModifier, last_plans
-    from dlp_plugin.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
-    from dlp_plugin.plan import BlockPlan, Plan
-    from dlp_plugin.stages import (
+    from dlp_plugin.modifiers.base import DLPModifier, last_plans
+    from dlp_plugin.modifiers.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
+    from dlp_plugin.planning.plan import BlockPlan, Plan
+    from dlp_plugin.pruning.masked_gptq import MaskedGPTQModifier
+    from dlp_plugin.pruning.stages import (
         OneShotMagnitudeModifier,
         SparseGPTModifier,
         WandaPruningModifier,
@@ -42,16 +42,21 @@ __all__ = [
 ]
 
 _MODIFIERS = {
-    "AlphaPruningModifier": "peers",
-    "DLPModifier": "modifier",
-    "LinearSparsityModifier": "peers",
-    "MaskedGPTQModifier": "masked_gptq",
-    "OneShotMagnitudeModifier": "stages",
-    "OWLModifier": "peers",
-    "SparseGPTModifier": "stages",
-    "WandaPruningModifier": "stages",
+    "AlphaPruningModifier": "modifiers.peers",
+    "DLPModifier": "modifiers.base",
+    "LinearSparsityModifier": "modifiers.peers",
+    "MaskedGPTQModifier": "pruning.masked_gptq",
+    "OneShotMagnitudeModifier": "pruning.stages",
+    "OWLModifier": "modifiers.peers",
+    "SparseGPTModifier": "pruning.stages",
+    "WandaPruningModifier": "pruning.stages",
 }
-_HOMES = {**_MODIFIERS, "BlockPlan": "plan", "Plan": "plan", "last_plans": "modifier"}
+_HOMES = {
+    **_MODIFIERS,
+    "BlockPlan": "planning.plan",
+    "Plan": "planning.plan",
+    "last_plans": "modifiers.base",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,7 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from dlp_plugin.blocks import find_blocks
+from dlp_plugin.scoring.blocks import find_blocks
 
 __all__ = [
     "PruningStage",

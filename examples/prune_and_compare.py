@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dlp_plugin import last_plans
-from dlp_plugin.checkpoint import inspect_checkpoint, zeros_lost, zstd_bytes
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.loading import apply_recipe, load_model, load_tokenizer
-from dlp_plugin.text import beginning, calibration_set, read_tokens, token_windows
+from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost, zstd_bytes
+from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens, token_windows
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"

@@ -18,11 +18,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from dlp_plugin.checkpoint import zeros_lost
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.loading import apply_recipe, load_config, load_model, load_tokenizer
+from dlp_plugin.checkpoints.inspect import zeros_lost
+from dlp_plugin.checkpoints.loading import apply_recipe, load_config, load_model, load_tokenizer
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens, token_windows
 from dlp_plugin.recovery import hold_masks, mask_updates, sparse_merge
-from dlp_plugin.text import beginning, calibration_set, read_tokens, token_windows
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"

@@ -27,9 +27,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dlp_plugin import DLPModifier, OWLModifier
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.loading import apply_recipe, compute_device, load_model, load_tokenizer
-from dlp_plugin.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.checkpoints.loading import apply_recipe, compute_device, load_model, load_tokenizer
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import calibration_set, read_tokens, token_windows
 
 SPARSITY = 0.7
 ALPHA = 0.15

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.text import token_windows
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import token_windows
 
 VOCABULARY = 4096
 WINDOW = 256

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dlp_plugin  # noqa: F401 (registers the modifier)
-from dlp_plugin.text import calibration_set, read_tokens
+from dlp_plugin.evaluation.text import calibration_set, read_tokens
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "examples" / "small_model"

@@ -49,7 +49,7 @@ from transformers import (
     WhisperConfig,
 )
 
-from dlp_plugin.blocks import outer_block
+from dlp_plugin.scoring.blocks import outer_block
 
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -11,7 +11,7 @@ from conftest import ROOT, naive_sparsities
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlp_plugin.allocation import (
+from dlp_plugin.planning.allocation import (
     allocate,
     check_alpha,
     check_sparsity,

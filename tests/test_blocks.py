@@ -3,7 +3,7 @@
 import torch
 from torch.nn import Linear, Module, ModuleList
 
-from dlp_plugin.blocks import Block, find_blocks, group_by_block, outer_block
+from dlp_plugin.scoring.blocks import Block, find_blocks, group_by_block, outer_block
 
 
 class Inner(Module):

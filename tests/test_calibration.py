@@ -13,7 +13,7 @@ from llmcompressor import oneshot
 from loguru import logger
 
 from dlp_plugin import DLPModifier, Plan, WandaPruningModifier
-from dlp_plugin.calibration import scoring_batches
+from dlp_plugin.scoring.calibration import scoring_batches
 
 
 def batch(*rows: list[int], **more: torch.Tensor) -> dict[str, torch.Tensor]:

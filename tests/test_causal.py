@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from dlp_plugin import DLPModifier, WandaPruningModifier
-from dlp_plugin.causal import check_causal
+from dlp_plugin.evaluation.causal import check_causal
 
 TINY = {
     "vocab_size": 256,

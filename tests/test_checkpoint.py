@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dlp_plugin import DLPModifier, MaskedGPTQModifier
-from dlp_plugin.checkpoint import (
+from dlp_plugin.checkpoints.inspect import (
     Zeros,
     check_weight_files,
     inspect_checkpoint,

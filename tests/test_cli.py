@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from dlp_plugin.checkpoint import zeros_lost
+from dlp_plugin.checkpoints.inspect import zeros_lost
+from dlp_plugin.checkpoints.loading import load_model
 from dlp_plugin.cli import app
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.loading import load_model
-from dlp_plugin.plan import Plan
-from dlp_plugin.text import read_tokens, token_windows
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import read_tokens, token_windows
+from dlp_plugin.planning.plan import Plan
 
 CALIBRATE = ["--data", str(CALIBRATION_TEXT), "--samples", "8", "--length", "64"]
 

@@ -23,9 +23,9 @@ from dlp_plugin import (
     SparseGPTModifier,
     WandaPruningModifier,
 )
-from dlp_plugin.compare import Cell, Comparison, compare, method_named, recipe_of
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.comparison.run import Cell, Comparison, compare, method_named, recipe_of
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import calibration_set, read_tokens, token_windows
 
 STAGES = {
     "wanda": WandaPruningModifier,
@@ -93,7 +93,7 @@ class Runs:
 
 def counted(monkeypatch: pytest.MonkeyPatch, broken_at: int = 0) -> Runs:
     runs = Runs(broken_at)
-    monkeypatch.setattr("dlp_plugin.loading.oneshot", runs)
+    monkeypatch.setattr("dlp_plugin.checkpoints.loading.oneshot", runs)
     return runs
 
 
@@ -187,7 +187,7 @@ class TestFigures:
             models.append(oneshot(**arguments))
             return models[-1]
 
-        monkeypatch.setattr("dlp_plugin.loading.oneshot", kept)
+        monkeypatch.setattr("dlp_plugin.checkpoints.loading.oneshot", kept)
         compared(copied, "dlp:0.05", 0.5)
         assert len(models) == 2  # scoring, and the cell
         assert {p.device.type for model in models for p in model.parameters()} == {"meta"}

@@ -156,7 +156,7 @@ def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(
 def test_a_stock_stage_is_refused(
     make_model: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlp_plugin.modifier.is_distributed", lambda: True)
+    monkeypatch.setattr("dlp_plugin.modifiers.base.is_distributed", lambda: True)
     stage = StockWanda(sparsity=0.6, targets=["Linear"])
     with pytest.raises(ValueError, match="llm-compressor's own class.*import it from dlp_plugin"):
         run(make_model(), [DLPModifier(), stage], random_samples(2))

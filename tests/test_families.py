@@ -27,8 +27,8 @@ from llmcompressor.modifiers.pruning import WandaPruningModifier
 from transformers import GPT2Config, Qwen3MoeConfig
 
 from dlp_plugin import DLPModifier
-from dlp_plugin.allocation import allocate
-from dlp_plugin.blocks import outer_block
+from dlp_plugin.planning.allocation import allocate
+from dlp_plugin.scoring.blocks import outer_block
 
 # The host calibrates these without a causal mask: inside its trace it rebuilds, from
 # ``config.to_dict()``, the configuration that the mask is made for, and so forgets that

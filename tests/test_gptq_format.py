@@ -15,7 +15,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dlp_plugin.gptq_format import export_gptq
+from dlp_plugin.checkpoints.gptq_format import export_gptq
 
 Pack = Callable[..., Path]
 

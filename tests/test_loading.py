@@ -9,7 +9,7 @@ import pytest
 from conftest import word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from dlp_plugin.loading import load_model, load_tokenizer
+from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(_name: str) -> None:
         raise OSError("404 not found\nA page of advice")
 
-    monkeypatch.setattr("dlp_plugin.loading.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("dlp_plugin.checkpoints.loading.AutoTokenizer.from_pretrained", refuse)
     message = r"no/model is no folder here, and the hub does not give it \(404 not found\): check"
     with pytest.raises(OSError, match=message) as told:
         load_tokenizer("no/model")

@@ -14,7 +14,7 @@ from loguru import logger
 from safetensors.torch import load_file
 
 from dlp_plugin import DLPModifier, MaskedGPTQModifier
-from dlp_plugin.checkpoint import inspect_checkpoint
+from dlp_plugin.checkpoints.inspect import inspect_checkpoint
 
 MakeModel = Callable[..., torch.nn.Module]
 
@@ -145,7 +145,7 @@ def naive(
 def test_it_is_gptq_with_pruned_weights_quantized_to_zero() -> None:
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-    from dlp_plugin.masked_gptq import _masking
+    from dlp_plugin.pruning.masked_gptq import _masking
 
     generator = torch.Generator().manual_seed(0)
     rows, columns, group = 6, 32, 8
@@ -255,7 +255,7 @@ class TestHardCases:
     def test_backends_switched_off(
         self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("dlp_plugin.masked_gptq.ENFORCE_EAGER", "1")
+        monkeypatch.setattr("dlp_plugin.pruning.masked_gptq.ENFORCE_EAGER", "1")
         with pytest.raises(ValueError, match="CT_ENFORCE_EAGER is set.*unset it"):
             run(make_model(), [quantizer()], random_samples())
 

@@ -350,7 +350,9 @@ class TestPlans:
         self, make_model: MakeModel, plan_path: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         scored = prune(make_model(), recipe())
-        monkeypatch.setattr("dlp_plugin.modifier.block_score", lambda *_: pytest.fail("scored"))
+        monkeypatch.setattr(
+            "dlp_plugin.modifiers.base.block_score", lambda *_: pytest.fail("scored")
+        )
         planned = prune(make_model(), recipe({"from_plan": plan_path}))
         assert_same(weights_of(scored), weights_of(planned))
 
@@ -556,7 +558,8 @@ class TestSearchFile:
         assert search.is_file()
         assert not plan_path.exists()
         monkeypatch.setattr(
-            "dlp_plugin.trial.Trial.divergence", lambda *_, **__: pytest.fail("measured again")
+            "dlp_plugin.search.judge.Trial.divergence",
+            lambda *_, **__: pytest.fail("measured again"),
         )
         prune(make_model(), text)
         assert len(Plan.load(plan_path).search) == 3

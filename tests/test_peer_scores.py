@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dlp_plugin import peer_scores, scores
-from dlp_plugin.peer_scores import block_exponent, outlier_ratio, power_law_exponent
+from dlp_plugin.scoring.spectra import block_exponent, outlier_ratio, power_law_exponent
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 TAILS = ["peak", "median"]

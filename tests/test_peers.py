@@ -19,7 +19,7 @@ from dlp_plugin import (
     Plan,
     last_plans,
 )
-from dlp_plugin.allocation import allocate, half_range, unimportances
+from dlp_plugin.planning.allocation import allocate, half_range, unimportances
 
 MakeModel = Callable[..., torch.nn.Module]
 

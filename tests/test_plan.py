@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlp_plugin.plan import Plan
+from dlp_plugin.planning.plan import Plan
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from conftest import random_samples, run
 from safetensors.torch import load_file
 
 from dlp_plugin import DLPModifier, WandaPruningModifier, precision
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.loading import apply_recipe, load_model
-from dlp_plugin.peer_scores import block_exponent
+from dlp_plugin.checkpoints.loading import apply_recipe, load_model
+from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.precision import is_native, narrow, wide_enough, widen, widest
-from dlp_plugin.scores import ChannelNorms, block_score
-from dlp_plugin.trial import Trial
+from dlp_plugin.scoring.scores import ChannelNorms, block_score
+from dlp_plugin.scoring.spectra import block_exponent
+from dlp_plugin.search.judge import Trial
 
 IDS = torch.arange(48).view(2, 24) * 5 % 256
 

@@ -29,14 +29,14 @@ def test_the_import_loads_neither_torch_nor_the_host() -> None:
     [
         "import dlp_plugin, llmcompressor",
         "import llmcompressor, dlp_plugin",
-        "from dlp_plugin.peers import OWLModifier",
+        "from dlp_plugin.modifiers.peers import OWLModifier",
         "from dlp_plugin import stages",
         "import dlp_plugin; from llmcompressor.modifiers.pruning import WandaPruningModifier",
     ],
 )
 def test_recipes_know_the_modifiers(first: str) -> None:
     found = python(first + KNOWN).splitlines()[-1]
-    assert found == "['dlp_plugin.peers', 'dlp_plugin.stages']"
+    assert found == "['dlp_plugin.modifiers.peers', 'dlp_plugin.pruning.stages']"
 
 
 def test_it_can_be_imported_without_the_host() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlp_plugin import scores
-from dlp_plugin.scores import ChannelNorms, block_score
+from dlp_plugin.scoring.scores import ChannelNorms, block_score
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -117,7 +117,7 @@ def test_a_llama_2_7b_block_needs_less_than_100_mb() -> None:
     """In a process of its own, whose peak memory nothing else has raised."""
     code = r"""
 import pathlib, re, torch
-from dlp_plugin.scores import block_score
+from dlp_plugin.scoring.scores import block_score
 shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 parts = {f"l{i}": (torch.empty(s, dtype=torch.bfloat16).normal_(), torch.rand(s[1]))
          for i, s in enumerate(shapes)}

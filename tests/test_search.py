@@ -14,9 +14,9 @@ from llmcompressor.modifiers.pruning import WandaPruningModifier
 from loguru import logger
 
 from dlp_plugin import DLPModifier, LinearSparsityModifier, OWLModifier, Plan
-from dlp_plugin.blocks import Block
-from dlp_plugin.search import HALF_RANGES, choose_strength, forget, refine, sparsities_of
-from dlp_plugin.trial import Trial
+from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.search.judge import Trial
+from dlp_plugin.search.refine import HALF_RANGES, choose_strength, forget, refine, sparsities_of
 
 SCORES = [1.0, 2.0, 3.0, 4.0]
 

@@ -22,10 +22,10 @@ from conftest import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import last_plans
-from dlp_plugin.blocks import outer_block
-from dlp_plugin.checkpoint import inspect_checkpoint
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.text import read_tokens, token_windows
+from dlp_plugin.checkpoints.inspect import inspect_checkpoint
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import read_tokens, token_windows
+from dlp_plugin.scoring.blocks import outer_block
 
 BLOCKS = [f"model.layers.{i}" for i in range(12)]
 

@@ -27,7 +27,7 @@ from dlp_plugin import (
     WandaPruningModifier,
     last_plans,
 )
-from dlp_plugin.stages import smallest
+from dlp_plugin.pruning.stages import smallest
 
 MakeModel = Callable[..., LlamaForCausalLM]
 PRUNERS = [WandaPruningModifier, SparseGPTModifier, OneShotMagnitudeModifier]

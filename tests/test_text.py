@@ -10,8 +10,8 @@ from datasets import Dataset
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.text import beginning, calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens, token_windows
 
 
 def test_windows_do_not_overlap_and_the_last_may_be_short() -> None:

@@ -7,7 +7,7 @@ import torch
 from conftest import random_samples
 from torch.nn import functional
 
-from dlp_plugin.trial import Trial
+from dlp_plugin.search.judge import Trial
 
 MakeModel = Callable[..., torch.nn.Module]
 
@@ -89,7 +89,7 @@ def test_tokens_that_are_not_likely_count_as_one(
     sparsities = dict.fromkeys(linears, 0.7)
     found = []
     for likeliest in (8, 64, 256):
-        monkeypatch.setattr("dlp_plugin.trial._LIKELIEST", likeliest)
+        monkeypatch.setattr("dlp_plugin.search.judge._LIKELIEST", likeliest)
         found.append(Trial(model, linears, norms, batches()).divergence(sparsities))
     assert 0 < found[0] < found[1] < found[2]
 
@@ -132,7 +132,7 @@ def test_columns_that_the_model_does_not_take_are_left_out(make_model: MakeModel
 def test_few_thresholds_are_remembered(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlp_plugin.trial._REMEMBERED", 2)
+    monkeypatch.setattr("dlp_plugin.search.judge._REMEMBERED", 2)
     model = make_model()
     linears, norms = parts(model)
     trial = Trial(model, linears, norms, batches())

@@ -14,7 +14,7 @@ import torch
 from conftest import SHIPPED, TEST_TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dlp_plugin.zeroshot import TASK_SETS, _manager, _names, zero_shot
+from dlp_plugin.evaluation.zeroshot import TASK_SETS, _manager, _names, zero_shot
 
 QUESTIONS, CHOICES = 64, 4
 CONTEXT = 400  # characters

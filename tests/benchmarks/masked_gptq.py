@@ -29,8 +29,8 @@ from run import Stamp, peak, reset_peak
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dlp_plugin import MaskedGPTQModifier
-from dlp_plugin.evaluate import perplexity
-from dlp_plugin.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import calibration_set, read_tokens, token_windows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "small_model"

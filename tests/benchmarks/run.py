@@ -40,10 +40,10 @@ from transformers import (
 )
 
 from dlp_plugin import DLPModifier, OneShotMagnitudeModifier
+from dlp_plugin.evaluation.text import calibration_set, read_tokens
+from dlp_plugin.pruning.stages import smallest
 from dlp_plugin.recovery import hold_masks, mask_updates
-from dlp_plugin.scores import block_score
-from dlp_plugin.stages import smallest
-from dlp_plugin.text import calibration_set, read_tokens
+from dlp_plugin.scoring.scores import block_score
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "small_model"

@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import DLPModifier, MaskedGPTQModifier
-from dlp_plugin.checkpoint import zeros_lost
-from dlp_plugin.gptq_format import export_gptq
+from dlp_plugin.checkpoints.gptq_format import export_gptq
+from dlp_plugin.checkpoints.inspect import zeros_lost
+from dlp_plugin.evaluation.text import read_tokens, token_windows
 from dlp_plugin.recovery import mask_updates, sparse_merge
-from dlp_plugin.text import read_tokens, token_windows
 
 pytestmark = pytest.mark.engines
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from dlp_plugin.allocation import Method, check_alpha
-from dlp_plugin.modifier import AllocationModifier, Strength, checked_strength
-from dlp_plugin.peer_scores import Tail, block_exponent, outlier_ratio
-from dlp_plugin.plan import Plan
-from dlp_plugin.scores import Part
+from dlp_plugin.modifiers.base import AllocationModifier, Strength, checked_strength
+from dlp_plugin.planning.allocation import Method, check_alpha
+from dlp_plugin.planning.plan import Plan
+from dlp_plugin.scoring.scores import Part
+from dlp_plugin.scoring.spectra import Tail, block_exponent, outlier_ratio
 
 __all__ = ["AlphaPruningModifier", "LinearSparsityModifier", "OWLModifier"]
 

@@ -22,10 +22,10 @@ from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import distributed as dist
 
-from dlp_plugin.blocks import Block
 from dlp_plugin.files import replacing
-from dlp_plugin.plan import BlockPlan, Candidate, Plan, SearchStep
-from dlp_plugin.trial import Trial
+from dlp_plugin.planning.plan import BlockPlan, Candidate, Plan, SearchStep
+from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.search.judge import Trial
 
 __all__ = ["choose_strength", "forget", "refine"]
 

@@ -30,19 +30,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from dlp_plugin import host
-from dlp_plugin.allocation import check_sparsity, split_structure
-from dlp_plugin.blocks import check_columns, outer_block
-from dlp_plugin.calibration import Batch, scoring_batches, split
-from dlp_plugin.causal import check_causal
-from dlp_plugin.evaluate import perplexity
+from dlp_plugin.checkpoints.loading import apply_recipe, compute_device, load_config, load_model
+from dlp_plugin.evaluation.causal import check_causal
+from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.files import replacing
-from dlp_plugin.loading import apply_recipe, compute_device, load_config, load_model
-from dlp_plugin.modifier import AllocationModifier, DLPModifier
-from dlp_plugin.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
-from dlp_plugin.plan import Plan, package_versions
+from dlp_plugin.modifiers.base import AllocationModifier, DLPModifier
+from dlp_plugin.modifiers.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
+from dlp_plugin.planning.allocation import check_sparsity, split_structure
+from dlp_plugin.planning.plan import Plan, package_versions
 from dlp_plugin.precision import is_native
-from dlp_plugin.scores import Part
-from dlp_plugin.search import choose_strength, forget, refine
+from dlp_plugin.scoring.blocks import check_columns, outer_block
+from dlp_plugin.scoring.calibration import Batch, scoring_batches, split
+from dlp_plugin.scoring.scores import Part
+from dlp_plugin.search.refine import choose_strength, forget, refine
 
 __all__ = [
     "METHODS",
@@ -363,7 +363,7 @@ def compare(
     :param calibration: ``oneshot()``'s arguments that say what to calibrate on, with a
         ``dataset`` of token ids
     :param windows: test text, int64 ``[tokens]`` each, as
-        :func:`dlp_plugin.text.token_windows` cuts it
+        :func:`dlp_plugin.evaluation.text.token_windows` cuts it
     :param methods: as :func:`method_named` takes them
     :param sparsities: targets as :func:`target_named` takes them
     :param generations: of the search, for the methods that are refined

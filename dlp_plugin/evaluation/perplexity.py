@@ -30,7 +30,8 @@ def perplexity(
     dtype; on a CPU without arithmetic in that dtype the model computes in float32.
 
     :param model: a causal language model of transformers; its mode is restored
-    :param windows: int64 tensors ``[tokens]``, as :func:`dlp_plugin.text.token_windows` cuts them
+    :param windows: int64 tensors ``[tokens]``, as
+        :func:`dlp_plugin.evaluation.text.token_windows` cuts them
     :param batch_size: windows of equal length evaluated together
     :param advance: called with the number of windows done, for a progress bar
     :return: ``exp`` of the mean negative log-likelihood per predicted token; infinite where

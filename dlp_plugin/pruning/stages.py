@@ -34,15 +34,15 @@ from loguru import logger
 from pydantic import PrivateAttr, model_validator
 from torch import distributed as dist
 
-from dlp_plugin.allocation import check_target, check_whole, split_structure
-from dlp_plugin.blocks import check_columns
 from dlp_plugin.host import (
     PruningStage,
     heed_ignore,
     save_under_source_names,
     stage_targets,
 )
-from dlp_plugin.scores import smallest_score
+from dlp_plugin.planning.allocation import check_target, check_whole, split_structure
+from dlp_plugin.scoring.blocks import check_columns
+from dlp_plugin.scoring.scores import smallest_score
 
 __all__ = ["OneShotMagnitudeModifier", "SparseGPTModifier", "Stage", "WandaPruningModifier"]
 

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dlp_plugin.checkpoint import read_config, weight_files
+from dlp_plugin.checkpoints.inspect import read_config, weight_files
 from dlp_plugin.files import check_vacant, replacing
 
 __all__ = ["export_gptq"]

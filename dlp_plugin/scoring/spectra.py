@@ -1,6 +1,6 @@
 """Scores of DLP's peers: OWL's outlier ratio of a block, AlphaPruning's power-law exponent.
 
-Pure maths on weights and channel norms, as in :mod:`dlp_plugin.scores`; what becomes of
+Pure maths on weights and channel norms, as in :mod:`dlp_plugin.scoring.scores`; what becomes of
 a block's score (a larger outlier ratio keeps more, a larger exponent keeps less) is the
 allocation's matter.
 """
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from dlp_plugin.precision import widest
-from dlp_plugin.scores import Part, _check_dtype, _check_finite, _count, _magnitudes, _mean
+from dlp_plugin.scoring.scores import Part, _check_dtype, _check_finite, _count, _magnitudes, _mean
 
 __all__ = ["Tail", "block_exponent", "outlier_ratio", "power_law_exponent"]
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dlp_plugin.checkpoint import Checkpoint
+    from dlp_plugin.checkpoints.inspect import Checkpoint
 
 app = typer.Typer(
     help=(
@@ -92,10 +92,10 @@ def oneshot(
     """
     with _told(), _processes() as first:
         from dlp_plugin import last_plans
-        from dlp_plugin.checkpoint import inspect_checkpoint
+        from dlp_plugin.checkpoints.inspect import inspect_checkpoint
+        from dlp_plugin.checkpoints.loading import apply_recipe
         from dlp_plugin.files import check_vacant
-        from dlp_plugin.loading import apply_recipe
-        from dlp_plugin.recipe import check_recipe
+        from dlp_plugin.modifiers.recipe import check_recipe
 
         check_vacant(output)
         check_recipe(recipe)
@@ -145,8 +145,8 @@ def score(
     """
     with _told(), _processes() as first:
         from dlp_plugin import DLPModifier
+        from dlp_plugin.checkpoints.loading import apply_recipe
         from dlp_plugin.files import check_writable
-        from dlp_plugin.loading import apply_recipe
 
         check_writable(output)
         modifier = DLPModifier(
@@ -178,7 +178,7 @@ def show(
     """Show a plan as a table, and as a picture; at another target it is another plan."""
     with _told(host=False):
         from dlp_plugin.files import check_writable
-        from dlp_plugin.plan import Plan
+        from dlp_plugin.planning.plan import Plan
 
         for path in (output, plot):
             if path is not None:
@@ -212,7 +212,7 @@ def inspect(
     what they dequantize to.
     """
     with _told(host=False):
-        from dlp_plugin.checkpoint import inspect_checkpoint, zeros_lost
+        from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost
 
         with _progress("Reading the checkpoint", 1) as advance:
             found = inspect_checkpoint(folder, advance, group)
@@ -243,7 +243,7 @@ def merge(
     `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
     """
     with _told():
-        from dlp_plugin.checkpoint import inspect_checkpoint
+        from dlp_plugin.checkpoints.inspect import inspect_checkpoint
         from dlp_plugin.files import check_vacant, replacing
         from dlp_plugin.recovery import load_adapter, sparse_merge
 
@@ -268,7 +268,7 @@ def export_gptq(
     The numbers stay the same: what dequantizes to zero does so afterwards.
     """
     with _told(host=False):
-        from dlp_plugin.gptq_format import export_gptq as export
+        from dlp_plugin.checkpoints.gptq_format import export_gptq as export
 
         export(folder, output)
         console.print("written:", str(output), markup=False)
@@ -289,10 +289,10 @@ def ppl(
     Windows do not overlap, and every token after a window's first counts once.
     """
     with _told():
-        from dlp_plugin.causal import check_causal
-        from dlp_plugin.evaluate import perplexity
-        from dlp_plugin.loading import load_model, load_tokenizer
-        from dlp_plugin.text import beginning, read_tokens, token_windows
+        from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
+        from dlp_plugin.evaluation.causal import check_causal
+        from dlp_plugin.evaluation.perplexity import perplexity
+        from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
 
         length = _checked_length(model, length)
         tokenizer = load_tokenizer(model)
@@ -356,10 +356,10 @@ def compare(
     `dlp-plugin oneshot` runs it as it is.
     """
     with _told():
-        from dlp_plugin.compare import Cell, target_named
-        from dlp_plugin.compare import compare as run
+        from dlp_plugin.comparison.run import Cell, target_named
+        from dlp_plugin.comparison.run import compare as run
+        from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
         from dlp_plugin.files import check_writable, replacing
-        from dlp_plugin.text import beginning, read_tokens, token_windows
 
         def tell(cell: Cell) -> None:
             console.print(
@@ -423,9 +423,9 @@ def zero_shot(
     easy and challenge, OpenbookQA; and the mean. Needs `pip install 'dlp_plugin[eval]'`.
     """
     with _told():
+        from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
+        from dlp_plugin.evaluation.zeroshot import zero_shot as measure
         from dlp_plugin.files import check_writable, replacing
-        from dlp_plugin.loading import load_model, load_tokenizer
-        from dlp_plugin.zeroshot import zero_shot as measure
 
         if output is not None:
             check_writable(output)
@@ -481,8 +481,8 @@ def _calibration(
     from compressed_tensors.distributed import is_distributed
     from torch import distributed as dist
 
-    from dlp_plugin.loading import load_tokenizer
-    from dlp_plugin.text import beginning, calibration_set, read_tokens
+    from dlp_plugin.checkpoints.loading import load_tokenizer
+    from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens
 
     length = _checked_length(model, length)
     tokenizer = load_tokenizer(model)
@@ -503,7 +503,7 @@ def _calibration(
 
 def _checked_length(model: str, length: int | None) -> int:
     """Tokens per sample or window: as asked for, if the model has positions for so many."""
-    from dlp_plugin.loading import load_config
+    from dlp_plugin.checkpoints.loading import load_config
 
     config = load_config(model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -522,7 +522,7 @@ def _megabytes(size: int) -> str:
 
 
 def _zeros_table(found: Checkpoint, linears: bool = False, group: int = 0) -> Table:
-    from dlp_plugin.checkpoint import zstd_bytes
+    from dlp_plugin.checkpoints.inspect import zstd_bytes
 
     table = Table(title=f"Zeros in {escape(str(found.folder))}")
     columns = ["linear" if linears else "block", "weights", "zeros", "sparsity"]
@@ -630,7 +630,3 @@ def show_log() -> None:
         format="{level}: {message}",
         filter={"": "WARNING", "dlp_plugin": "INFO" if first else "WARNING"},
     )
-
-
-if __name__ == "__main__":
-    app()

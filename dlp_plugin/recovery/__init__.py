@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from dlp_plugin.checkpoint import check_weight_files
-from dlp_plugin.loading import load_stored, load_tokenizer
+from dlp_plugin.checkpoints.inspect import check_weight_files
+from dlp_plugin.checkpoints.loading import load_stored, load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel

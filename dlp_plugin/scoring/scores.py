@@ -16,7 +16,7 @@ from compressed_tensors.distributed import is_distributed
 from compressed_tensors.utils import get_execution_device
 from torch import distributed as dist
 
-from dlp_plugin.allocation import Statistic
+from dlp_plugin.planning.allocation import Statistic
 from dlp_plugin.precision import widest
 
 __all__ = ["ChannelNorms", "Part", "block_score", "smallest_score"]

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_plugin.allocation import (
+from dlp_plugin.files import replacing
+from dlp_plugin.planning.allocation import (
     Method,
     allocate,
     check_alpha,
@@ -27,7 +28,6 @@ from dlp_plugin.allocation import (
     unimportances,
     whole_numbers,
 )
-from dlp_plugin.files import replacing
 
 __all__ = ["BlockPlan", "Candidate", "Plan", "SearchStep", "package_versions"]
 
@@ -209,8 +209,8 @@ class Plan(BaseModel):
         """Allocate sparsities to scored blocks.
 
         :param blocks: name, number of prunable weights and score of every block
-        :raises ValueError: as :func:`dlp_plugin.allocation.allocate` does, or if ``target`` is
-            not the sparsity that ``mask_structure`` is on average
+        :raises ValueError: as :func:`dlp_plugin.planning.allocation.allocate` does, or if
+            ``target`` is not the sparsity that ``mask_structure`` is on average
         """
         names, weights, scores = zip(*blocks, strict=True)
         target = check_target(target, mask_structure, "target")

@@ -59,7 +59,7 @@ class Trial:
     :param linears: full name to Linear, those that are to be pruned
     :param norms: full name to the l2 norms of the Linear's input channels, float32 ``[in]``
     :param batches: token ids to measure on, as
-        :func:`dlp_plugin.calibration.scoring_batches` makes them
+        :func:`dlp_plugin.scoring.calibration.scoring_batches` makes them
     """
 
     def __init__(

@@ -17,7 +17,9 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
 from dlp_plugin import host
-from dlp_plugin.allocation import (
+from dlp_plugin.evaluation.causal import check_causal
+from dlp_plugin.files import check_writable
+from dlp_plugin.planning.allocation import (
     Method,
     Statistic,
     check_alpha,
@@ -25,15 +27,13 @@ from dlp_plugin.allocation import (
     check_target,
     split_structure,
 )
-from dlp_plugin.blocks import Block, check_columns, group_by_block, outer_block
-from dlp_plugin.calibration import scoring_batches, split
-from dlp_plugin.causal import check_causal
-from dlp_plugin.files import check_writable
-from dlp_plugin.plan import Plan
-from dlp_plugin.scores import ChannelNorms, Part, block_score
-from dlp_plugin.search import choose_strength, forget, refine
-from dlp_plugin.stages import Stage
-from dlp_plugin.trial import Trial
+from dlp_plugin.planning.plan import Plan
+from dlp_plugin.pruning.stages import Stage
+from dlp_plugin.scoring.blocks import Block, check_columns, group_by_block, outer_block
+from dlp_plugin.scoring.calibration import scoring_batches, split
+from dlp_plugin.scoring.scores import ChannelNorms, Part, block_score
+from dlp_plugin.search.judge import Trial
+from dlp_plugin.search.refine import choose_strength, forget, refine
 
 __all__ = ["AllocationModifier", "DLPModifier", "Strength", "checked_strength", "last_plans"]
 

@@ -1,0 +1,1 @@
+"""Methods, sparsities and pruners on one model."""

@@ -1,0 +1,1 @@
+"""Text and tasks, and what a model makes of them."""

@@ -1,0 +1,1 @@
+"""What a recipe names: score, allocate, feed."""

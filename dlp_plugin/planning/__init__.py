@@ -1,0 +1,1 @@
+"""Scores to sparsities, and the plan as data."""

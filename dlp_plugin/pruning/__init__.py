@@ -1,0 +1,1 @@
+"""The pruning stages, and 4 bits that keep zeros."""

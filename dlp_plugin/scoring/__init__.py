@@ -1,0 +1,1 @@
+"""Activations and weights to a block's score."""

@@ -1,0 +1,1 @@
+"""Strengths and sparsities judged on the model itself."""
