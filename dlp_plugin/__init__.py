@@ -12,20 +12,25 @@ the modifiers are made known when llm-compressor is loaded, before or after this
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from dlp_plugin.registration import register_with_host
 
 if TYPE_CHECKING:
-    from dlp_plugin.modifiers.base import DLPModifier, last_plans
-    from dlp_plugin.modifiers.peers import AlphaPruningModifier, LinearSparsityModifier, OWLModifier
-    from dlp_plugin.planning.plan import BlockPlan, Plan
-    from dlp_plugin.pruning.masked_gptq import MaskedGPTQModifier
-    from dlp_plugin.pruning.stages import (
-        OneShotMagnitudeModifier,
-        SparseGPTModifier,
-        WandaPruningModifier,
+    from dlp_plugin.modifiers.base import last_plans
+    from dlp_plugin.modifiers.methods import (
+        AlphaPruningModifier,
+        DLPModifier,
+        LinearSparsityModifier,
+        OWLModifier,
     )
+    from dlp_plugin.planning.plan import BlockPlan, Plan
+    from dlp_plugin.pruning.calibrated import SparseGPTModifier, WandaPruningModifier
+    from dlp_plugin.pruning.magnitude import OneShotMagnitudeModifier
+    from dlp_plugin.pruning.masked_gptq import MaskedGPTQModifier
+
+    __version__: str
 
 __all__ = [
     "AlphaPruningModifier",
@@ -38,18 +43,19 @@ __all__ = [
     "Plan",
     "SparseGPTModifier",
     "WandaPruningModifier",
+    "__version__",
     "last_plans",
 ]
 
 _MODIFIERS = {
-    "AlphaPruningModifier": "modifiers.peers",
-    "DLPModifier": "modifiers.base",
-    "LinearSparsityModifier": "modifiers.peers",
+    "AlphaPruningModifier": "modifiers.methods",
+    "DLPModifier": "modifiers.methods",
+    "LinearSparsityModifier": "modifiers.methods",
     "MaskedGPTQModifier": "pruning.masked_gptq",
-    "OneShotMagnitudeModifier": "pruning.stages",
-    "OWLModifier": "modifiers.peers",
-    "SparseGPTModifier": "pruning.stages",
-    "WandaPruningModifier": "pruning.stages",
+    "OneShotMagnitudeModifier": "pruning.magnitude",
+    "OWLModifier": "modifiers.methods",
+    "SparseGPTModifier": "pruning.calibrated",
+    "WandaPruningModifier": "pruning.calibrated",
 }
 _HOMES = {
     **_MODIFIERS,
@@ -60,6 +66,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version(__name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

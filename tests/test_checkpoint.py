@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dlp_plugin import DLPModifier, MaskedGPTQModifier
-from dlp_plugin.checkpoints.inspect import (
-    Zeros,
-    check_weight_files,
-    inspect_checkpoint,
-    weight_files,
-    zeros_lost,
-    zstd_bytes,
-)
-
-INDEX = "model.safetensors.index.json"
+from dlp_plugin.checkpoints.files import INDEX, check_weight_files, weight_files
+from dlp_plugin.checkpoints.inspect import Zeros, inspect_checkpoint, zeros_lost, zstd_bytes
 
 
 def stage() -> WandaPruningModifier:
@@ -174,6 +168,70 @@ def test_fused_experts(tmp_path: Path) -> None:
     save_file(tensors, other / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{name} is \[3, 4, 2\] in .* and is missing in"):
         zeros_lost(tmp_path, other)
+
+
+def random_bits(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Any number of a dtype, with many zeros of both signs, subnormals and NaNs among them."""
+    size = dtype.itemsize
+    bits = torch.randint(0, 256, (*shape, size), dtype=torch.uint8)
+    bits[torch.rand(shape) < 0.4] = 0
+    bits[torch.rand(shape) < 0.1] = torch.tensor([0] * (size - 1) + [0x80], dtype=torch.uint8)
+    bits[torch.rand(shape) < 0.1] = torch.tensor([1] + [0] * (size - 1), dtype=torch.uint8)
+    bits[torch.rand(shape) < 0.1] = 0xFF
+    return bits.view(dtype).reshape(shape)
+
+
+FLOATS = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+INTEGERS = ["int64", "int32", "int16", "int8", "uint8", "uint16"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [*FLOATS, *INTEGERS])
+def test_zeros_of_every_dtype_are_those_that_torch_counts(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dtype = getattr(torch, name)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    saved = []
+    for folder in folders:
+        folder.mkdir()
+        tensors = {
+            "layers.0.a.weight": random_bits(dtype, 24, 40),
+            "layers.0.norm.weight": random_bits(dtype, 24),
+            "layers.0.mlp.experts.down_proj": random_bits(dtype, 3, 8, 10),
+            "head.weight": random_bits(dtype, 6, 40),
+        }
+        save_file(tensors, folder / "model.safetensors")
+        saved.append({k.removesuffix(".weight"): x.double() == 0 for k, x in tensors.items()})
+    one, two = saved
+    matrices = {k: zero for k, zero in one.items() if k != "layers.0.norm"}
+    found = inspect_checkpoint(folders[0])
+    assert found.linears == {k: Zeros(z.numel(), int(z.sum())) for k, z in matrices.items()}
+    assert found.linears["layers.0.a"].zeros > 200
+    bits = 8 * dtype.itemsize
+    inside = [zeros for key, zeros in found.linears.items() if key != "head"]
+    sparse = sum(zeros.weights + bits * (zeros.weights - zeros.zeros) for zeros in inside)
+    assert found.bytes_if_sparse == (sparse + bits * (24 + 6 * 40)) // 8
+    counts = one["layers.0.a"].unflatten(1, (-1, 8)).sum(2)
+    grouped = inspect_checkpoint(folders[0], group=8).linears["layers.0.a"]
+    assert grouped.in_group == (int(counts.min()), int(counts.max()))
+    assert zeros_lost(*folders) == {
+        k: int((zero & ~two[k]).sum()) for k, zero in matrices.items() if k != "head"
+    }
+
+
+def test_a_dense_checkpoint_needs_no_torch(make_model, tmp_path: Path) -> None:
+    """Importing torch takes longer than counting the zeros of a small model."""
+    make_model(torch.bfloat16).save_pretrained(tmp_path)
+    code = (
+        "import sys; from dlp_plugin.cli import app; "
+        "folder = sys.argv[1]; "
+        "app(['inspect', folder, '--against', folder], standalone_mode=False); "
+        "print({'torch', 'compressed_tensors', 'transformers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "lost: 0" in done.stdout
+    assert done.stdout.strip().endswith("set()")
 
 
 class TestWhichFilesCount:

@@ -19,6 +19,8 @@ from dlp_plugin.checkpoints.loading import load_model
 from dlp_plugin.cli import app
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import read_tokens, token_windows
+from dlp_plugin.planning.methods import METHODS, method_of, options
+from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.plan import Plan
 
 CALIBRATE = ["--data", str(CALIBRATION_TEXT), "--samples", "8", "--length", "64"]
@@ -90,6 +92,29 @@ def test_score_then_show_at_another_target(tmp_path: Path) -> None:
     assert "target 0.5, alpha 0.1, median" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert Plan.load(file).target == 0.7
+    for name in ("--strength", "--alpha"):
+        assert "target 0.7, alpha 0.2, median" in command("show", file, name, "0.2").output
+
+
+@pytest.mark.parametrize("name", options())
+def test_score_by_every_method(tmp_path: Path, name: str) -> None:
+    """Without a strength each has its own; with one it is that, whatever it is called there."""
+    method, file = method_of(name), tmp_path / "plan.json"
+    arguments = ["score", SHIPPED, *CALIBRATE, "--method", name, "--output", file]
+    assert f"{method.title} plan for" in command(*arguments).output
+    plan = Plan.load(file)
+    assert METHODS[plan.method] is method
+    strength = method().strength
+    assert plan.strength == strength or (strength == "auto" and plan.candidates)
+    output = " ".join(command(*arguments, "--strength", "0.05").output.split())
+    assert f"target 0.7, {method.strength_field} 0.05" in output
+    assert Plan.load(file).strength == 0.05
+
+
+def test_score_by_the_mean(tmp_path: Path) -> None:
+    arguments = ["--statistic", "mean", "--output", tmp_path / "plan.json"]
+    output = command("score", SHIPPED, *CALIBRATE, *arguments).output
+    assert "target 0.7, alpha 0.15, mean" in output
 
 
 def test_n_m_from_score_to_inspect(tmp_path: Path) -> None:
@@ -97,7 +122,7 @@ def test_n_m_from_score_to_inspect(tmp_path: Path) -> None:
     command("score", SHIPPED, *CALIBRATE, "--sparsity", 0.5, "--output", free)
     command("show", free, "--mask-structure", "4:8", "--output", fixed)
     plan = Plan.load(fixed)
-    assert (plan.mask_structure, plan.sparsity) == ("4:8", 0.5)
+    assert (str(plan.mask_structure), plan.sparsity) == ("4:8", 0.5)
     again = tmp_path / "again.json"
     output = command("score", SHIPPED, *CALIBRATE, "--mask-structure", "4:8", "--output", again)
     assert Plan.load(again) == plan
@@ -182,12 +207,75 @@ def test_ppl_is_the_library_s(tmp_path: Path) -> None:
     assert f"perplexity {expected:.4f} ({len(tokens):,} tokens" in output
 
 
-@pytest.mark.parametrize(
-    "name", ["oneshot", "score", "show", "inspect", "export-gptq", "ppl", "zero-shot", "compare"]
-)
+def test_zero_shot_shows_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"boolq": {"acc": 0.5, "acc_stderr": 0.0625}, "mean": {"acc": 0.5, "acc_norm": 0.25}}
+    monkeypatch.setattr("dlp_plugin.evaluation.zeroshot.zero_shot", lambda *_, **__: found)
+    file = tmp_path / "found.json"
+    output = command("zero-shot", SHIPPED, "boolq", "--output", file).output
+    assert re.search(r"boolq +│ 0\.5000 ± 0\.0625 │ +│", output)
+    assert re.search(r"mean +│ +0\.5000 │ +0\.2500 │", output)
+    assert json.loads(file.read_text()) == found
+
+
+def test_compare_shows_and_writes(tmp_path: Path) -> None:
+    text, folder, best = tmp_path / "text.txt", tmp_path / "found", tmp_path / "best.yaml"
+    text.write_text(CALIBRATION_TEXT.read_text()[:10_000])
+    arguments = ["--test", text, "--output", folder, "--methods", "uniform,dlp", "--sparsities"]
+    arguments = ["compare", SHIPPED, *CALIBRATE, *arguments, "0.5", "--write-recipe", best]
+    output = command(*arguments).output
+    assert re.search(r"^wanda 0\.5 dlp:0\.15: \d+\.\d{4} \(\d+ s\)$", output, re.MULTILINE)
+    assert re.search(r"wanda +│ uniform +│ \d+\.\d\d \(\d\.\d\d\)", output)
+    assert re.search(r"^(uniform|dlp:0.15) at 0\.5 with wanda written:", output, re.MULTILINE)
+    assert {file.name for file in folder.iterdir()} == {
+        "results.json", "table.md", "perplexity.png", "sparsities.png",
+    }  # fmt: skip
+    assert " at 0.5, wanda: perplexity " in best.read_text()
+    line = command(*arguments, "--sparsity", "0.7", code=1).stderr.splitlines()[-1]
+    assert line == "error: --sparsity 0.7 is none of --sparsities 0.5"
+
+
+HELP = {
+    "oneshot": ["--recipe", "--output MODEL-pruned", "Calibration samples", "[default: 128]"],
+    "score": [
+        "--strength,--alpha",
+        "dlp, owl, alpha-pruning, linear",
+        "dlp 0.15, owl 0.08, alpha-pruning 0.3, linear auto",
+        "DLPModifier: {from_plan: plan.json}",
+    ],
+    "show": ["--strength,--alpha", "--plot", "at another target it is another plan"],
+    "inspect": ["--against", "how many of its zeros are lost in FOLDER?", "Packed 4-bit weights"],
+    "ppl": ["Windows do not overlap", "--batch-size", "[default: 8]"],
+    "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
+    "compare": ["uniform, dlp, owl, alpha-pruning, linear", "dlp-refined", "--write-recipe"],
+    "merge": ["pip install 'dlp_plugin[lora]'", "--allow-dense", "keeping every zero"],
+    "export-gptq": ["in the GPTQ format", "W4A16 or W8A16"],
+}
+
+
+def help_text(*arguments: str) -> str:
+    """In one line, without the frames."""
+    return " ".join(command(*arguments, "--help").output.replace("│", " ").split())
+
+
+def test_commands_stand_in_the_order_of_the_work() -> None:
+    rows = re.findall(r"^│ ([a-z]\S*) ", command("--help").output, re.MULTILINE)
+    assert rows == list(HELP)
+
+
+@pytest.mark.parametrize("name", HELP)
 def test_help_teaches(name: str) -> None:
-    assert name in command("--help").output
-    assert len(command(name, "--help").output.splitlines()) > 10
+    said = help_text(name)
+    for words in (f"{name} [OPTIONS]", *HELP[name]):
+        assert words in said
+
+
+@pytest.mark.parametrize("module", ["dlp_plugin", "dlp_plugin.cli"])
+def test_it_runs_as_a_module(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"python -m {module} [OPTIONS] COMMAND" in done.stdout
+    assert "Prune (and quantize) a model by a recipe and save it." in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["show", "PLAN"]])
@@ -196,7 +284,7 @@ def test_what_needs_no_model_loads_neither_torch_nor_the_host(
 ) -> None:
     plan = tmp_path / "plan.json"
     rows = [("model.layers.0", 8, 1.0), ("model.layers.1", 8, 2.0)]
-    Plan.make(rows, model="m", statistic="median", alpha=0.1, target=0.5).save(plan)
+    Plan.make(rows, model="m", method=DLP(alpha=0.1), target=0.5).save(plan)
     code = (
         "import sys\nfrom dlp_plugin.cli import app\n"
         f"app({[str(plan) if word == 'PLAN' else word for word in arguments]}, "
@@ -263,7 +351,14 @@ class TestMistakesAreToldInOneMessage:
     def test_a_number_that_is_none(self, tmp_path: Path) -> None:
         output = ["--output", tmp_path / "plan.json"]
         line = self.one_line("score", SHIPPED, *CALIBRATE, *output, "--alpha", "much")
-        assert "--alpha is 'much': give a number, or auto" in line
+        assert "--strength is 'much': give a number, or auto" in line
+
+    def test_a_method_that_is_none_or_has_no_statistic(self, tmp_path: Path) -> None:
+        arguments = ["score", "./no-model", *CALIBRATE, "--output", tmp_path / "plan.json"]
+        line = self.one_line(*arguments, "--method", "best")
+        assert "there is no method 'best'; there are dlp, owl, alpha-pruning, linear" in line
+        line = self.one_line(*arguments, "--method", "owl", "--statistic", "median")
+        assert "--statistic is DLP's, and OWL has none: leave it out, or take --method dlp" in line
 
     def test_debug_shows_where(self, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["--debug", "show", str(tmp_path / "gone.json")])

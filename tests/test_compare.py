@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dlp_plugin import (
     AlphaPruningModifier,
     DLPModifier,
-    LinearSparsityModifier,
     OneShotMagnitudeModifier,
     OWLModifier,
     SparseGPTModifier,
     WandaPruningModifier,
 )
-from dlp_plugin.comparison.run import Cell, Comparison, compare, method_named, recipe_of
+from dlp_plugin.comparison import view
+from dlp_plugin.comparison.names import contender_named
+from dlp_plugin.comparison.results import Cell, Comparison, recipe_of
+from dlp_plugin.comparison.run import compare
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, Linear
 
 STAGES = {
     "wanda": WandaPruningModifier,
@@ -161,7 +165,7 @@ class TestFigures:
         found = compared(tmp_path, "uniform,dlp:auto,dlp-refined", 0.5, "4:8", **settings)
         assert list(dict.fromkeys(cell.target for cell in found.cells)) == ["0.5", "4:8"]
         assert all(plan["4:8"].sparsity == pytest.approx(0.5) for plan in found.plans.values())
-        text = found.markdown()
+        text = view.markdown(found)
         assert "| magnitude | 4:8 | uniform |" in text
         wanda = found.cell("dlp:0.15 refined 1", "4:8", "wanda")
         stage = WandaPruningModifier(
@@ -265,23 +269,24 @@ class TestMethodNames:
     @pytest.mark.parametrize(
         ("text", "name", "kind", "strength"),
         [
-            ("uniform", "uniform", DLPModifier, 0.0),
-            ("dlp", "dlp:0.15", DLPModifier, 0.15),
-            (" dlp:0.1 ", "dlp:0.1", DLPModifier, 0.1),
-            ("dlp-auto", "dlp:auto", DLPModifier, "auto"),
-            ("owl:auto", "owl:auto", OWLModifier, "auto"),
-            ("alpha-pruning:0.2", "alpha-pruning:0.2", AlphaPruningModifier, 0.2),
-            ("linear", "linear:auto", LinearSparsityModifier, "auto"),
-            ("dlp-auto-refined", "dlp:auto refined 5", DLPModifier, "auto"),
-            ("owl-refined:0.1", "owl:0.1 refined 5", OWLModifier, 0.1),
+            ("uniform", "uniform", DLP, 0.0),
+            ("dlp", "dlp:0.15", DLP, 0.15),
+            (" dlp:0.1 ", "dlp:0.1", DLP, 0.1),
+            ("dlp-auto", "dlp:auto", DLP, "auto"),
+            ("owl:auto", "owl:auto", OWL, "auto"),
+            ("alpha-pruning:0.2", "alpha-pruning:0.2", AlphaPruning, 0.2),
+            ("alpha_pruning:auto", "alpha-pruning:auto", AlphaPruning, "auto"),
+            ("linear", "linear:auto", Linear, "auto"),
+            ("dlp-auto-refined", "dlp:auto refined 5", DLP, "auto"),
+            ("owl-refined:0.1", "owl:0.1 refined 5", OWL, 0.1),
         ],
     )
     def test_a_name_with_and_without_a_strength(
         self, text: str, name: str, kind: type, strength: float | str
     ) -> None:
-        found, modifier = method_named(text, 5)
-        assert (found, type(modifier), modifier.strength) == (name, kind, strength)
-        assert modifier.refine == (5 if "refined" in text else 0)
+        found = contender_named(text, 5)
+        assert (found.name, type(found.method), found.method.strength) == (name, kind, strength)
+        assert found.generations == (5 if "refined" in text else 0)
 
     @pytest.mark.parametrize(
         ("text", "problem"),
@@ -291,13 +296,13 @@ class TestMethodNames:
             ("dlp:much", "could not convert"),
             ("dlp:-1", "alpha must be finite and at least 0"),
             ("uniform:0.1", "uniform has no strength"),
-            ("alpha-pruning:auto", "valid number"),
+            ("alpha-pruning:1.5", "epsilon must be at most 1"),
             ("dlp-refined", "--refine"),
         ],
     )
     def test_a_bad_one_is_named_with_what_there_is(self, text: str, problem: str) -> None:
         with pytest.raises(ValueError, match=rf"method '{text}': .*{problem}.* owl, alpha-pruning"):
-            method_named(text)
+            contender_named(text)
 
     def test_pruners_and_sparsities_are_checked_before_any_work(
         self, compared: Callable[..., Comparison], tmp_path: Path
@@ -346,7 +351,7 @@ class TestTheBest:
         self.found.save(tmp_path / "r.json")
         text = (tmp_path / "r.json").read_text()
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-        assert Comparison.model_validate_json(text).cells[3].perplexity != 0
+        assert math.isnan(Comparison.model_validate_json(text).cells[3].perplexity)
         assert str(Comparison.model_validate_json(text)) == str(self.found)
 
 
@@ -379,13 +384,13 @@ class TestWhatIsWritten:
     def test_tables_show_every_figure_and_the_best(self, finished: tuple[Path, Comparison]) -> None:
         _, found = finished
         best = found.best("0.7")
-        table = found.table()
+        table = view.table(found)
         columns = [list(column.cells) for column in table.columns]
         assert columns[:2] == [["wanda", "wanda"], ["uniform", "owl:0.1"]]
         ratio = best.perplexity / found.dense
         assert f"[bold]{best.perplexity:.2f} ({ratio:.2f})[/]" in columns[3]
         assert sum("bold" in entry for entry in columns[2] + columns[3]) == 2
-        lines = found.markdown().splitlines()
+        lines = view.markdown(found).splitlines()
         assert len(lines) == 3 + len(found.cells)
         assert len({line.count("|") for line in lines}) == 1
         assert f"| **{best.perplexity:.4f}** | {ratio:.3f} | {best.achieved:.4f} |" in "".join(
@@ -393,7 +398,7 @@ class TestWhatIsWritten:
         )
 
     def test_pictures(self, finished: tuple[Path, Comparison], tmp_path: Path) -> None:
-        finished[1].draw(tmp_path)
+        view.draw(finished[1], tmp_path)
         for name in ("perplexity.png", "sparsities.png"):
             assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -405,4 +410,4 @@ class TestWhatIsWritten:
     ) -> None:
         monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
         with pytest.raises(ImportError, match=r"dlp_plugin\[plot\]"):
-            finished[1].draw(tmp_path)
+            view.draw(finished[1], tmp_path)

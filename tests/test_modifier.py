@@ -351,7 +351,7 @@ class TestPlans:
     ) -> None:
         scored = prune(make_model(), recipe())
         monkeypatch.setattr(
-            "dlp_plugin.modifiers.base.block_score", lambda *_: pytest.fail("scored")
+            "dlp_plugin.scoring.scores.block_score", lambda *_: pytest.fail("scored")
         )
         planned = prune(make_model(), recipe({"from_plan": plan_path}))
         assert_same(weights_of(scored), weights_of(planned))
@@ -385,7 +385,7 @@ class TestPlans:
 
     def test_of_another_statistic_is_refused(self, make_model: MakeModel, plan_path: str) -> None:
         text = recipe({"from_plan": plan_path, "statistic": "mean"})
-        refuses(make_model(), text, "statistic is mean, but the plan's scores are a median")
+        refuses(make_model(), text, "statistic is mean, but the plan's scores were made with median")
 
     def test_damaged_is_refused(self, make_model: MakeModel, plan_path: str) -> None:
         content = json.loads(Path(plan_path).read_text())
@@ -558,7 +558,7 @@ class TestSearchFile:
         assert search.is_file()
         assert not plan_path.exists()
         monkeypatch.setattr(
-            "dlp_plugin.search.judge.Trial.divergence",
+            "dlp_plugin.search.judge.Judge.divergence",
             lambda *_, **__: pytest.fail("measured again"),
         )
         prune(make_model(), text)

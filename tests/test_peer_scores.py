@@ -9,8 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dlp_plugin import peer_scores, scores
-from dlp_plugin.scoring.spectra import block_exponent, outlier_ratio, power_law_exponent
+from dlp_plugin.scoring import scores, spectra
+from dlp_plugin.scoring.outliers import outlier_ratio
+from dlp_plugin.scoring.spectra import block_exponent, power_law_exponent
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 TAILS = ["peak", "median"]
@@ -81,7 +82,7 @@ class TestOutlierRatio:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_in_many_chunks(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(scores, "_CHUNK", 256)
+        monkeypatch.setattr(scores, "CHUNK", 256)
         parts = random_parts([(64, 64), (7, 64), (64, 300)], dtype)
         assert outlier_ratio(parts, 5) == pytest.approx(self.naive(parts, 5), abs=1e-6)
 
@@ -237,7 +238,7 @@ class TestPowerLawExponent:
     def test_in_many_chunks(self, tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
         weight = random_weight(40, 200, torch.float32)
         at_once = power_law_exponent("l", weight, tail)
-        monkeypatch.setattr(peer_scores, "_WIDE", 700)
+        monkeypatch.setattr(spectra, "WIDE", 700)
         assert power_law_exponent("l", weight, tail) == pytest.approx(at_once, rel=1e-9)
 
     @settings(max_examples=60, deadline=None)

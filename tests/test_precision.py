@@ -13,9 +13,10 @@ from dlp_plugin import DLPModifier, WandaPruningModifier, precision
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.precision import is_native, narrow, wide_enough, widen, widest
-from dlp_plugin.scoring.scores import ChannelNorms, block_score
+from dlp_plugin.scoring.norms import ChannelNorms
+from dlp_plugin.scoring.scores import block_score
 from dlp_plugin.scoring.spectra import block_exponent
-from dlp_plugin.search.judge import Trial
+from dlp_plugin.search.judge import Judge
 
 IDS = torch.arange(48).view(2, 24) * 5 % 256
 
@@ -76,16 +77,16 @@ class TestADeviceWithoutFloat64:
                 norms.add(name, inputs)
             of_linears = norms.of(linears)
             parts = {n: (linears[n].weight.detach(), of_linears[n]) for n in linears}
-            trial = Trial(model, linears, of_linears, [{"input_ids": IDS}])
+            judge = Judge(model, linears, of_linears, [{"input_ids": IDS}])
             sparsities = dict.fromkeys(linears, 0.5)
-            judged = [trial.loss(sparsities), trial.divergence(sparsities)]
+            judged = [judge.loss(sparsities), judge.divergence(sparsities)]
             return [block_score(parts, "mean"), block_exponent(weights_of(parts)), *judged]
 
         def weights_of(parts: dict) -> dict:
             return {name: weight for name, (weight, _) in parts.items()}
 
         wide = found()
-        for module in ("scores", "peer_scores", "trial"):
+        for module in ("scoring.scores", "scoring.norms", "scoring.spectra", "search.judge"):
             monkeypatch.setattr(f"dlp_plugin.{module}.widest", lambda _: torch.float32)
         narrower = found()
         assert narrower == pytest.approx(wide, rel=1e-4, abs=1e-6)
@@ -141,9 +142,9 @@ class TestAModelOfSomebodyElse:
         for model in (make_model(torch.bfloat16), make_model(torch.bfloat16).float()):
             linears = {n: m for n, m in model.named_modules() if n.endswith("up_proj")}
             norms = {name: torch.ones(linear.in_features) for name, linear in linears.items()}
-            trial = Trial(model, linears, norms, [{"input_ids": IDS}])
+            judge = Judge(model, linears, norms, [{"input_ids": IDS}])
             sparsities = dict.fromkeys(linears, 0.5)
-            losses.append((trial.loss(sparsities), trial.divergence(sparsities)))
+            losses.append((judge.loss(sparsities), judge.divergence(sparsities)))
         assert losses[0] == losses[1]
 
     def test_nothing_happens_where_the_dtype_is_native(self, make_model: Callable) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -29,14 +30,14 @@ def test_the_import_loads_neither_torch_nor_the_host() -> None:
     [
         "import dlp_plugin, llmcompressor",
         "import llmcompressor, dlp_plugin",
-        "from dlp_plugin.modifiers.peers import OWLModifier",
-        "from dlp_plugin import stages",
+        "from dlp_plugin.modifiers.methods import OWLModifier",
+        "from dlp_plugin.pruning import calibrated",
         "import dlp_plugin; from llmcompressor.modifiers.pruning import WandaPruningModifier",
     ],
 )
 def test_recipes_know_the_modifiers(first: str) -> None:
     found = python(first + KNOWN).splitlines()[-1]
-    assert found == "['dlp_plugin.modifiers.peers', 'dlp_plugin.pruning.stages']"
+    assert found == "['dlp_plugin.modifiers.methods', 'dlp_plugin.pruning.calibrated']"
 
 
 def test_it_can_be_imported_without_the_host() -> None:
@@ -55,7 +56,9 @@ print(dlp_plugin.Plan.__name__)
 
 def test_every_name_is_there() -> None:
     for name in dlp_plugin.__all__:
-        assert getattr(dlp_plugin, name).__name__ == name
         assert name in dir(dlp_plugin)
+        if name != "__version__":
+            assert getattr(dlp_plugin, name).__name__ == name
+    assert dlp_plugin.__version__ == version("dlp_plugin")
     with pytest.raises(AttributeError, match="'dlp_plugin' has no attribute 'NoModifier'"):
         _ = dlp_plugin.NoModifier

@@ -25,7 +25,7 @@ from transformers.core_model_loading import Interleave, WeightConverter
 
 import dlp_plugin
 from dlp_plugin import DLPModifier, MaskedGPTQModifier, OneShotMagnitudeModifier
-from dlp_plugin.host import save_under_source_names
+from dlp_plugin.experts import save_under_source_names
 
 SPLIT = ["mixtral", "qwen3_moe", "deepseek_v3", "qwen3_next", "jamba", "nemotron_h_experts"]
 EXPERTS = [*SPLIT, "gpt_oss"]  # of which a layer has one tensor

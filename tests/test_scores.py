@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlp_plugin import scores
-from dlp_plugin.scoring.scores import ChannelNorms, block_score
+from dlp_plugin.scoring import norms as channel_norms
+from dlp_plugin.scoring import scores
+from dlp_plugin.scoring.norms import ChannelNorms
+from dlp_plugin.scoring.scores import block_score
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -37,9 +39,9 @@ def random_parts(
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to the median, on inputs small enough to check."""
     if request.param == "bracketed":
-        monkeypatch.setattr(scores, "_SAMPLE", 64)
-        monkeypatch.setattr(scores, "_MARGIN", 6)
-        monkeypatch.setattr(scores, "_CHUNK", 256)
+        monkeypatch.setattr(scores, "SAMPLE", 64)
+        monkeypatch.setattr(scores, "MARGIN", 6)
+        monkeypatch.setattr(scores, "CHUNK", 256)
     return request.param
 
 
@@ -68,7 +70,7 @@ def test_mean_equals_the_mean_of_all_scores(dtype: torch.dtype) -> None:
 def test_median_of_a_large_block(seed: int) -> None:
     """Beyond the sample's size, in the sizes that are really used."""
     parts = random_parts([(700, 512), (512, 700)], torch.bfloat16, seed)
-    assert sum(w.numel() for w, _ in parts.values()) > scores._SAMPLE
+    assert sum(w.numel() for w, _ in parts.values()) > scores.SAMPLE
     assert block_score(parts) == naive(parts).median().item()
 
 
@@ -92,9 +94,9 @@ def test_median_with_ties_zeros_and_denormals(
     channel = torch.tensor(norms)[torch.arange(columns) % len(norms)]
     parts = {"l": (weight, channel), "m": (weight.flip(0), channel)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scores, "_SAMPLE", 32)
-        patch.setattr(scores, "_MARGIN", 3)
-        patch.setattr(scores, "_CHUNK", 64)
+        patch.setattr(scores, "SAMPLE", 32)
+        patch.setattr(scores, "MARGIN", 3)
+        patch.setattr(scores, "CHUNK", 64)
         assert block_score(parts) == naive(parts).median().item()
 
 
@@ -174,8 +176,8 @@ class TestChannelNorms:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls = []
-        once = scores._channel_squares
-        monkeypatch.setattr(scores, "_channel_squares", lambda x: calls.append(1) or once(x))
+        once = channel_norms.channel_squares
+        monkeypatch.setattr(channel_norms, "channel_squares", lambda x: calls.append(1) or once(x))
         norms, inputs = ChannelNorms(), torch.ones(2, 4)
         norms.add("q", inputs)
         norms.add("k", inputs)

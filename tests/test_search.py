@@ -13,15 +13,24 @@ from conftest import random_samples, run
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from loguru import logger
 
-from dlp_plugin import DLPModifier, LinearSparsityModifier, OWLModifier, Plan
+from dlp_plugin import (
+    AlphaPruningModifier,
+    DLPModifier,
+    LinearSparsityModifier,
+    OWLModifier,
+    Plan,
+)
+from dlp_plugin.planning.methods import DLP, METHODS, Linear
+from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.scoring.blocks import Block
-from dlp_plugin.search.judge import Trial
-from dlp_plugin.search.refine import HALF_RANGES, choose_strength, forget, refine, sparsities_of
+from dlp_plugin.search.judge import Judge
+from dlp_plugin.search.refine import forget, refine
+from dlp_plugin.search.strength import HALF_RANGES, choose_strength, sparsities_of
 
 SCORES = [1.0, 2.0, 3.0, 4.0]
 
 
-class Judge:
+class KnownJudge:
     """Stands in for a model whose divergence is known: a square distance from an optimum."""
 
     tokens = 4096
@@ -40,14 +49,19 @@ class Judge:
         return self.tokens // self.parts
 
     def divergence(
-        self, sparsities: Mapping[str, float], portion: list[int] | None = None, group: int = 0
+        self,
+        sparsities: Mapping[str, float],
+        portion: list[int] | None = None,
+        structure: MaskStructure = UNSTRUCTURED,
     ) -> float:
         self.calls += 1
         self.measured.append((None if portion is None else portion[0], tuple(sparsities.values())))
         return sum((s - self.best(name)) ** 2 for name, s in sparsities.items())
 
-    def loss(self, sparsities: Mapping[str, float], group: int = 0) -> float:
-        return self.divergence(sparsities, group=group)
+    def loss(
+        self, sparsities: Mapping[str, float], structure: MaskStructure = UNSTRUCTURED
+    ) -> float:
+        return self.divergence(sparsities, structure=structure)
 
 
 @contextmanager
@@ -69,7 +83,8 @@ def blocks() -> list[Block]:
 
 def start(method: str = "dlp", alpha: float = 0.0) -> Plan:
     rows = [(block.name, block.weights, s) for block, s in zip(blocks(), SCORES, strict=True)]
-    return Plan.make(rows, method=method, model="m", statistic="median", alpha=alpha, target=0.6)
+    kind = METHODS[method]
+    return Plan.make(rows, method=kind(**{kind.strength_field: alpha}), model="m", target=0.6)
 
 
 def total(sparsities: Mapping[str, float]) -> float:
@@ -81,20 +96,20 @@ class TestChooseStrength:
     @pytest.mark.parametrize(("alpha", "chosen"), [(0.0, 0.0), (0.1, 0.1), (0.29, 0.3)])
     def test_the_least_loss_wins(self, alpha: float, chosen: float) -> None:
         wanted = sparsities_of(start(alpha=alpha), blocks())
-        judge = Judge(wanted.__getitem__)
+        judge = KnownJudge(wanted.__getitem__)
         make = partial(
             Plan.make,
             [(b.name, b.weights, s) for b, s in zip(blocks(), SCORES, strict=True)],
             model="m",
-            statistic="median",
+            method=DLP(),
             target=0.6,
         )
-        plan = choose_strength(judge, make, blocks())
-        assert plan.alpha == chosen
+        plan = choose_strength(judge, make, DLP(), blocks())
+        assert plan.strength == chosen
         assert judge.calls == len(plan.candidates) <= 8
-        assert plan.candidates[0].alpha == 0
+        assert plan.candidates[0].strength == 0
         assert min(c.loss for c in plan.candidates) == next(
-            c.loss for c in plan.candidates if c.alpha == chosen
+            c.loss for c in plan.candidates if c.strength == chosen
         )
 
     def test_the_linear_one_chooses_a_step(self) -> None:
@@ -102,19 +117,19 @@ class TestChooseStrength:
         make = partial(
             Plan.make,
             [(b.name, b.weights, float(i)) for i, b in enumerate(blocks())],
-            method="linear",
+            method=Linear(),
             model="m",
-            statistic="depth",
             target=0.6,
         )
-        plan = choose_strength(Judge(wanted.__getitem__), make, blocks())
-        assert plan.alpha == pytest.approx(0.1)
+        plan = choose_strength(KnownJudge(wanted.__getitem__), make, Linear(), blocks())
+        assert plan.strength == pytest.approx(0.1)
         assert [b.sparsity for b in plan.blocks] == pytest.approx([0.45, 0.55, 0.65, 0.75])
 
     def test_of_equal_losses_the_uniform_one_wins(self) -> None:
-        make = partial(Plan.make, [("b0", 480, 1.0)], model="m", statistic="median", target=0.6)
+        make = partial(Plan.make, [("b0", 480, 1.0)], model="m", method=DLP(), target=0.6)
         with told() as lines:
-            assert choose_strength(Judge(lambda _: 0.6), make, blocks()[:1]).alpha == 0
+            judge = KnownJudge(lambda _: 0.6)
+            assert choose_strength(judge, make, DLP(), blocks()[:1]).strength == 0
         assert "Trying 7 strengths, each on 4096 tokens" in lines[0]
         assert [line.split("alpha ")[1].split(":")[0] for line in lines[1:]] == [
             f"{half:g}" for half in HALF_RANGES
@@ -125,7 +140,7 @@ class TestRefine:
     def test_it_finds_the_optimum_at_the_same_total(self) -> None:
         best = {f"b{i}.up": 0.4 + 0.1 * i for i in range(4)}
         best |= {f"b{i}.q": 0.8 for i in range(4)}
-        judge = Judge(lambda name: best[name])
+        judge = KnownJudge(lambda name: best[name])
         plan = refine(judge, start(), blocks(), generations=150)
         found = sparsities_of(plan, blocks())
         assert total(found) == pytest.approx(0.6, abs=1e-9)
@@ -134,7 +149,7 @@ class TestRefine:
         assert judge.divergence(found) == plan.search[-1].divergence
 
     def test_it_never_gets_worse_and_says_what_it_took(self) -> None:
-        judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
+        judge = KnownJudge(lambda name: 0.9 if name.endswith("q") else 0.55)
         plan = refine(judge, start(), blocks(), generations=9)
         path = [step.divergence for step in plan.search]
         assert path == sorted(path, reverse=True)
@@ -152,19 +167,18 @@ class TestRefine:
         plan = Plan.make(
             rows,
             model="m",
-            statistic="median",
-            alpha=0.0,
+            method=DLP(alpha=0.0),
             target=0.5,
-            mask_structure=structure,
+            mask_structure=MaskStructure.parse(structure),
         )
-        judge = Judge(lambda name: 0.5)  # the start is the optimum
+        judge = KnownJudge(lambda name: 0.5)  # the start is the optimum
         refined = refine(judge, plan, blocks(), generations=30)
         assert refined.search[-1].evaluations == judge.calls
         assert len(set(judge.measured)) == judge.calls < 1 + 2 + 30 * 10  # some were drawn again
 
     def test_one_portion_is_all_there_is(self) -> None:
         """Then what was sifted is measured already."""
-        judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
+        judge = KnownJudge(lambda name: 0.9 if name.endswith("q") else 0.55)
         judge.parts = 1
         plan = refine(judge, start(), blocks(), generations=9)
         assert plan.search[-1].evaluations == judge.calls <= 1 + 9 * 8
@@ -172,7 +186,7 @@ class TestRefine:
         assert plan.search[-1].divergence < plan.search[0].divergence
 
     def test_sifting_looks_at_one_portion_after_the_other(self) -> None:
-        judge = Judge(lambda name: 0.6)
+        judge = KnownJudge(lambda name: 0.6)
         judge.parts = 3
         refine(judge, start(), blocks(), generations=6)
         looked = [portion for portion, _ in judge.measured if portion is not None]
@@ -180,7 +194,7 @@ class TestRefine:
         assert {looked.count(part) // 8 for part in range(3)} == {2}
 
     def test_changes_and_what_they_start_from_are_sifted_on_the_same_portion(self) -> None:
-        judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
+        judge = KnownJudge(lambda name: 0.9 if name.endswith("q") else 0.55)
         judge.parts = 3
         refine(judge, start(), blocks(), generations=3)
         generation = 1
@@ -191,7 +205,7 @@ class TestRefine:
 
     def test_it_tells_what_it_will_do_and_every_step(self) -> None:
         with told() as lines:
-            plan = refine(Judge(lambda name: 0.6), start(), blocks(), generations=2)
+            plan = refine(KnownJudge(lambda name: 0.6), start(), blocks(), generations=2)
         assert "2 generations of 8 changes, each on 2048 tokens, the best 2 on 4096" in lines[0]
         last = plan.search[-1]
         expected = f"divergence {last.divergence:.4f} after {last.evaluations} evaluations"
@@ -201,7 +215,7 @@ class TestRefine:
     def test_of_n_m_it_moves_whole_numbers(self) -> None:
         """A step of b.up (320 weights) is one N in it and four in b.q (80 weights)."""
 
-        class OfFours(Judge):
+        class OfFours(KnownJudge):
             def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
                 assert all((8 * s).is_integer() for s in sparsities.values())
                 return super().divergence(sparsities, *rest, **named)
@@ -210,10 +224,9 @@ class TestRefine:
         plan = Plan.make(
             rows,
             model="m",
-            statistic="median",
-            alpha=0.0,
+            method=DLP(alpha=0.0),
             target=0.5,
-            mask_structure="4:8",
+            mask_structure=MaskStructure(4, 8),
         )
         best = {f"b{i}.{n}": (2 + i) / 8 for i in range(4) for n in ("up", "q")}
         judge = OfFours(lambda name: best[name] + (0.0625 if name < "b2" else -0.0625))
@@ -223,7 +236,7 @@ class TestRefine:
         assert Plan.load(refined.model_dump(mode="json")) == refined
 
     def test_the_first_third_moves_whole_blocks(self) -> None:
-        class Recorder(Judge):
+        class Recorder(KnownJudge):
             def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
                 whole.append(all(sparsities[f"b{i}.up"] == sparsities[f"b{i}.q"] for i in range(4)))
                 return super().divergence(sparsities, *rest, **named)
@@ -236,14 +249,14 @@ class TestRefine:
 
     def test_the_seed_decides(self) -> None:
         def refined(seed: int) -> Plan:
-            judge = Judge(lambda name: 0.9 if name.endswith("q") else 0.55)
+            judge = KnownJudge(lambda name: 0.9 if name.endswith("q") else 0.55)
             return refine(judge, start(), blocks(), generations=4, seed=seed)
 
         assert refined(0) == refined(0)
         assert refined(0) != refined(1)
 
     def test_an_interrupted_search_goes_on(self, tmp_path: Path) -> None:
-        class Cliff(Judge):
+        class Cliff(KnownJudge):
             def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
                 found = super().divergence(sparsities, *rest, **named)
                 return math.inf if max(sparsities.values()) > 0.66 else found
@@ -293,9 +306,9 @@ class TestRefine:
     def test_a_damaged_file_does_not_block(self, tmp_path: Path, damage: Callable) -> None:
         path = tmp_path / "search"
         search = partial(refine, plan=start(), blocks=blocks(), generations=3, progress_path=path)
-        whole = search(Judge(lambda name: 0.6 if name < "b2" else 0.5))
+        whole = search(KnownJudge(lambda name: 0.6 if name < "b2" else 0.5))
         path.write_text(damage(path.read_text()), errors="surrogateescape")
-        judge = Judge(lambda name: 0.6 if name < "b2" else 0.5)
+        judge = KnownJudge(lambda name: 0.6 if name < "b2" else 0.5)
         with told() as lines:
             assert search(judge) == whole
         assert judge.calls == whole.search[-1].evaluations
@@ -304,12 +317,12 @@ class TestRefine:
     def test_progress_of_another_search_is_left(self, tmp_path: Path) -> None:
         path = tmp_path / "search"
         path.write_text(json.dumps({"fingerprint": "another"}))
-        judge = Judge(lambda name: 0.6)
+        judge = KnownJudge(lambda name: 0.6)
         plan = refine(judge, start(), blocks(), generations=1, progress_path=path)
         assert plan == refine(judge, start(), blocks(), generations=1)
 
     def test_a_refined_plan_holds_for_its_target_only(self, tmp_path: Path) -> None:
-        plan = refine(Judge(lambda name: 0.5), start(), blocks(), generations=1)
+        plan = refine(KnownJudge(lambda name: 0.5), start(), blocks(), generations=1)
         plan.save(tmp_path / "plan.json")
         loaded = Plan.load(tmp_path / "plan.json")
         assert loaded == plan
@@ -329,7 +342,9 @@ def zeros_by_linear(model: torch.nn.Module) -> dict[str, float]:
 STAGE = {"sparsity": 0.6, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
 
 
-@pytest.mark.parametrize("kind", [DLPModifier, OWLModifier, LinearSparsityModifier])
+@pytest.mark.parametrize(
+    "kind", [DLPModifier, OWLModifier, AlphaPruningModifier, LinearSparsityModifier]
+)
 def test_auto_in_a_recipe(make_model: Callable[..., torch.nn.Module], kind: type) -> None:
     modifier = kind(**{kind.strength_field: "auto"})
     model = make_model()
@@ -337,7 +352,7 @@ def test_auto_in_a_recipe(make_model: Callable[..., torch.nn.Module], kind: type
     plan = modifier.plan
     assert len(plan.candidates) == 7
     best = min(plan.candidates, key=lambda c: c.loss)
-    assert plan.alpha == best.alpha == modifier.strength
+    assert plan.strength == best.strength == modifier.strength
     assert plan.sparsity == pytest.approx(0.6)
     assert modifier.from_plan == plan.model_dump(mode="json")
 
@@ -386,7 +401,7 @@ def test_a_search_whose_plan_cannot_be_written_is_not_lost(
             search()
     assert len(json.loads(left.read_text())["steps"]) == 3
     with monkeypatch.context() as patch:
-        patch.setattr(Trial, "divergence", lambda *_, **__: pytest.fail("measured again"))
+        patch.setattr(Judge, "divergence", lambda *_, **__: pytest.fail("measured again"))
         plan = search()
     assert Plan.load(path) == plan
     assert not left.exists()

@@ -21,18 +21,18 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
 )
+from compressed_tensors.utils.safetensors_load import update_safetensors_index
 from loguru import logger
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dlp_plugin.checkpoints.inspect import read_config, weight_files
+from dlp_plugin.checkpoints.files import INDEX, read_config, weight_files
 from dlp_plugin.files import check_vacant, replacing
 
 __all__ = ["export_gptq"]
 
 _QUANTIZED_LOCALS = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}
-_INDEX = "model.safetensors.index.json"
 
 Fetch = Callable[[str], torch.Tensor]
 
@@ -100,9 +100,8 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
             save_file(tensors, beside / shard.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, shard.name)
             size += sum(tensor.nbytes for tensor in tensors.values())
-        if (source / _INDEX).is_file():
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            _write_json(beside / _INDEX, index)
+        if (source / INDEX).is_file():
+            update_safetensors_index(beside, size, weight_map)
         _write_json(beside / "config.json", {**config, "quantization_config": settings})
         _write_json(beside / "quantize_config.json", settings)
         for file in source.iterdir():

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import ml_dtypes  # noqa: F401  # by which numpy knows bfloat16 when safetensors asks it
+import numpy as np
 import zstandard
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-if TYPE_CHECKING:
+from dlp_plugin.checkpoints.files import read_config, shards, weight_files
+
+if TYPE_CHECKING:  # torch and compressed-tensors take seconds, which only quantized weights need
+    import torch
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    from numpy.typing import NDArray
 
-__all__ = [
-    "Checkpoint",
-    "Zeros",
-    "check_weight_files",
-    "inspect_checkpoint",
-    "read_config",
-    "weight_files",
-    "zeros_lost",
-    "zstd_bytes",
-]
+    Array = NDArray[Any] | torch.Tensor
+    Mask = NDArray[np.bool_]
 
-_SINGLE = "model.safetensors"
-_INDEX = f"{_SINGLE}.index.json"
+__all__ = ["Checkpoint", "Zeros", "inspect_checkpoint", "zeros_lost", "zstd_bytes"]
+
+# safetensors looks for these among numpy's own attributes, where ml_dtypes puts none.
+_BY_TORCH = ("F8", "F6", "F4")
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,9 @@ def inspect_checkpoint(
     sparse_bits = 0
     for module, files in tensors.items():
         state = _read(module, files)
-        weight = _dense_weight(module, state, quantization)
-        if weight is not None and weight.ndim == 2:
-            zeros = _zeros(weight, group)
+        zero = _zero_weights(module, state, quantization)
+        if zero is not None and zero.ndim == 2:
+            zeros = _zeros(zero, group)
             linears[module] = zeros
             if _block_of(module) is not None:
                 stored = state.pop("weight_packed", None)
@@ -127,7 +125,7 @@ def inspect_checkpoint(
                 sparse_bits += zeros.weights + bits * (zeros.weights - zeros.zeros)
         for local in _fused(module, state):
             stored = state.pop(local)
-            zeros = linears[f"{module}.{local}"] = _zeros(stored.flatten(0, 1), 0)
+            zeros = linears[f"{module}.{local}"] = _zeros(_is_zero(stored), 0)
             sparse_bits += zeros.weights + 8 * stored.itemsize * (zeros.weights - zeros.zeros)
         sparse_bits += 8 * sum(tensor.nbytes for tensor in state.values())
         advance(1 / len(tensors))
@@ -135,7 +133,7 @@ def inspect_checkpoint(
         folder,
         linears,
         None if quantization is None else quantization.format,
-        sum(file.stat().st_size for file in _files(folder)),
+        sum(file.stat().st_size for file in shards(folder)),
         sparse_bits // 8,
     )
 
@@ -159,13 +157,16 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
             continue
         state_before = _read(module, files)
         state_after = _read(module, after.get(module, {}))
-        pairs = {
-            f"{module}.{n}": (state_before[n], state_after.get(n))
+        pairs: dict[str, tuple[Mask, Mask | None]] = {
+            f"{module}.{n}": (
+                _is_zero(state_before[n]),
+                _is_zero(state_after[n]) if n in state_after else None,
+            )
             for n in _fused(module, state_before)
         }
-        left = _dense_weight(module, state_before, config_before)
+        left = _zero_weights(module, state_before, config_before)
         if left is not None and left.ndim == 2:
-            pairs[module] = left, _dense_weight(module, state_after, config_after)
+            pairs[module] = left, _zero_weights(module, state_after, config_after)
         for name, (one, two) in pairs.items():
             if two is None or two.shape != one.shape:
                 found = "is missing" if two is None else f"is {list(two.shape)}"
@@ -173,11 +174,11 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
                     f"{name} is {list(one.shape)} in {pruned} and {found} in {other}: they "
                     "are not the same model"
                 )
-            lost[name] = int(((one == 0) & (two != 0)).sum())
+            lost[name] = int(np.count_nonzero(one & ~two))
     return lost
 
 
-def _fused(module: str, state: Mapping[str, torch.Tensor]) -> list[str]:
+def _fused(module: str, state: Mapping[str, Array]) -> list[str]:
     """Local names of the weights ``[experts, ...]`` of a block's fused experts."""
     if _block_of(module) is None:
         return []
@@ -185,13 +186,21 @@ def _fused(module: str, state: Mapping[str, torch.Tensor]) -> list[str]:
     return [n for n, x in state.items() if x.ndim == 3 and n not in others and "_bias" not in n]
 
 
-def _zeros(weight: torch.Tensor, group: int) -> Zeros:
-    """Count the zeros of a matrix ``[out, in]``."""
-    zeros = weight.numel() - int(weight.count_nonzero())
-    if not group or weight.shape[1] % group:
-        return Zeros(weight.numel(), zeros)
-    counts = (weight == 0).unflatten(1, (-1, group)).sum(2)
-    return Zeros(weight.numel(), zeros, (int(counts.min()), int(counts.max())))
+def _is_zero(weights: Array) -> Mask:
+    with np.errstate(invalid="ignore"):  # numpy warns of signalling NaNs, which are no zeros
+        return np.asarray(weights == 0)
+
+
+def _zeros(zero: Mask, group: int) -> Zeros:
+    """Count the zeros of a matrix ``[out, in]``.
+
+    :param zero: which of its weights are zero
+    """
+    zeros = int(np.count_nonzero(zero))
+    if not group or zero.shape[1] % group:
+        return Zeros(zero.size, zeros)
+    counts = zero.reshape(len(zero), -1, group).sum(2)
+    return Zeros(zero.size, zeros, (int(counts.min()), int(counts.max())))
 
 
 def zstd_bytes(folder: str | Path) -> int:
@@ -200,113 +209,13 @@ def zstd_bytes(folder: str | Path) -> int:
     :raises FileNotFoundError: if there is none, or one that the index names is missing
     """
     total = 0
-    for file in _files(Path(folder)):
+    for file in shards(Path(folder)):
         compressor = zstandard.ZstdCompressor().compressobj()
         with file.open("rb") as opened:
             while chunk := opened.read(1 << 24):
                 total += len(compressor.compress(chunk))
         total += len(compressor.flush())
     return total
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Full name of every tensor of a checkpoint to the file that holds it.
-
-    Files that belong to something else, such as an adapter or a leftover, do not count: where
-    there is an index, it says which do, and else ``model.safetensors`` where there is one.
-
-    :raises FileNotFoundError: if there is none, or one that the index names is missing
-    :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
-    """
-    held = [(key, file) for file in _files(folder) for key in _keys(file)]
-    said = [(key, folder / name) for key, name in _index(folder).items()]
-    for key, file in sorted(set(said).difference(held)):
-        raise ValueError(
-            f"{file} does not hold {key}, as {_INDEX} says: fetch or save the checkpoint again"
-        )
-    return dict(held + said)
-
-
-def check_weight_files(folder: str | Path) -> None:
-    """Make sure that a folder's safetensors files are all there, and whole, from their headers.
-
-    For what is about to be loaded by others, whose errors do not name the file. A folder
-    without such files passes: its weights may be of another kind.
-
-    :raises FileNotFoundError: if one that the index names is missing
-    :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
-    """
-    folder = Path(folder)
-    if (folder / _INDEX).is_file() or any(folder.glob("*.safetensors")):
-        weight_files(folder)
-
-
-def _files(folder: Path) -> list[Path]:
-    files = [folder / name for name in sorted(set(_index(folder).values()))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing, which {_INDEX} names: fetch or save the checkpoint again"
-            )
-    if not files and (folder / _SINGLE).is_file():
-        files = [folder / _SINGLE]
-    files = files or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no .safetensors file; give the folder of a saved model"
-        )
-    return files
-
-
-def _index(folder: Path) -> dict[str, str]:
-    """Tensor to file name by the index; empty where there is none."""
-    content = _read_json(folder / _INDEX)
-    if content is None:
-        return {}
-    weight_map: Any = content.get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"{folder / _INDEX} has no weight_map from tensors to files: fetch or save the "
-            "checkpoint again"
-        )
-    return dict(weight_map)
-
-
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """What stands in ``config.json``; None where there is none.
-
-    :raises ValueError: if it is no JSON, or no mapping
-    """
-    return _read_json(folder / "config.json")
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is no JSON ({error}): fetch or save the checkpoint again"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} holds a {type(content).__name__} instead of a mapping: fetch or save the "
-            "checkpoint again"
-        )
-    return content
-
-
-def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged, or was not written to its end ({error}): fetch or save the "
-            "checkpoint again"
-        ) from None
 
 
 def _tensors_by_module(folder: Path) -> dict[str, dict[str, Path]]:
@@ -318,12 +227,25 @@ def _tensors_by_module(folder: Path) -> dict[str, dict[str, Path]]:
     return {module: tensors[module] for module in sorted(tensors, key=_depth_order)}
 
 
-def _read(module: str, files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
-    state = {}
-    for local, file in files.items():
-        with safe_open(file, framework="pt") as opened:
-            state[local] = opened.get_tensor(f"{module}.{local}" if module else local)
-    return state
+def _read(module: str, files: Mapping[str, Path]) -> dict[str, Array]:
+    """A module's tensors by their local names: torch's if it is quantized."""
+    return {
+        local: _tensor(file, f"{module}.{local}" if module else local, _is_quantized(files))
+        for local, file in files.items()
+    }
+
+
+def _tensor(file: Path, key: str, by_torch: bool) -> Array:
+    with safe_open(file, framework="pt" if by_torch else "np") as opened:
+        if by_torch or not opened.get_slice(key).get_dtype().startswith(_BY_TORCH):
+            tensor: Array = opened.get_tensor(key)
+            return tensor
+    return _tensor(file, key, by_torch=True)
+
+
+def _is_quantized(locals_: Container[str]) -> bool:
+    """Whether a module is quantized, by the local names of its tensors."""
+    return "weight_packed" in locals_ or "weight_scale" in locals_
 
 
 def _block_of(module: str) -> str | None:
@@ -347,23 +269,22 @@ def _quantization_config(folder: Path) -> QuantizationConfig | None:
     return QuantizationConfig.model_validate(config)
 
 
-def _dense_weight(
-    module: str, state: dict[str, torch.Tensor], config: QuantizationConfig | None
-) -> torch.Tensor | None:
-    """A module's weight as the numbers that it stands for; None if it has none."""
-    if "weight_packed" not in state and "weight_scale" not in state:
-        return state.get("weight")
+def _zero_weights(
+    module: str, state: dict[str, Array], config: QuantizationConfig | None
+) -> Mask | None:
+    """Which of a module's weights stand for zero; None if it has none."""
+    if not _is_quantized(state):
+        return _is_zero(state["weight"]) if "weight" in state else None
     scheme = None if config is None else _scheme(module, config)
     if config is None or scheme is None:
         raise ValueError(
             f"{module} is quantized, but config.json has no quantization_config for it: "
             "the checkpoint is incomplete"
         )
-    from compressed_tensors.compressors import BaseCompressor  # seconds, for quantized ones only
+    from compressed_tensors.compressors import BaseCompressor
 
     compressor: Any = BaseCompressor.get_value_from_registry(scheme.format or config.format)
-    weight: torch.Tensor = compressor.decompress(state, scheme)["weight"]
-    return weight
+    return _is_zero(compressor.decompress(state, scheme)["weight"])
 
 
 def _scheme(module: str, config: QuantizationConfig) -> QuantizationScheme | None:

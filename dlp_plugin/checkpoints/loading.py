@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import remove_dispatch
 from llmcompressor import oneshot
+from llmcompressor.utils.dev import get_main_device
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,7 +32,6 @@ from dlp_plugin.precision import Stored, narrow, widen
 
 __all__ = [
     "apply_recipe",
-    "compute_device",
     "load_config",
     "load_model",
     "load_stored",
@@ -41,12 +40,6 @@ __all__ = [
 ]
 
 _SHOWN = 3
-
-
-def compute_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return device or torch.device("cpu")
 
 
 def load_model(name: str | Path) -> PreTrainedModel:
@@ -58,7 +51,7 @@ def load_model(name: str | Path) -> PreTrainedModel:
     """
     model: Any = load_stored(name)
     widen(model)
-    return model.to(compute_device())  # type: ignore[no-any-return]
+    return model.to(get_main_device())  # type: ignore[no-any-return]
 
 
 def load_to_prune(name: str | Path) -> tuple[PreTrainedModel, Stored]:

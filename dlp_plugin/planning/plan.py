@@ -1,42 +1,35 @@
-"""The plan: which sparsity every block gets and why; JSON in and out, table, picture."""
+"""The plan: which sparsity every block gets and why, as data; JSON in and out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from dlp_plugin.files import replacing
 from dlp_plugin.planning.allocation import (
-    Method,
     allocate,
-    check_alpha,
     check_sparsity,
-    check_target,
-    check_whole,
-    half_range,
+    check_strength,
     importances,
-    split_structure,
-    unimportances,
-    whole_numbers,
 )
+from dlp_plugin.planning.methods import METHODS, Method
+from dlp_plugin.planning.schema_1 import from_schema_1
+from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure, whole_numbers
 
 __all__ = ["BlockPlan", "Candidate", "Plan", "SearchStep", "package_versions"]
-
-_TITLES: dict[Method, str] = {
-    "dlp": "DLP",
-    "owl": "OWL",
-    "alpha_pruning": "AlphaPruning",
-    "linear": "Linear",
-}
 
 # Characters of what is wrong with a plan: a number in it may have a thousand digits.
 _SHOWN = 400
@@ -69,6 +62,13 @@ Number = Annotated[float, BeforeValidator(_no_bool)]
 """A number that is written as one: ``true`` is none."""
 
 _Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=1 << 53)]
+
+
+def _structure(value: Any) -> Any:
+    return MaskStructure.parse(value) if isinstance(value, str) else value
+
+
+_Structure = Annotated[MaskStructure, BeforeValidator(_structure), PlainSerializer(str)]
 
 
 class BlockPlan(BaseModel):
@@ -109,13 +109,13 @@ class BlockPlan(BaseModel):
 class Candidate(BaseModel):
     """A strength that was tried, and the loss of the model pruned with it.
 
-    :param alpha: the method's strength
+    :param strength: the method's
     :param loss: mean cross-entropy per token of calibration samples that were not scored on
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    alpha: Number
+    strength: Number
     loss: Number
 
 
@@ -140,10 +140,11 @@ class SearchStep(BaseModel):
 class Plan(BaseModel):
     """What DLP (or a peer) decided for a model, and all it takes to decide again.
 
-    :param method: ``dlp``, ``owl``, ``alpha_pruning`` or ``linear``
+    :param method: a name out of :data:`dlp_plugin.planning.methods.METHODS`
+    :param settings: what the scores depend on besides the model: DLP's ``statistic``, OWL's
+        ``owl_m``, AlphaPruning's ``tail``
     :param model: the model's name or folder, as transformers knows it
-    :param statistic: what a block's ``score`` is, in words
-    :param alpha: the method's strength: DLP's alpha or OWL's lambda, half the range of the
+    :param strength: the method's own: DLP's alpha or OWL's lambda, half the range of the
         sparsities before clipping; AlphaPruning's epsilon; the linear one's beta
     :param target: sparsity over all ``weights`` together
     :param mask_structure: ``0:0`` if weights are pruned wherever they are least; ``N:M`` if
@@ -152,40 +153,57 @@ class Plan(BaseModel):
     :param blocks: one row per block, in the model's order
     :param unseen: Linears that saw no calibration token: neither scored nor counted
         in ``weights``, and left dense
-    :param candidates: the strengths that ``alpha`` was chosen from, if it was
+    :param candidates: the strengths that ``strength`` was chosen from, if it was
     :param search: the path of the search that refined the sparsities, if there was one
     :param versions: package versions that made the plan
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    schema_version: Annotated[Literal[1], BeforeValidator(_no_bool)] = 1
-    method: Method = "dlp"
+    schema_version: Annotated[Literal[2], BeforeValidator(_no_bool)] = 2
+    method: str = "dlp"
+    settings: dict[str, Number | str] = Field(default_factory=dict)
     model: str
-    statistic: str
-    alpha: Number
+    strength: Number
     target: Number
-    mask_structure: str = "0:0"
+    mask_structure: _Structure = UNSTRUCTURED
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)
     unseen: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     search: tuple[SearchStep, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_schema_1(cls, content: Any) -> Any:
+        if isinstance(content, dict):
+            version = content.get("schema_version", 1 if "alpha" in content else 2)
+            if version == 1 and not isinstance(version, bool):
+                return from_schema_1(content)
+        return content
+
     @model_validator(mode="after")
     def _check(self) -> Plan:
-        check_alpha(self.alpha)
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; there are {', '.join(METHODS)}")
+        check_strength(self.strength, "strength")
+        try:
+            _ = self.scored_by
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"settings of {self.method}: {field}: {first['msg']}") from None
         check_sparsity(self.target, "target")
         names = [block.name for block in self.blocks]
         if len(set(names)) < len(names):
             raise ValueError("blocks: a name stands twice")
         allowed = 1e-6
-        if m := self.group:
-            check_target(self.target, self.mask_structure, "target")
-            allowed += max(b.weights for b in self.blocks) / m / self._weights
+        if self.mask_structure:
+            self.mask_structure.exact_target(self.target, "target")
+            allowed += max(b.weights for b in self.blocks) / self.mask_structure.m / self.weights
             for block in self.blocks:
                 for name, sparsity in (block.linears or {block.name: block.sparsity}).items():
-                    check_whole(sparsity, m, f"blocks: sparsity of {name}")
+                    self.mask_structure.number(sparsity, f"blocks: sparsity of {name}")
         if abs(self.deviation) > allowed:
             raise ValueError(
                 f"blocks: their sparsities come to {self.sparsity:.6f} of all weights, "
@@ -199,26 +217,29 @@ class Plan(BaseModel):
         blocks: Sequence[tuple[str, int, float]],
         *,
         model: str,
-        statistic: str,
-        alpha: float,
+        method: Method,
         target: float,
+        strength: float | None = None,
+        mask_structure: MaskStructure = UNSTRUCTURED,
         unseen: Sequence[str] = (),
-        method: Method = "dlp",
-        mask_structure: str = "0:0",
     ) -> Plan:
         """Allocate sparsities to scored blocks.
 
         :param blocks: name, number of prunable weights and score of every block
+        :param method: what scored them, with its settings
+        :param strength: by default the method's, which is then no ``auto``
         :raises ValueError: as :func:`dlp_plugin.planning.allocation.allocate` does, or if
             ``target`` is not the sparsity that ``mask_structure`` is on average
         """
         names, weights, scores = zip(*blocks, strict=True)
-        target = check_target(target, mask_structure, "target")
-        unimportant = unimportances(method, scores)
-        half = half_range(method, alpha, scores, weights, target)
+        target = mask_structure.exact_target(target, "target")
+        strength = float(method.strength if strength is None else strength)
+        unimportant = method.unimportances(scores)
+        half = method.half_range(strength, scores, weights, target)
         sparsities = allocate(unimportant, weights, target, half)
-        if m := split_structure(mask_structure)[1]:
-            sparsities = [n / m for n in whole_numbers(sparsities, weights, target, m)]
+        if mask_structure:
+            numbers = whole_numbers(sparsities, weights, mask_structure)
+            sparsities = [n / mask_structure.m for n in numbers]
         rows = zip(
             names,
             weights,
@@ -228,10 +249,10 @@ class Plan(BaseModel):
             strict=True,
         )
         return cls(
-            method=method,
+            method=method.name,
+            settings=method.settings,
             model=model,
-            statistic=statistic,
-            alpha=alpha,
+            strength=strength,
             target=target,
             mask_structure=mask_structure,
             blocks=tuple(
@@ -246,8 +267,8 @@ class Plan(BaseModel):
         self,
         *,
         target: float | None = None,
-        alpha: float | None = None,
-        mask_structure: str | None = None,
+        strength: float | None = None,
+        mask_structure: MaskStructure | str | None = None,
     ) -> Plan:
         """Allocate the same scores again at another target, strength or structure.
 
@@ -256,30 +277,36 @@ class Plan(BaseModel):
         :raises ValueError: if the plan was refined by a search, which holds for its target,
             or if target and structure contradict one another
         """
-        if mask_structure is None:
+        if isinstance(mask_structure, str):
+            mask_structure = MaskStructure.parse(mask_structure)
+        elif mask_structure is None:
             mask_structure = self.mask_structure
-        n, m = split_structure(mask_structure)
         if target is None:
-            target = n / m if m else self.target
-        alpha = self.alpha if alpha is None else alpha
-        if (target, alpha, mask_structure) == (self.target, self.alpha, self.mask_structure):
+            target = mask_structure.sparsity if mask_structure else self.target
+        strength = self.strength if strength is None else strength
+        if (target, strength, mask_structure) == (self.target, self.strength, self.mask_structure):
             return self
+        method = METHODS[self.method]
         if self.search:
             raise ValueError(
-                f"the plan was refined by a search at target {self.target:g}, alpha "
-                f"{self.alpha:g}, mask_structure {self.mask_structure}, and holds for these only: "
-                "leave them out, or search again"
+                f"the plan was refined by a search at target {self.target:g}, "
+                f"{method.strength_field} {self.strength:g}, mask_structure "
+                f"{self.mask_structure}, and holds for these only: leave them out, or search again"
             )
         return Plan.make(
             [(block.name, block.weights, block.score) for block in self.blocks],
             model=self.model,
-            statistic=self.statistic,
-            alpha=alpha,
+            method=method(**self.settings, **{method.strength_field: strength}),
             target=target,
             unseen=self.unseen,
-            method=self.method,
             mask_structure=mask_structure,
         )
+
+    @property
+    def scored_by(self) -> Method:
+        """The method, with its settings and strength."""
+        method = METHODS[self.method]
+        return method(**self.settings, **{method.strength_field: self.strength})
 
     def check_linears(self, weights: Mapping[str, int]) -> None:
         """Make sure that what a refined plan says of Linears comes to what it says of blocks.
@@ -298,24 +325,20 @@ class Plan(BaseModel):
                     )
 
     @property
-    def _weights(self) -> int:
+    def weights(self) -> int:
+        """Number of weights in all blocks together."""
         return sum(block.weights for block in self.blocks)
 
     @property
     def sparsity(self) -> float:
         """Sparsity over all blocks together, by their numbers of weights."""
         pruned = math.fsum(block.weights * block.sparsity for block in self.blocks)
-        return pruned / self._weights
+        return pruned / self.weights
 
     @property
     def deviation(self) -> float:
         """How far :attr:`sparsity` lies above ``target``; N:M may not come nearer."""
         return self.sparsity - self.target
-
-    @property
-    def group(self) -> int:
-        """M of ``N:M``; 0 without structure."""
-        return split_structure(self.mask_structure)[1]
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
@@ -352,90 +375,3 @@ class Plan(BaseModel):
             f"{where} is not a sound plan ({problem}); score the model again with "
             "`dlp-plugin score`"
         )
-
-    def table(self) -> Table:
-        """The plan as a table for the terminal (rich)."""
-        table = Table(
-            title=f"{_TITLES[self.method]} plan for {escape(self.model)}",
-            caption=self._caption,
-        )
-        for column in ("block", "weights", "score", "importance", "sparsity"):
-            table.add_column(column, justify="left" if column == "block" else "right")
-        for block in self.blocks:
-            table.add_row(
-                block.name,
-                f"{block.weights:,}",
-                f"{block.score:.4g}",
-                f"{block.importance:.4f}",
-                f"{block.sparsity:.4f}{self._pattern(block)}",
-            )
-        table.add_section()
-        table.add_row("all", f"{self._weights:,}", "", "", f"{self.sparsity:.4f}")
-        return table
-
-    def _pattern(self, block: BlockPlan) -> str:
-        """A block's N:M, where it has one."""
-        if not self.group:
-            return ""
-        numbers = sorted({round(s * self.group) for s in (block.linears or {}).values()})
-        if len(numbers) > 1:
-            return f" ({numbers[0]} to {numbers[-1]}:{self.group})"
-        return f" ({round(block.sparsity * self.group)}:{self.group})"
-
-    @property
-    def _caption(self) -> str:
-        text = f"target {self.target:g}, alpha {self.alpha:g}, {self.statistic}"
-        if self.group:
-            text += (
-                f"; {self.mask_structure} on average over all weights, off by {self.deviation:+.4%}"
-            )
-        if self.candidates:
-            tried = ", ".join(f"{c.alpha:g}: {c.loss:.4f}" for c in self.candidates)
-            text += f"; chosen by loss ({tried})"
-        if self.search:
-            first, last = self.search[0], self.search[-1]
-            text += (
-                f"; refined in {last.generation} generations, divergence from the dense model "
-                f"{first.divergence:.4f} -> {last.divergence:.4f}"
-            )
-        return text
-
-    def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=100).print(self.table())
-        return text.getvalue().rstrip()
-
-    def plot(self, path: str | Path) -> None:
-        """Draw sparsity and score over depth.
-
-        :param path: file to write; its suffix chooses the format, e.g. ``plan.png``
-        :raises ValueError: if ``path`` has no suffix
-        :raises ImportError: if matplotlib is not installed
-        """
-        if not Path(path).suffix:
-            raise ValueError(f"{path} has no suffix to tell the format; name it {path}.png")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError(
-                "drawing a plan needs matplotlib: pip install 'dlp_plugin[plot]'"
-            ) from None
-        depth = range(len(self.blocks))
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.bar(depth, [b.sparsity for b in self.blocks], color="#4c72b0")
-        axes.axhline(self.target, color="black", linewidth=1, linestyle="--")
-        axes.set_xlabel("block")
-        axes.set_ylabel("sparsity (bars; dashed: target)")
-        axes.set_ylim(0, 1)
-        axes.set_title(
-            f"{self.model}: {_TITLES[self.method]}, target "
-            f"{self.mask_structure if self.group else format(self.target, 'g')}, "
-            f"alpha {self.alpha:g}"
-        )
-        scores = axes.twinx()
-        scores.plot(depth, [b.score for b in self.blocks], color="#c44e52", marker="o")
-        scores.set_ylabel(f"score ({self.statistic}; line)")
-        scores.set_ylim(bottom=0)
-        with replacing(path) as beside:
-            figure.savefig(beside, dpi=150)

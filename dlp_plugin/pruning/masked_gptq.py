@@ -33,7 +33,8 @@ from llmcompressor.modifiers.gptq.helpers import assign_batches, column_scale_wi
 from loguru import logger
 from pydantic import PrivateAttr
 
-from dlp_plugin.host import check_patterns, save_under_source_names
+from dlp_plugin.experts import save_under_source_names
+from dlp_plugin.host import check_patterns
 
 __all__ = ["MaskedGPTQModifier"]
 

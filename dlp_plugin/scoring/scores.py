@@ -1,4 +1,4 @@
-"""Block scores: streamed activation norms in, one unimportance per block out.
+"""Block scores: weights and activation norms in, one unimportance per block out.
 
 The score of one weight is ``|W_ij| * ||X_:,j||_2`` in float32 (Wanda's, as DLP uses
 it); a block's score is the lower median (the paper) or the mean (the authors' released
@@ -12,115 +12,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from compressed_tensors.distributed import is_distributed
-from compressed_tensors.utils import get_execution_device
-from torch import distributed as dist
 
-from dlp_plugin.planning.allocation import Statistic
 from dlp_plugin.precision import widest
+from dlp_plugin.scoring.choices import Statistic
 
-__all__ = ["ChannelNorms", "Part", "block_score", "smallest_score"]
+__all__ = [
+    "Part",
+    "block_score",
+    "check_dtype",
+    "check_finite",
+    "count_up_to",
+    "magnitudes_of",
+    "mean_score",
+    "smallest_score",
+]
 
 Part = tuple[torch.Tensor, torch.Tensor]
+"""A Linear's weight ``[out, in]`` and the l2 norms of its input channels, float32 ``[in]``."""
 
 # Elements handled at a time: they stay in a CPU's cache and are no matter of memory,
 # and a kernel launch on so many costs nothing.
-_CHUNK = 1 << 20
-# Tokens whose squares are summed in float32 before they join the float64 sum.
-_TOKENS = 64
+CHUNK = 1 << 20
 # Scores drawn to bracket the median; a block with no more than these is sorted whole.
-_SAMPLE = 1 << 18
+SAMPLE = 1 << 18
 # The bracket's first half-width in ranks of the sample: four standard deviations.
-_MARGIN = int(4 * _SAMPLE**0.5 / 2)
+MARGIN = int(4 * SAMPLE**0.5 / 2)
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class ChannelNorms:
-    """Squared l2 norms of the input channels of many Linears, over all tokens.
-
-    Squares are summed in float32 over a few tokens and in float64 beyond, whatever
-    the activations' dtype. Linears that are fed the very same tensor one after the
-    other (query, key and value; gate and up) share one computation.
-    """
-
-    def __init__(self) -> None:
-        self._squares: dict[str, torch.Tensor] = {}
-        self._seen: tuple[torch.Tensor, int] | None = None
-        self._seen_squares = torch.empty(0)
-
-    def add(self, name: str, inputs: torch.Tensor) -> None:
-        """Account for one batch.
-
-        :param name: the Linear's full name
-        :param inputs: its input, ``[..., in_features]``, any float dtype; one without
-            tokens (an expert that was routed none) counts as never seen
-        """
-        if inputs.numel() == 0:
-            return
-        seen = self._seen
-        if seen is None or seen[0] is not inputs or seen[1] != inputs._version:
-            self._seen_squares = _channel_squares(inputs.detach())
-            self._seen = (inputs, inputs._version)
-        total = self._squares.get(name)
-        squares = self._seen_squares
-        self._squares[name] = squares if total is None else total + squares
-
-    def of(self, linears: Mapping[str, torch.nn.Linear]) -> dict[str, torch.Tensor | None]:
-        """Norms over all that was added so far, by every process of a distributed run.
-
-        In a distributed run all processes must ask for the same Linears at the same time.
-        Lets go of the last input tensor: call when a block is done.
-
-        :param linears: full name to Linear
-        :return: for each, float32 ``[in_features]``, or None if it saw no token
-        :raises ValueError: if a norm is not finite
-        """
-        self._seen = None
-        squares = {name: self._squares.get(name) for name in linears}
-        if is_distributed():
-            squares = _summed_over_ranks(squares, linears)
-        norms = {}
-        for name, square in squares.items():
-            norm = norms[name] = None if square is None else square.sqrt().float()
-            if norm is not None and not bool(norm.isfinite().all()):
-                raise ValueError(
-                    f"the inputs of {name} hold infinite or undefined values: check the "
-                    "calibration data, or load the model in a wider dtype"
-                )
-        return norms
-
-
-def _summed_over_ranks(
-    squares: Mapping[str, torch.Tensor | None], linears: Mapping[str, torch.nn.Linear]
-) -> dict[str, torch.Tensor | None]:
-    """Add up each Linear's sums; one that no process has seen is None."""
-    pieces = []
-    for name, linear in linears.items():
-        square = squares[name]
-        piece = torch.zeros(linear.in_features + 1, dtype=torch.float64)
-        if square is not None:
-            piece[:-1] = square
-            piece[-1] = 1
-        pieces.append(piece)
-    device = get_execution_device(next(iter(linears.values())))
-    total = torch.cat(pieces).to(device, widest(device))
-    dist.all_reduce(total)
-    summed = total.split([len(piece) for piece in pieces])
-    return {
-        name: piece[:-1] if piece[-1] > 0 else None
-        for name, piece in zip(linears, summed, strict=True)
-    }
-
-
-def _channel_squares(inputs: torch.Tensor) -> torch.Tensor:
-    """Sum of squares per channel: ``[..., channels]`` to float64 ``[channels]``, where there is."""
-    tokens = inputs.reshape(-1, inputs.shape[-1])
-    total = torch.zeros(tokens.shape[1], dtype=widest(tokens.device), device=tokens.device)
-    for chunk in tokens.split(_TOKENS):
-        wide = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
-        total += (wide * wide).sum(0)
-    return total
 
 
 def block_score(parts: Mapping[str, Part], statistic: Statistic = "median") -> float:
@@ -137,19 +55,19 @@ def block_score(parts: Mapping[str, Part], statistic: Statistic = "median") -> f
     :raises ValueError: if a weight is not finite (names the module)
     """
     for name, (weight, _) in parts.items():
-        _check_dtype(name, weight)
+        check_dtype(name, weight)
     if statistic == "mean":
-        return _mean(parts)
+        return mean_score(parts)
     count = sum(weight.numel() for weight, _ in parts.values())
     return smallest_score(parts, (count + 1) // 2)
 
 
 def _chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Consecutive rows of ``[rows, columns]``, about ``_CHUNK`` elements at a time.
+    """Consecutive rows of ``[rows, columns]``, about ``CHUNK`` elements at a time.
 
     Never more rows than an int16 can count.
     """
-    rows = min(max(_CHUNK // matrix.shape[1], 1), torch.iinfo(torch.int16).max)
+    rows = min(max(CHUNK // matrix.shape[1], 1), torch.iinfo(torch.int16).max)
     yield from matrix.split(rows)
 
 
@@ -160,7 +78,7 @@ class _Scratch:
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        size = min(max(_CHUNK, weight.shape[1]), weight.numel())
+        size = min(max(CHUNK, weight.shape[1]), weight.numel())
         integer = _INTEGER[weight.dtype.itemsize]
         self._memory = torch.empty(size, dtype=integer, device=weight.device)
 
@@ -168,7 +86,7 @@ class _Scratch:
         return self._memory[: chunk.numel()].view(chunk.shape)
 
 
-def _magnitudes(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+def magnitudes_of(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """Chunks of ``|w|`` as integers: the bits without the sign, which order alike.
 
     Each chunk is gone when the next is taken.
@@ -185,7 +103,7 @@ def _largest(dtype: torch.dtype) -> int:
     return int(largest.view(_INTEGER[dtype.itemsize]))
 
 
-def _check_dtype(name: str, weight: torch.Tensor) -> None:
+def check_dtype(name: str, weight: torch.Tensor) -> None:
     """Refuse a weight that is not of a float type."""
     if weight.dtype.itemsize not in _INTEGER or not weight.is_floating_point():
         raise ValueError(
@@ -194,7 +112,7 @@ def _check_dtype(name: str, weight: torch.Tensor) -> None:
         )
 
 
-def _check_finite(name: str, dtype: torch.dtype, peaks: Sequence[torch.Tensor]) -> None:
+def check_finite(name: str, dtype: torch.dtype, peaks: Sequence[torch.Tensor]) -> None:
     """Refuse a weight whose largest magnitudes, per chunk, are not numbers."""
     if int(torch.stack(list(peaks)).amax()) > _largest(dtype):
         raise ValueError(
@@ -203,10 +121,15 @@ def _check_finite(name: str, dtype: torch.dtype, peaks: Sequence[torch.Tensor]) 
         )
 
 
-def _mean(parts: Mapping[str, Part]) -> float:
+def mean_score(parts: Mapping[str, Part]) -> float:
+    """The mean of all scores.
+
+    :param parts: as in :func:`block_score`
+    :raises ValueError: if a weight is not finite (names the module)
+    """
     total, count = 0.0, 0
     for name, (weight, norms) in parts.items():
-        _check_finite(name, weight.dtype, [chunk.amax() for chunk in _magnitudes(weight)])
+        check_finite(name, weight.dtype, [chunk.amax() for chunk in magnitudes_of(weight)])
         columns = torch.zeros_like(norms, dtype=widest(norms.device))
         for chunk in _chunks(weight):
             columns += chunk.abs().sum(0, dtype=torch.float32)
@@ -228,14 +151,14 @@ def smallest_score(parts: Mapping[str, Part], rank: int) -> float:
     :raises ValueError: if a weight is not finite (names it)
     """
     count = sum(weight.numel() for weight, _ in parts.values())
-    if count <= _SAMPLE:
+    if count <= SAMPLE:
         for name, (weight, _) in parts.items():
-            _check_finite(name, weight.dtype, [chunk.amax() for chunk in _magnitudes(weight)])
+            check_finite(name, weight.dtype, [chunk.amax() for chunk in magnitudes_of(weight)])
         scores = torch.cat([_scores(*part).flatten() for part in parts.values()])
         return float(scores.kthvalue(rank).values)
 
     sample = _sampled_scores(list(parts.values()), count)
-    centre, margin = len(sample) * rank // count, _MARGIN
+    centre, margin = len(sample) * rank // count, MARGIN
     while True:
         lowest, highest = centre - margin, centre + margin
         low = float(sample[lowest]) if lowest >= 0 else -1.0
@@ -244,11 +167,11 @@ def smallest_score(parts: Mapping[str, Part], rank: int) -> float:
         if rank <= at_most_low:
             # Few scores can be equal to one another by chance, many only by nature
             # (zeros); then the bracket's end itself is the one.
-            if _count(parts.values(), low, strict=True) < rank:
+            if count_up_to(parts.values(), low, strict=True) < rank:
                 return low
         elif rank <= at_most_low + len(between):
             return float(between.kthvalue(rank - at_most_low).values)
-        elif rank <= _count(parts.values(), high, strict=False):
+        elif rank <= count_up_to(parts.values(), high, strict=False):
             return high
         margin *= 4
 
@@ -262,7 +185,7 @@ def _sampled_scores(parts: Sequence[Part], count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     drawn = []
     for weight, norms in parts:
-        size = -(-_SAMPLE * weight.numel() // count)
+        size = -(-SAMPLE * weight.numel() // count)
         places = torch.randint(weight.numel(), (size,), generator=generator)
         rows, columns = places // weight.shape[1], places % weight.shape[1]
         rows, columns = rows.to(weight.device), columns.to(weight.device)
@@ -306,13 +229,13 @@ def _hits(signs: torch.Tensor) -> torch.Tensor:
     return -signs.sum(0, dtype=signs.dtype).sum()
 
 
-def _count(parts: Iterable[Part], limit: float, strict: bool) -> int:
+def count_up_to(parts: Iterable[Part], limit: float, strict: bool) -> int:
     """Number of scores at most (below) ``limit``."""
     total = 0
     for weight, norms in parts:
         thresholds = _thresholds(weight.dtype, norms, limit, strict)
         scratch = _Scratch(weight)
-        counts = [_hits(_at_most(chunk, thresholds, scratch)) for chunk in _magnitudes(weight)]
+        counts = [_hits(_at_most(chunk, thresholds, scratch)) for chunk in magnitudes_of(weight)]
         total += int(torch.stack(counts).sum())
     return total
 
@@ -344,7 +267,7 @@ def _count_and_collect(
         below_high = _thresholds(weight.dtype, norms, high, strict=True)
         counts, peaks = [], []
         low_scratch, high_scratch = _Scratch(weight), _Scratch(weight)
-        for chunk in _magnitudes(weight):
+        for chunk in magnitudes_of(weight):
             peaks.append(chunk.amax())
             low_side = _at_most(chunk, up_to_low, low_scratch)
             counts.append(_hits(low_side))
@@ -353,6 +276,6 @@ def _count_and_collect(
             places = _places(inside)
             values = chunk.flatten()[places].view(weight.dtype)
             between.append(_scores(values, norms[places % weight.shape[1]]))
-        _check_finite(name, weight.dtype, peaks)
+        check_finite(name, weight.dtype, peaks)
         total += int(torch.stack(counts).sum())
     return total, torch.cat(between)

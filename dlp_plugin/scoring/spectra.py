@@ -1,69 +1,25 @@
-"""Scores of DLP's peers: OWL's outlier ratio of a block, AlphaPruning's power-law exponent.
-
-Pure maths on weights and channel norms, as in :mod:`dlp_plugin.scoring.scores`; what becomes of
-a block's score (a larger outlier ratio keeps more, a larger exponent keeps less) is the
-allocation's matter.
-"""
+"""AlphaPruning's score: the power-law exponent of a block's spectra."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
 from dlp_plugin.precision import widest
-from dlp_plugin.scoring.scores import Part, _check_dtype, _check_finite, _count, _magnitudes, _mean
+from dlp_plugin.scoring.choices import Tail
+from dlp_plugin.scoring.scores import check_dtype, check_finite, magnitudes_of
 
-__all__ = ["Tail", "block_exponent", "outlier_ratio", "power_law_exponent"]
-
-Tail = Literal["peak", "median"]
-"""Where a spectrum's tail starts: at the best fit up to its peak, or at its median."""
+__all__ = ["block_exponent", "power_law_exponent"]
 
 # Eigenvalues below this share of the largest are rounding errors of the Gram matrix, and
 # so are differences between eigenvalues: some n * 2.2e-16, and n is a few thousand.
 _NOISE = 1e-12
 # Elements of a weight that are widened to float64 at a time (32 MB).
-_WIDE = 1 << 22
+WIDE = 1 << 22
 # Bins of the histogram whose highest bar is the peak (the released code's number).
 _BINS = 100
-
-
-def outlier_ratio(parts: Mapping[str, Part], multiple: float) -> float:
-    """Share of a block's weight scores above ``multiple`` times their mean, in percent.
-
-    OWL's layerwise outlier distribution (arXiv 2310.05175, section 3.2): the scores are
-    ``|W_ij| * ||X_:,j||_2`` in float32, and both the mean and the share are taken over
-    all the block's Linears together, not for each (luuyin/OWL, ``lib/prune_all.py``:
-    the scores are concatenated before ``check_outlier_mean``). Strictly above counts.
-    The released code divides the squared norms by the number of sequences; that is one
-    factor for a whole block, and it cancels between a score and the mean. The sole
-    difference: the mean is summed wider than float32, so a score that is equal to the
-    limit but for float32 rounding can fall on its other side.
-
-    Example: scores 1, 1, 1, 9 and multiple 2. The mean is 3, the limit 6, and one score
-    of four is above it: 25.0.
-
-    The scores of a block are never built: a few megabytes of scratch whatever its size.
-
-    :param parts: full name to a Linear's weight ``[out, in]``, any float dtype, and the
-        l2 norms of its input channels, float32 ``[in]``, finite and not negative
-    :param multiple: ``M`` of the paper, finite and above 0; 5 for LLaMA-7B
-    :return: in [0, 100]; 0 if all scores are 0
-    :raises ValueError: if ``multiple`` is out of bounds, or a weight is not finite or
-        not of a float dtype (names the module)
-    """
-    if not (math.isfinite(multiple) and multiple > 0):
-        raise ValueError(
-            f"multiple must be finite and above 0, got {multiple}; it says how many times "
-            "the mean an outlier exceeds, e.g. 5"
-        )
-    for name, (weight, _) in parts.items():
-        _check_dtype(name, weight)
-    limit = multiple * _mean(parts)
-    count = sum(weight.numel() for weight, _ in parts.values())
-    return 100 * (count - _count(parts.values(), limit, strict=False)) / count
 
 
 def power_law_exponent(name: str, weight: torch.Tensor, tail: Tail = "peak") -> float:
@@ -104,10 +60,10 @@ def power_law_exponent(name: str, weight: torch.Tensor, tail: Tail = "peak") -> 
         power law fits: fewer than two eigenvalues that are not 0, or none in the tail
         that differs from another; names the module
     """
-    _check_dtype(name, weight)
+    check_dtype(name, weight)
     if min(weight.shape) >= 2:  # a vector has one eigenvalue
         weight = weight.detach()
-        _check_finite(name, weight.dtype, [chunk.amax() for chunk in _magnitudes(weight)])
+        check_finite(name, weight.dtype, [chunk.amax() for chunk in magnitudes_of(weight)])
         logs = _log_spectrum(weight)
         if len(logs) >= 2:
             exponent = _from_median(logs) if tail == "median" else _from_peak(logs)
@@ -147,7 +103,7 @@ def _log_spectrum(weight: torch.Tensor) -> torch.Tensor:
     wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
     size = wide.shape[0]
     gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-    for columns in wide.split(max(_WIDE // size, 1), dim=1):
+    for columns in wide.split(max(WIDE // size, 1), dim=1):
         columns = columns.double()
         gram.addmm_(columns, columns.T)
     eigenvalues: torch.Tensor = torch.linalg.eigvalsh(gram).cpu()

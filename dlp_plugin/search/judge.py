@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from compressed_tensors.distributed import is_distributed
@@ -24,22 +24,22 @@ from llmcompressor.utils.dev import get_main_device
 from torch import distributed as dist
 from torch.nn import functional
 
+from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.precision import wide_enough, widest
+from dlp_plugin.scoring.calibration import Batch
 
-__all__ = ["Trial"]
-
-Batch = dict[str, Any]
+__all__ = ["Judge"]
 
 # Tokens that are run together, and tokens whose logits are widened to float32 together.
 _TOGETHER = 2048
 _WIDE = 256
 # Tokens of the vocabulary that the dense model's predictions are kept for, the likeliest
 # ones; the others are one class.
-_LIKELIEST = 512
+LIKELIEST = 512
 # Rows of a weight whose groups are sorted together, which takes 16 bytes a weight.
 _ROWS = 256
 # Sparsities per Linear whose thresholds are kept.
-_REMEMBERED = 16
+REMEMBERED = 16
 
 
 class _Kept(NamedTuple):
@@ -49,7 +49,7 @@ class _Kept(NamedTuple):
     logs: torch.Tensor  # float32 [n, likeliest + 1], the last of all other tokens
 
 
-class Trial:
+class Judge:
     """Losses of a causal language model at any sparsities of its Linears.
 
     In a distributed run every process measures its own samples, and all get the loss over
@@ -94,14 +94,16 @@ class Trial:
             digest.update(f"{name} {float(norms.cpu().double().sum())!r}".encode())
         return digest.hexdigest()
 
-    def loss(self, sparsities: Mapping[str, float], group: int = 0) -> float:
+    def loss(
+        self, sparsities: Mapping[str, float], structure: MaskStructure = UNSTRUCTURED
+    ) -> float:
         """Mean cross-entropy per predicted token, in nats.
 
         :param sparsities: full name to sparsity of every Linear that is not to stay dense
-        :param group: prune among every so many consecutive weights (M of N:M); 0 for rows
+        :param structure: prune among every M consecutive weights, or without one in rows
         """
         total, count = 0.0, 0
-        with self._pruned(sparsities, group):
+        with self._pruned(sparsities, structure):
             for batch in self._batches:
                 logits = self._logits(batch)[:, :-1].flatten(0, 1)
                 wanted = batch["input_ids"][:, 1:].flatten().to(logits.device)
@@ -138,7 +140,7 @@ class Trial:
         self,
         sparsities: Mapping[str, float],
         portion: Sequence[int] | None = None,
-        group: int = 0,
+        structure: MaskStructure = UNSTRUCTURED,
     ) -> float:
         """Mean Kullback-Leibler divergence from the dense model per token, in nats.
 
@@ -148,13 +150,13 @@ class Trial:
 
         :param sparsities: as in :meth:`loss`
         :param portion: measure on one of :meth:`portions`; None for all samples
-        :param group: as in :meth:`loss`
+        :param structure: as in :meth:`loss`
         """
         if not self._kept:
-            with self._pruned({}, 0):
+            with self._pruned({}, UNSTRUCTURED):
                 self._kept = [_keep(self._logits(batch).flatten(0, 1)) for batch in self._batches]
         total, count = 0.0, 0
-        with self._pruned(sparsities, group):
+        with self._pruned(sparsities, structure):
             for place in range(len(self._batches)) if portion is None else portion:
                 logits = self._logits(self._batches[place]).flatten(0, 1)
                 total += _divergence(logits, self._kept[place])
@@ -174,7 +176,7 @@ class Trial:
         return logits
 
     @contextmanager
-    def _pruned(self, sparsities: Mapping[str, float], group: int) -> Iterator[None]:
+    def _pruned(self, sparsities: Mapping[str, float], structure: MaskStructure) -> Iterator[None]:
         """Have Linears compute with masked weights."""
         was_training = self._model.training
         self._model.eval()
@@ -182,9 +184,10 @@ class Trial:
             stack.callback(self._model.train, was_training)
             for name, sparsity in sparsities.items():
                 linear = self._linears[name]
-                count = round(group * sparsity) if group else int(linear.in_features * sparsity)
+                of = linear.in_features
+                count = structure.number(sparsity) if structure else int(of * sparsity)
                 if count:
-                    mask = partial(self._mask, name, count, group)
+                    mask = partial(self._mask, name, count, structure.m)
                     stack.enter_context(patch_attr(linear, "forward", _Masked(linear, mask)))
             yield
 
@@ -219,7 +222,7 @@ class Trial:
             linear = self._linears[name]
             weight = linear.weight.to(get_execution_device(linear))
             value = _scores(weight, self._norms[name]).kthvalue(count, dim=1, keepdim=True)
-            if len(self._thresholds) >= _REMEMBERED * len(self._linears):
+            if len(self._thresholds) >= REMEMBERED * len(self._linears):
                 del self._thresholds[next(iter(self._thresholds))]  # the oldest
             self._thresholds[name, count] = value.values
         return self._thresholds[name, count]
@@ -276,7 +279,7 @@ def _mean(total: float, count: int, device: torch.device) -> float:
 
 
 def _keep(logits: torch.Tensor) -> _Kept:
-    likeliest = min(_LIKELIEST, logits.shape[1])
+    likeliest = min(LIKELIEST, logits.shape[1])
     places, logs = [], []
     for few in logits.split(_WIDE):
         every = few.float().log_softmax(-1)

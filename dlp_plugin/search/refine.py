@@ -1,10 +1,9 @@
-"""Beyond the heuristic: strengths and sparsities judged on the model itself.
+"""Beyond the heuristic: sparsities searched for on the model itself.
 
-``choose_strength`` tries a method at several strengths. ``refine`` improves a plan by
-mutation at constant total and selection by divergence from the dense model, on the ground
-of EvoPress (arXiv 2410.14649) and with two changes: masks follow from stored norms, so no
-database of pruned weights is needed, and mutations are drawn by what the measurements so far
-say about each block, not blindly.
+A plan is improved by mutation at constant total and selection by divergence from the dense
+model, on the ground of EvoPress (arXiv 2410.14649) and with two changes: masks follow from
+stored norms, so no database of pruned weights is needed, and mutations are drawn by what the
+measurements so far say about each block, not blindly.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,14 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import distributed as dist
 
 from dlp_plugin.files import replacing
-from dlp_plugin.planning.plan import BlockPlan, Candidate, Plan, SearchStep
+from dlp_plugin.planning.plan import BlockPlan, Plan, SearchStep
+from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.scoring.blocks import Block
-from dlp_plugin.search.judge import Trial
+from dlp_plugin.search.judge import Judge
+from dlp_plugin.search.strength import sparsities_of
 
-__all__ = ["choose_strength", "forget", "refine"]
-
-# Half ranges of the sparsities to try. Seven forward passes over the judging samples.
-HALF_RANGES = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3)
+__all__ = ["forget", "refine"]
 
 # A generation: so many offspring are measured on so many tokens, the best on all.
 OFFSPRING = 8
@@ -45,64 +43,18 @@ LEARNING = 0.5
 BLIND = 0.25
 
 
-def sparsities_of(plan: Plan, blocks: Sequence[Block]) -> dict[str, float]:
-    """Sparsity of every Linear by a plan.
-
-    :param blocks: the plan's blocks, in its order, with the Linears that it prunes
-    """
-    return {
-        name: (row.linears or {}).get(name, row.sparsity)
-        for row, block in zip(plan.blocks, blocks, strict=True)
-        for name in block.linears
-    }
-
-
-def choose_strength(trial: Trial, make: Callable[..., Plan], blocks: Sequence[Block]) -> Plan:
-    """Make the plan with the strength whose pruned model has the least loss.
-
-    Of equal losses the smaller strength wins; uniform sparsity is among them.
-
-    :param make: :meth:`Plan.make` with all but ``alpha`` given
-    :param blocks: the plan's blocks, with the Linears that it prunes
-    :return: the plan, with all candidates and their losses
-    """
-    unit = 2 / (len(blocks) - 1) if len(blocks) > 1 else 1.0
-    plans = [make(alpha=half) for half in HALF_RANGES]
-    if plans[0].method == "linear":  # its strength is the step from block to block
-        plans = [make(alpha=half * unit) for half in HALF_RANGES]
-    logger.info("Trying {} strengths, each on {} tokens", len(plans), trial.tokens)
-    losses: list[float] = []
-    measured: dict[tuple[float, ...], float] = {}  # whole N make one plan of several strengths
-    for plan in plans:
-        sparsities = sparsities_of(plan, blocks)
-        key = tuple(sparsities.values())
-        if key not in measured:
-            measured[key] = trial.loss(sparsities, group=plan.group)
-        losses.append(measured[key])
-        logger.info("alpha {:g}: loss {:.4f} of the pruned model", plan.alpha, losses[-1])
-    if not any(math.isfinite(loss) for loss in losses):
-        raise ValueError(
-            "the loss of the pruned model is not finite at any strength: check the "
-            "calibration data, or lower the sparsity"
-        )
-    best = min(range(len(plans)), key=lambda i: (not math.isfinite(losses[i]), losses[i]))
-    candidates = tuple(
-        Candidate(alpha=plan.alpha, loss=loss)
-        for plan, loss in zip(plans, losses, strict=True)
-        if math.isfinite(loss)
-    )
-    return plans[best].model_copy(update={"candidates": candidates})
-
-
 class _Units:
     """What the search gives sparsities to: blocks, or single Linears."""
 
     def __init__(
-        self, members: Mapping[str, list[str]], weights: Mapping[str, int], group: int
+        self,
+        members: Mapping[str, list[str]],
+        weights: Mapping[str, int],
+        structure: MaskStructure,
     ) -> None:
-        """Take each unit's Linears, the number of weights of each Linear, and M of N:M or 0."""
+        """Take each unit's Linears, the number of weights of each Linear, and the structure."""
         self.members = members
-        self.group = group
+        self.structure = structure
         self.weights = {
             unit: sum(weights[name] for name in names) for unit, names in members.items()
         }
@@ -112,7 +64,7 @@ class _Units:
     def can_switch(self) -> bool:
         """Whether weights can be moved: whole N only between units of a size."""
         sizes = list(self.weights.values())
-        return not self.group or len(set(sizes)) < len(sizes)
+        return not self.structure or len(set(sizes)) < len(sizes)
 
     def switched(
         self, sparsities: Mapping[str, float], chance: random.Random
@@ -141,8 +93,8 @@ class _Units:
 
     def _step(self, chance: random.Random, up: int, down: int) -> float:
         """Weights to move between two units: in N:M the least that is whole in both."""
-        if self.group:
-            return math.lcm(up, down) / self.group
+        if self.structure:
+            return math.lcm(up, down) / self.structure.m
         return chance.choice(STEPS) * min(up, down)
 
     def _draw(self, chance: random.Random, sign: int, blind: bool) -> str:
@@ -158,8 +110,10 @@ class _Units:
         """Prune so many weights more in a unit, if none of its Linears goes out of range."""
         change = weights / self.weights[unit]
         new = {name: sparsities[name] + change for name in self.members[unit]}
-        if self.group:
-            new = {name: round(value * self.group) / self.group for name, value in new.items()}
+        if m := self.structure.m:
+            step = round(change * m)
+            numbers = {n: self.structure.number(sparsities[n]) + step for n in new}
+            new = {name: number / m for name, number in numbers.items()}
         if not all(0 <= value <= 1 for value in new.values()):
             return False
         sparsities.update(new)
@@ -176,7 +130,7 @@ class _Units:
 
 
 def refine(
-    trial: Trial,
+    judge: Judge,
     plan: Plan,
     blocks: Sequence[Block],
     *,
@@ -195,65 +149,100 @@ def refine(
         interrupted goes on from it. It stays until :func:`forget`, to be called once the plan
         is written
     :return: a plan that holds the Linears' sparsities and the path of the search
+    :raises ValueError: if the divergence of the given plan is not finite
     """
-    weights = {name: size for block in blocks for name, size in block.sizes.items()}
-    levels = [
-        _Units({block.name: list(block.linears) for block in blocks}, weights, plan.group),
-        _Units({name: [name] for block in blocks for name in block.linears}, weights, plan.group),
-    ]
-    fingerprint = _digest([plan.model_dump(mode="json"), generations, seed, trial.fingerprint])
-    state = _load(progress_path, fingerprint, levels, list(weights))
-    portions = trial.portions(SIFTING_TOKENS)
-    known = {} if state is None else state.known  # so that nothing is measured twice
-    evaluations = tokens = 0
+    search = _Search(judge, plan, blocks, [generations, seed])
+    if not search.go_on(progress_path):
+        search.begin()
+    for generation in range(len(search.steps), generations + 1):
+        of_blocks = generation <= generations // 3 and search.levels[0].can_switch
+        chance = random.Random(f"{seed} {generation}")
+        search.advance(generation, search.levels[0 if of_blocks else 1], chance)
+        logger.info(
+            "generation {} of {}: divergence {:.4f} after {} evaluations",
+            generation,
+            generations,
+            search.divergence,
+            search.evaluations,
+        )
+        if progress_path is not None and is_source_process():
+            with replacing(progress_path) as beside:
+                beside.write_text(search.progress().model_dump_json())
+    return plan.model_copy(update={"blocks": search.rows(), "search": tuple(search.steps)})
 
-    def measured(sparsities: Mapping[str, float], place: int | None = None) -> float:
-        """Divergence on one of the portions, or on all samples."""
-        nonlocal evaluations, tokens
-        portion = None if place is None else portions[place]
-        key = _digest([place, list(sparsities.values())])[:16]
-        if key not in known:
-            evaluations += 1
-            tokens += trial.tokens if portion is None else trial.tokens_in(portion)
-            known[key] = trial.divergence(sparsities, portion, group=plan.group)
-        return known[key]
 
-    logger.info(
-        "Refining: {} generations of {} changes, each on {} tokens, the best {} on {}",
-        generations,
-        OFFSPRING,
-        trial.tokens_in(portions[0]),
-        SURVIVORS,
-        trial.tokens,
-    )
-    if state is None:
-        best = sparsities_of(plan, blocks)
-        divergence = measured(best)
-        if not math.isfinite(divergence):
+class _Search:
+    """The best sparsities so far, and what has been measured on the way."""
+
+    def __init__(
+        self, judge: Judge, plan: Plan, blocks: Sequence[Block], settings: Sequence[int]
+    ) -> None:
+        """Take a plan to improve.
+
+        :param settings: what else the path depends on
+        """
+        self._judge = judge
+        self._plan = plan
+        self._blocks = blocks
+        self._weights = {name: size for block in blocks for name, size in block.sizes.items()}
+        single = {name: [name] for name in self._weights}
+        whole = {block.name: list(block.linears) for block in blocks}
+        self.levels = [
+            _Units(members, self._weights, plan.mask_structure) for members in (whole, single)
+        ]
+        self._portions = judge.portions(SIFTING_TOKENS)
+        self._fingerprint = _digest([plan.model_dump(mode="json"), *settings, judge.fingerprint])
+        self._known: dict[str, float] = {}  # so that nothing is measured twice
+        self._best = sparsities_of(plan, blocks)
+        self.evaluations = self._tokens = 0
+        self.divergence = math.nan
+        self.steps: list[SearchStep] = []
+        logger.info(
+            "Refining: {} generations of {} changes, each on {} tokens, the best {} on {}",
+            settings[0],
+            OFFSPRING,
+            judge.tokens_in(self._portions[0]),
+            SURVIVORS,
+            judge.tokens,
+        )
+
+    def begin(self) -> None:
+        """Measure the plan to refine.
+
+        :raises ValueError: if it is not finite
+        """
+        self.divergence = self._measured(self._best)
+        if not math.isfinite(self.divergence):
             raise ValueError(
                 "the divergence of the plan to refine is not finite: load the model in a wider "
                 "dtype, lower the sparsity, or leave out refine"
             )
-        steps = [_step(0, evaluations, tokens, divergence)]
-    else:
-        best, steps = state.sparsities, state.steps
-        last = steps[-1]
-        divergence, evaluations, tokens = last.divergence, last.evaluations, last.tokens
-        for units, costs in zip(levels, state.costs, strict=True):
-            units.costs = costs
-        logger.info("The search goes on from generation {}", steps[-1].generation)
+        self._note(0)
 
-    for generation in range(len(steps), generations + 1):
-        units = levels[generation > generations // 3 or not levels[0].can_switch]
-        chance = random.Random(f"{seed} {generation}")
-        place = generation % len(portions) if len(portions) > 1 else None
-        here = measured(best, place)
+    def go_on(self, progress_path: str | Path | None) -> bool:
+        """Take up what an interrupted search of the very same start, samples and settings left."""
+        state = _load(progress_path, self._fingerprint, self.levels, list(self._weights))
+        if state is None:
+            return False
+        self._best, self.steps, self._known = state.sparsities, state.steps, state.known
+        last = self.steps[-1]
+        self.divergence, self.evaluations = last.divergence, last.evaluations
+        self._tokens = last.tokens
+        for units, costs in zip(self.levels, state.costs, strict=True):
+            units.costs = costs
+        logger.info("The search goes on from generation {}", last.generation)
+        return True
+
+    def advance(self, generation: int, units: _Units, chance: random.Random) -> None:
+        """Draw offspring of the best, measure them on a portion, and the best of them on all."""
+        place = generation % len(self._portions) if len(self._portions) > 1 else None
+        here = self._measured(self._best, place)
         sifted: list[tuple[float, dict[str, float]]] = []
         for _ in range(OFFSPRING):
-            offspring, moved = units.switched(best, chance)
+            offspring, moved = units.switched(self._best, chance)
             if not any(moved.values()):
                 continue
-            found = measured(offspring, place)
+            found = self._measured(offspring, place)
             if not math.isfinite(found):
                 continue
             units.learn(moved, found - here)
@@ -261,31 +250,53 @@ def refine(
                 sifted.append((found, offspring))
         sifted.sort(key=lambda pair: pair[0])
         for _, offspring in sifted[:SURVIVORS]:
-            found = measured(offspring)
-            if found < divergence:
-                best, divergence = offspring, found
-        steps.append(_step(generation, evaluations, tokens, divergence))
-        logger.info(
-            "generation {} of {}: divergence {:.4f} after {} evaluations",
-            generation,
-            generations,
-            divergence,
-            evaluations,
-        )
-        if progress_path is not None and is_source_process():
-            progress = _Progress(
-                fingerprint=fingerprint,
-                sparsities=best,
-                steps=steps,
-                costs=[units.costs for units in levels],
-                known=known,
-            )
-            with replacing(progress_path) as beside:
-                beside.write_text(progress.model_dump_json())
+            found = self._measured(offspring)
+            if found < self.divergence:
+                self._best, self.divergence = offspring, found
+        self._note(generation)
 
-    return plan.model_copy(
-        update={"blocks": _rows(plan, blocks, best, weights), "search": tuple(steps)}
-    )
+    def _measured(self, sparsities: Mapping[str, float], place: int | None = None) -> float:
+        """Divergence on one of the portions, or on all samples."""
+        portion = None if place is None else self._portions[place]
+        key = _digest([place, list(sparsities.values())])[:16]
+        if key not in self._known:
+            self.evaluations += 1
+            self._tokens += (
+                self._judge.tokens if portion is None else self._judge.tokens_in(portion)
+            )
+            structure = self._plan.mask_structure
+            self._known[key] = self._judge.divergence(sparsities, portion, structure)
+        return self._known[key]
+
+    def _note(self, generation: int) -> None:
+        self.steps.append(
+            SearchStep(
+                generation=generation,
+                evaluations=self.evaluations,
+                tokens=self._tokens,
+                divergence=self.divergence,
+            )
+        )
+
+    def progress(self) -> _Progress:
+        """How far the search is, to go on from."""
+        return _Progress(
+            fingerprint=self._fingerprint,
+            sparsities=self._best,
+            steps=self.steps,
+            costs=[units.costs for units in self.levels],
+            known=self._known,
+        )
+
+    def rows(self) -> tuple[BlockPlan, ...]:
+        """The plan's blocks with the best sparsities."""
+        rows = []
+        for row, block in zip(self._plan.blocks, self._blocks, strict=True):
+            linears = {name: self._best[name] for name in block.linears}
+            pruned = math.fsum(self._weights[n] * sparsity for n, sparsity in linears.items())
+            sparsity = min(max(pruned / row.weights, 0.0), 1.0)
+            rows.append(row.model_copy(update={"linears": linears, "sparsity": sparsity}))
+        return tuple(rows)
 
 
 def forget(progress_path: str | Path) -> None:
@@ -296,24 +307,6 @@ def forget(progress_path: str | Path) -> None:
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _step(generation: int, evaluations: int, tokens: int, divergence: float) -> SearchStep:
-    return SearchStep(
-        generation=generation, evaluations=evaluations, tokens=tokens, divergence=divergence
-    )
-
-
-def _rows(
-    plan: Plan, blocks: Sequence[Block], best: Mapping[str, float], weights: Mapping[str, int]
-) -> tuple[BlockPlan, ...]:
-    rows = []
-    for row, block in zip(plan.blocks, blocks, strict=True):
-        linears = {name: best[name] for name in block.linears}
-        pruned = math.fsum(weights[name] * sparsity for name, sparsity in linears.items())
-        sparsity = min(max(pruned / row.weights, 0.0), 1.0)
-        rows.append(row.model_copy(update={"linears": linears, "sparsity": sparsity}))
-    return tuple(rows)
 
 
 class _Progress(BaseModel):

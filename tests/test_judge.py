@@ -7,7 +7,8 @@ import torch
 from conftest import random_samples
 from torch.nn import functional
 
-from dlp_plugin.search.judge import Trial
+from dlp_plugin.planning.structure import MaskStructure
+from dlp_plugin.search.judge import Judge
 
 MakeModel = Callable[..., torch.nn.Module]
 
@@ -58,9 +59,9 @@ def test_loss_and_divergence_are_those_of_the_really_pruned_model(
     before = {name: linear.weight.clone() for name, linear in linears.items()}
     names = list(linears)
     sparsities = {name: 0.2 + 0.03 * i for i, name in enumerate(names[:-1])} | {names[-1]: 0.001}
-    trial = Trial(model, linears, norms, batches())
+    judge = Judge(model, linears, norms, batches())
     dense = logits_of(model).log_softmax(-1)
-    loss, divergence = trial.loss(sparsities), trial.divergence(sparsities)
+    loss, divergence = judge.loss(sparsities), judge.divergence(sparsities)
     for name, linear in linears.items():
         assert torch.equal(linear.weight, before[name])
     assert torch.equal(logits_of(model).log_softmax(-1), dense), "a forward was left masked"
@@ -76,8 +77,8 @@ def test_loss_and_divergence_are_those_of_the_really_pruned_model(
 
 def test_the_dense_model_diverges_from_itself_by_nothing(make_model: MakeModel) -> None:
     model = make_model()
-    trial = Trial(model, *parts(model), batches())
-    assert trial.divergence({}) == pytest.approx(0, abs=1e-6)
+    judge = Judge(model, *parts(model), batches())
+    assert judge.divergence({}) == pytest.approx(0, abs=1e-6)
 
 
 def test_tokens_that_are_not_likely_count_as_one(
@@ -89,8 +90,8 @@ def test_tokens_that_are_not_likely_count_as_one(
     sparsities = dict.fromkeys(linears, 0.7)
     found = []
     for likeliest in (8, 64, 256):
-        monkeypatch.setattr("dlp_plugin.search.judge._LIKELIEST", likeliest)
-        found.append(Trial(model, linears, norms, batches()).divergence(sparsities))
+        monkeypatch.setattr("dlp_plugin.search.judge.LIKELIEST", likeliest)
+        found.append(Judge(model, linears, norms, batches()).divergence(sparsities))
     assert 0 < found[0] < found[1] < found[2]
 
 
@@ -99,24 +100,24 @@ def test_divergence_on_portions(make_model: MakeModel) -> None:
     linears, norms = parts(model)
     # samples of unequal length are not run together
     unequal = [*batches(1, 16), *batches(1, 9), *batches(1, 5)]
-    trial = Trial(model, linears, norms, unequal)
-    assert trial.tokens == 30
+    judge = Judge(model, linears, norms, unequal)
+    assert judge.tokens == 30
     sparsities = dict.fromkeys(linears, 0.5)
-    whole = trial.divergence(sparsities)
-    assert trial.portions(10) == [[0], [1, 2]]
-    assert trial.portions(17) == [[0, 1, 2]]  # the last 5 are no portion of their own
-    assert trial.portions(1) == [[0], [1], [2]]
+    whole = judge.divergence(sparsities)
+    assert judge.portions(10) == [[0], [1, 2]]
+    assert judge.portions(17) == [[0, 1, 2]]  # the last 5 are no portion of their own
+    assert judge.portions(1) == [[0], [1], [2]]
     total = 0.0
-    for portion, part in zip(trial.portions(10), (unequal[:1], unequal[1:]), strict=True):
-        alone = Trial(model, linears, norms, part).divergence(sparsities)
-        assert trial.divergence(sparsities, portion) == pytest.approx(alone)
-        total += alone * trial.tokens_in(portion)
+    for portion, part in zip(judge.portions(10), (unequal[:1], unequal[1:]), strict=True):
+        alone = Judge(model, linears, norms, part).divergence(sparsities)
+        assert judge.divergence(sparsities, portion) == pytest.approx(alone)
+        total += alone * judge.tokens_in(portion)
     assert whole == pytest.approx(total / 30)
 
 
 def test_the_mode_of_the_model_comes_back(make_model: MakeModel) -> None:
     model = make_model().train()
-    Trial(model, *parts(model), batches()).loss({})
+    Judge(model, *parts(model), batches()).loss({})
     assert model.training
 
 
@@ -125,22 +126,22 @@ def test_columns_that_the_model_does_not_take_are_left_out(make_model: MakeModel
     linears, norms = parts(model)
     more = [{**batch, "length": torch.tensor([16]), "labels": "?"} for batch in batches()]
     sparsities = dict.fromkeys(linears, 0.5)
-    found = Trial(model, linears, norms, more).loss(sparsities)
-    assert found == pytest.approx(Trial(model, linears, norms, batches()).loss(sparsities))
+    found = Judge(model, linears, norms, more).loss(sparsities)
+    assert found == pytest.approx(Judge(model, linears, norms, batches()).loss(sparsities))
 
 
 def test_few_thresholds_are_remembered(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlp_plugin.search.judge._REMEMBERED", 2)
+    monkeypatch.setattr("dlp_plugin.search.judge.REMEMBERED", 2)
     model = make_model()
     linears, norms = parts(model)
-    trial = Trial(model, linears, norms, batches())
-    first = trial.loss(dict.fromkeys(linears, 0.5))
+    judge = Judge(model, linears, norms, batches())
+    first = judge.loss(dict.fromkeys(linears, 0.5))
     for sparsity in (0.2, 0.3, 0.4):
-        trial.loss(dict.fromkeys(linears, sparsity))
-    assert len(trial._thresholds) <= 2 * len(linears)
-    assert trial.loss(dict.fromkeys(linears, 0.5)) == first
+        judge.loss(dict.fromkeys(linears, sparsity))
+    assert len(judge._thresholds) <= 2 * len(linears)
+    assert judge.loss(dict.fromkeys(linears, 0.5)) == first
 
 
 def test_groups_of_n_m(make_model: MakeModel) -> None:
@@ -148,15 +149,16 @@ def test_groups_of_n_m(make_model: MakeModel) -> None:
     linears, norms = parts(model)
     numbers = {name: i % 9 for i, name in enumerate(linears)}  # none and all of 8 among them
     sparsities = {name: n / 8 for name, n in numbers.items()}
-    trial = Trial(model, linears, norms, batches())
-    loss, by_rows = trial.loss(sparsities, group=8), trial.loss(sparsities)
-    assert trial.divergence(sparsities, group=8) != trial.divergence(sparsities)
+    judge = Judge(model, linears, norms, batches())
+    of_eight = MaskStructure(4, 8)
+    loss, by_rows = judge.loss(sparsities, of_eight), judge.loss(sparsities)
+    assert judge.divergence(sparsities, structure=of_eight) != judge.divergence(sparsities)
     for name, n in numbers.items():
         weight = linears[name].weight.data
         groups = (weight.abs() * norms[name]).unflatten(1, (-1, 8))
         mask = torch.zeros_like(groups).scatter_(2, groups.argsort(2)[..., :n], 1).flatten(1)
         weight[mask.bool()] = 0
-    assert loss == pytest.approx(trial.loss({}), abs=1e-6)
+    assert loss == pytest.approx(judge.loss({}), abs=1e-6)
     assert by_rows != pytest.approx(loss, abs=1e-4)
 
 
@@ -164,10 +166,10 @@ def test_places_are_kept_for_one_structure_at_a_time(make_model: MakeModel) -> N
     """A byte a weight, whatever number of structures is measured."""
     model = make_model()
     linears, norms = parts(model)
-    trial = Trial(model, linears, norms, batches())
+    judge = Judge(model, linears, norms, batches())
     sparsities = dict.fromkeys(linears, 0.5)
-    first = trial.loss(sparsities, group=4)
-    trial.loss(sparsities, group=8)
-    kept = sum(places.nbytes for places in trial._places.values())
+    first = judge.loss(sparsities, structure=MaskStructure(2, 4))
+    judge.loss(sparsities, structure=MaskStructure(4, 8))
+    kept = sum(places.nbytes for places in judge._places.values())
     assert kept == sum(linear.weight.numel() for linear in linears.values())
-    assert trial.loss(sparsities, group=4) == first
+    assert judge.loss(sparsities, structure=MaskStructure(2, 4)) == first

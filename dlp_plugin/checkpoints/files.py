@@ -1,0 +1,125 @@
+"""Which files make a checkpoint, and whether they are whole: its index, headers, config.json.
+
+The one reader of these. compressed-tensors' own takes an index or file in any folder below for
+the checkpoint's, does not look whether what the index names is there, and takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+__all__ = ["INDEX", "check_weight_files", "read_config", "shards", "weight_files"]
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def shards(folder: Path) -> list[Path]:
+    """Safetensors files that hold a checkpoint's weights.
+
+    Files that belong to something else, such as an adapter or a leftover, do not count: where
+    there is an index, it says which do, and else ``model.safetensors`` where there is one.
+
+    :raises FileNotFoundError: if there is none, or one that the index names is missing
+    :raises ValueError: if the index is damaged
+    """
+    files = [folder / name for name in sorted(set(_index(folder).values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing, which {INDEX} names: fetch or save the checkpoint again"
+            )
+    if not files and (folder / _SINGLE).is_file():
+        files = [folder / _SINGLE]
+    files = files or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no .safetensors file; give the folder of a saved model"
+        )
+    return files
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Full name of every tensor of a checkpoint to the file that holds it.
+
+    Where several hold it, the one that the index names.
+
+    :raises FileNotFoundError: as :func:`shards` does
+    :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
+    """
+    held = [(key, file) for file in shards(folder) for key in _keys(file)]
+    said = [(key, folder / name) for key, name in _index(folder).items()]
+    for key, file in sorted(set(said).difference(held)):
+        raise ValueError(
+            f"{file} does not hold {key}, as {INDEX} says: fetch or save the checkpoint again"
+        )
+    return dict(held + said)
+
+
+def check_weight_files(folder: str | Path) -> None:
+    """Make sure that a folder's safetensors files are all there, and whole, from their headers.
+
+    For what is about to be loaded by others, whose errors do not name the file. A folder
+    without such files passes: its weights may be of another kind.
+
+    :raises FileNotFoundError: if one that the index names is missing
+    :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file() or any(folder.glob("*.safetensors")):
+        weight_files(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """What stands in ``config.json``; None where there is none.
+
+    :raises ValueError: if it is no JSON, or no mapping
+    """
+    return _read_json(folder / "config.json")
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor to file name by the index; empty where there is none."""
+    content = _read_json(folder / INDEX)
+    if content is None:
+        return {}
+    weight_map: Any = content.get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{folder / INDEX} has no weight_map from tensors to files: fetch or save the "
+            "checkpoint again"
+        )
+    return dict(weight_map)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no JSON ({error}): fetch or save the checkpoint again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} holds a {type(content).__name__} instead of a mapping: fetch or save the "
+            "checkpoint again"
+        )
+    return content
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="np") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged, or was not written to its end ({error}): fetch or save the "
+            "checkpoint again"
+        ) from None

@@ -1,0 +1,243 @@
+"""What the commands share: the app, types of their options, calibration, progress, errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from loguru import logger
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dlp_plugin.planning.methods import options
+
+__all__ = [
+    "Column",
+    "Config",
+    "Data",
+    "Length",
+    "MaskStructure",
+    "Model",
+    "Samples",
+    "Split",
+    "app",
+    "calibration_arguments",
+    "checked_length",
+    "console",
+    "joined_processes",
+    "method_names",
+    "progress_bar",
+    "reporting_errors",
+]
+
+app = typer.Typer(
+    help=(
+        "Prune language models with a sparsity for every block (DLP), inside "
+        "llm-compressor.\n\n"
+        "A run in three steps: `dlp-plugin oneshot` prunes a model by a recipe and "
+        "saves it, `dlp-plugin inspect` shows what zeros were written, `dlp-plugin ppl` and "
+        "`zero-shot` measure what they cost. `score` and `show` make and look at a plan only, "
+        "`compare` tells which method is best for a model.\n\n"
+        "`dlp-plugin --debug COMMAND ...` shows the traceback of an error."
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="A model id on the hub, or a local folder.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A text file, or a dataset as `datasets.load_dataset` knows it.", show_default=False
+    ),
+]
+Config = Annotated[
+    str | None, typer.Option(help="The dataset's configuration, e.g. `wikitext-2-raw-v1`.")
+]
+Split = Annotated[str, typer.Option(help="The dataset's split.")]
+Column = Annotated[str, typer.Option(help="The dataset's text column.")]
+Samples = Annotated[
+    int, typer.Option(min=1, help="Calibration samples, spread evenly over the text.")
+]
+MaskStructure = Annotated[
+    str | None, typer.Option(help="For stages of this structure: 4:8 is 4 of every 8 on average.")
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens per sample or window; by default what the model can take, at most 2048.",
+    ),
+]
+
+
+def method_names() -> str:
+    """The methods there are, for a help text."""
+    return ", ".join(f"`{name}`" for name in options())
+
+
+@dataclass
+class _Settings:
+    """Options that stand before the command and hold for all of them."""
+
+    debug: bool = False
+
+
+_settings = _Settings()
+
+
+@app.callback()
+def _take_options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    _settings.debug = debug
+
+
+def calibration_arguments(
+    model: str,
+    data: str,
+    config: str | None,
+    split: str,
+    column: str,
+    length: int | None,
+    samples: int,
+) -> dict[str, Any]:
+    """Arguments of llm-compressor's ``oneshot()`` that say what to calibrate on.
+
+    Of several processes each gets its share.
+    """
+    from compressed_tensors.distributed import is_distributed
+    from torch import distributed as dist
+
+    from dlp_plugin.checkpoints.loading import load_tokenizer
+    from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens
+
+    length = checked_length(model, length)
+    tokenizer = load_tokenizer(model)
+    # A file is read whole, so that its samples spread over it; a dataset as far as needed.
+    limit = None if Path(data).is_file() else samples * length
+    tokens = read_tokens(data, tokenizer, config=config, split=split, column=column, limit=limit)
+    dataset = calibration_set(tokens, length, samples, beginning(tokenizer))
+    if is_distributed():
+        dataset = dataset.shard(num_shards=dist.get_world_size(), index=dist.get_rank())
+    return {
+        "tokenizer": tokenizer,
+        "dataset": dataset,
+        "num_calibration_samples": len(dataset),
+        "max_seq_length": length,
+        "shuffle_calibration_samples": False,
+    }
+
+
+def checked_length(model: str, length: int | None) -> int:
+    """Tokens per sample or window: as asked for, if the model has positions for so many.
+
+    :raises ValueError: if it has fewer
+    """
+    from dlp_plugin.checkpoints.loading import load_config
+
+    config = load_config(model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        return min(2048, positions or 2048)
+    if positions and length > positions:
+        raise ValueError(
+            f"--length {length} is more than the {positions} positions that {model} has: give "
+            f"{positions} at most"
+        )
+    return length
+
+
+@contextmanager
+def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Show how far something is; gives the function that is told of every advance."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def joined_processes() -> Iterator[bool]:
+    """Join the other processes of a torchrun; is this the first, or the only one?"""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield True
+        return
+    import torch
+    from compressed_tensors.distributed import init_dist, is_source_process
+    from torch import distributed as dist
+
+    if torch.accelerator.is_available():
+        init_dist()
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield is_source_process()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def reporting_errors(host: bool = True) -> Iterator[None]:
+    """Show an error as one message; of the log our progress, and the warnings of others.
+
+    :param host: whether llm-compressor will be needed; importing it sets up a log of its own
+    :raises typer.Exit: with code 1, once an error is reported
+    """
+    try:
+        if host:
+            import llmcompressor  # noqa: F401
+
+            for module in ("metric_logging", "dev"):  # what it says of every run
+                logger.disable(f"llmcompressor.utils.{module}")
+        _show_log()
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if _settings.debug:
+            raise
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {escape(_message(error))}", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(1) from error
+
+
+def _message(error: Exception) -> str:
+    """What is wrong; of an error that is none of the user's its kind, too."""
+    message = str(error).strip() or type(error).__name__
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in (error.title, *first["loc"]))
+        message = f"{field}: {first['msg'].removeprefix('Value error, ')}"
+    if not isinstance(error, (ValueError, OSError, ImportError)):
+        message = f"{type(error).__name__}: {message.splitlines()[0]}"
+        message += " (dlp-plugin --debug COMMAND shows where)"
+    return message
+
+
+def _show_log() -> None:
+    """Show our own progress and everybody's warnings; of several processes the first's."""
+    first = os.environ.get("RANK", "0") == "0"
+    logger.remove()
+    logger.add(
+        sys.stderr,
+        level=0,
+        format="{level}: {message}",
+        filter={"": "WARNING", "dlp_plugin": "INFO" if first else "WARNING"},
+    )

@@ -1,0 +1,233 @@
+"""Commands that measure models: ``ppl``, ``zero-shot``, and ``compare`` for many at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dlp_plugin.cli.common import (
+    Column,
+    Config,
+    Data,
+    Length,
+    Model,
+    Samples,
+    Split,
+    calibration_arguments,
+    checked_length,
+    console,
+    method_names,
+    progress_bar,
+    reporting_errors,
+)
+
+if TYPE_CHECKING:
+    from dlp_plugin.comparison.results import Cell, Comparison
+
+__all__ = ["compare", "ppl", "zero_shot"]
+
+
+def ppl(
+    model: Model,
+    data: Data,
+    config: Config = None,
+    split: Split = "test",
+    column: Column = "text",
+    length: Length = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+) -> None:
+    """Measure a model's perplexity on a text or dataset.
+
+    Windows do not overlap, and every token after a window's first counts once.
+    """
+    with reporting_errors():
+        from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
+        from dlp_plugin.evaluation.causal import check_causal
+        from dlp_plugin.evaluation.perplexity import perplexity
+        from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
+
+        length = checked_length(model, length)
+        tokenizer = load_tokenizer(model)
+        tokens = read_tokens(data, tokenizer, config=config, split=split, column=column)
+        windows = token_windows(tokens, length, beginning(tokenizer))
+        loaded = load_model(model)
+        check_causal(loaded, "ppl measures perplexity")
+        with progress_bar("Measuring", len(windows)) as advance:
+            value = perplexity(loaded, windows, batch_size, advance)
+        console.print(
+            f"perplexity {value:.4f} ({len(tokens):,} tokens in {len(windows):,} windows "
+            f"of {length})"
+        )
+
+
+def zero_shot(
+    model: Model,
+    tasks: Annotated[
+        list[str], typer.Argument(help="Tasks of lm-evaluation-harness, or the set `paper7`.")
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, help="Choices at a time.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder with YAML files of tasks of your own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
+) -> None:
+    """Measure a model's accuracy on tasks, without examples or training.
+
+    `paper7` is what the pruning papers report: BoolQ, RTE, HellaSwag, WinoGrande, ARC
+    easy and challenge, OpenbookQA; and the mean. Needs `pip install 'dlp_plugin[eval]'`.
+    """
+    with reporting_errors():
+        from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
+        from dlp_plugin.evaluation.zeroshot import zero_shot as measure
+        from dlp_plugin.files import check_writable, replacing
+
+        if output is not None:
+            check_writable(output)
+        found = measure(
+            load_model(model),
+            load_tokenizer(model),
+            tasks,
+            batch_size=batch_size,
+            limit=limit,
+            task_folder=task_folder,
+        )
+        console.print(_accuracy_table(model, found))
+        if output is not None:
+            with replacing(output) as beside:
+                beside.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _accuracy_table(model: str, found: dict[str, dict[str, float]]) -> Table:
+    table = Table(title=f"Zero-shot accuracy of {escape(model)}")
+    for column in ("task", "acc", "acc_norm"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    for task, values in found.items():
+        if task == "mean":
+            table.add_section()
+        table.add_row(task, *(_with_error(values, metric) for metric in ("acc", "acc_norm")))
+    return table
+
+
+def _with_error(values: dict[str, float], metric: str) -> str:
+    """A measured value and its standard error, as far as there are any."""
+    if metric not in values:
+        return ""
+    error = values.get(f"{metric}_stderr")
+    return f"{values[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def compare(
+    model: Model,
+    data: Data,
+    test: Annotated[
+        str,
+        typer.Option(help="What to measure perplexity on: a text or dataset.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results; what it holds is not measured again.")
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"With commas: `uniform`, {method_names()}; with a strength `dlp:0.1`, a chosen "
+            "one `dlp:auto`, improved by a search `dlp-refined`."
+        ),
+    ] = "uniform,dlp,dlp:auto,owl,alpha-pruning,linear:auto",
+    sparsities: Annotated[
+        str, typer.Option(help="With commas; `4:8` is 4 of every 8 weights on average.")
+    ] = "0.5,0.6,0.7",
+    pruners: Annotated[
+        str, typer.Option(help="With commas: `wanda`, `sparsegpt`, `magnitude`.")
+    ] = "wanda",
+    refine: Annotated[int, typer.Option(min=0, help="Generations, for `-refined`.")] = 0,
+    write_recipe: Annotated[
+        Path | None, typer.Option(help="YAML file to write the best recipe to.")
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="The sparsity it shall have; by default the highest.")
+    ] = None,
+    config: Config = None,
+    split: Split = "train",
+    column: Column = "text",
+    test_config: Config = None,
+    test_split: Split = "test",
+    samples: Samples = 128,
+    length: Length = None,
+) -> None:
+    """Compare methods, sparsities and pruners on a model, by perplexity.
+
+    Blocks are scored once for all methods; a run that was interrupted goes on when the
+    command is repeated. The folder gets results.json, table.md, perplexity.png,
+    sparsities.png and, where plans were refined, search.png. The best recipe is that of the
+    least perplexity over methods and pruners at one sparsity; it holds its plan, and
+    `dlp-plugin oneshot` runs it as it is.
+    """
+    with reporting_errors():
+        from dlp_plugin.comparison.run import compare as run
+        from dlp_plugin.comparison.view import draw, markdown, table
+        from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
+        from dlp_plugin.files import check_writable, replacing
+
+        targets, best_at = _targets(sparsities, sparsity)
+        if write_recipe is not None:
+            check_writable(write_recipe)
+        calibration = calibration_arguments(model, data, config, split, column, length, samples)
+        tokenizer, length = calibration["tokenizer"], calibration["max_seq_length"]
+        tokens = read_tokens(test, tokenizer, config=test_config, split=test_split, column=column)
+        found = run(
+            model,
+            calibration,
+            token_windows(tokens, length, beginning(tokenizer)),
+            output,
+            methods=methods.split(","),
+            sparsities=targets,
+            pruners=pruners.split(","),
+            generations=refine,
+            report=_tell,
+        )
+        console.print(table(found))
+        with replacing(output / "table.md") as beside:
+            beside.write_text(markdown(found))
+        if write_recipe is not None:
+            _write_best(found, best_at, write_recipe)
+        draw(found, output)
+        console.print("written:", str(output), markup=False)
+
+
+def _targets(sparsities: str, sparsity: str | None) -> tuple[list[str], str | None]:
+    """The targets to compare at, and the one of them that the best recipe shall have.
+
+    :raises ValueError: if it is none of them
+    """
+    from dlp_plugin.comparison.names import target_named
+
+    targets = [target_named(text) for text in sparsities.split(",")]
+    best_at = None if sparsity is None else target_named(sparsity)
+    if best_at not in (None, *targets):
+        raise ValueError(f"--sparsity {sparsity} is none of --sparsities {sparsities}")
+    return targets, best_at
+
+
+def _tell(cell: Cell) -> None:
+    console.print(
+        f"{cell.pruner} {cell.target} {cell.method}: {cell.perplexity:.4f} ({cell.seconds:.0f} s)",
+        highlight=False,
+    )
+
+
+def _write_best(found: Comparison, target: str | None, path: Path) -> None:
+    """The best recipe at a target; by default at the highest."""
+    from dlp_plugin.files import replacing
+
+    with replacing(path) as beside:
+        beside.write_text(found.recipe(target))
+    best = found.best(target)
+    console.print(
+        f"{best.method} at {best.target} with {best.pruner} written:", str(path), markup=False
+    )

@@ -1,0 +1,87 @@
+"""Commands that write a pruned model: ``oneshot`` and ``merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dlp_plugin.cli.checkpoints import show_zeros
+from dlp_plugin.cli.common import (
+    Column,
+    Config,
+    Data,
+    Length,
+    Model,
+    Samples,
+    Split,
+    calibration_arguments,
+    console,
+    joined_processes,
+    reporting_errors,
+)
+
+__all__ = ["merge", "oneshot"]
+
+
+def oneshot(
+    model: Model,
+    recipe: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A YAML recipe.")],
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder to save the model in; new or empty.")],
+    config: Config = None,
+    split: Split = "train",
+    column: Column = "text",
+    samples: Samples = 128,
+    length: Length = None,
+) -> None:
+    """Prune (and quantize) a model by a recipe and save it.
+
+    Example: `dlp-plugin oneshot MODEL --recipe recipes/dlp_wanda.yaml --data text.txt
+    --output MODEL-pruned`
+    """
+    with reporting_errors(), joined_processes() as first:
+        from dlp_plugin import last_plans
+        from dlp_plugin.checkpoints.loading import apply_recipe
+        from dlp_plugin.files import check_vacant
+        from dlp_plugin.modifiers.recipe import check_recipe
+        from dlp_plugin.planning.view import table
+
+        check_vacant(output)
+        check_recipe(recipe)
+        calibration = calibration_arguments(model, data, config, split, column, length, samples)
+        apply_recipe(model, str(recipe), output, **calibration)
+        if first:
+            for plan in last_plans():
+                console.print(table(plan))
+            show_zeros(output)
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, as peft saves it.")],
+    output: Annotated[Path, typer.Argument(help="Folder to save the model in; new or empty.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The pruned model; by default what the adapter was trained on."),
+    ] = None,
+    allow_dense: Annotated[
+        bool, typer.Option(help="Merge into modules that were never pruned, too.")
+    ] = False,
+) -> None:
+    """Merge an adapter (LoRA and others of peft) into a pruned model, keeping every zero.
+
+    Needs `pip install 'dlp_plugin[lora]'`. To quantize what comes out:
+    `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
+    """
+    with reporting_errors():
+        from dlp_plugin.files import check_vacant, replacing
+        from dlp_plugin.recovery import load_adapter, sparse_merge
+
+        check_vacant(output)
+        adapted, tokenizer = load_adapter(adapter, base)
+        merged: Any = sparse_merge(adapted, allow_dense=allow_dense)
+        with replacing(output) as folder:
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        show_zeros(output)

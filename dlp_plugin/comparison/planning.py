@@ -1,0 +1,114 @@
+"""The plans of all contenders, from one pass of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from pydantic import PrivateAttr
+
+from dlp_plugin.comparison.names import Contender, target_of
+from dlp_plugin.modifiers.feeding import all_blocks
+from dlp_plugin.modifiers.scoring_pass import ScoringPass
+from dlp_plugin.planning.plan import Plan
+from dlp_plugin.scoring.blocks import Block, check_columns
+from dlp_plugin.scoring.calibration import Batch, scoring_batches, split
+from dlp_plugin.search.decide import decide
+from dlp_plugin.search.refine import forget
+
+__all__ = ["PlanningModifier"]
+
+Wanted = list[tuple[Contender, str]]
+
+
+class PlanningModifier(Modifier):
+    """Makes the plans of several contenders at several targets, and prunes nothing.
+
+    Contenders that judge pruned models score on three quarters of the samples, the others on
+    all: so the samples go through in two portions, and every plan is the one that a recipe
+    with the method's own modifier makes.
+    """
+
+    requires_calibration_data: bool = False  # as in the modifiers of the methods
+
+    _wanted: Wanted = PrivateAttr(default_factory=list)
+    _keep: Callable[[str, str, Plan], None] = PrivateAttr()
+    _progress_path: Path = PrivateAttr()
+    _blocks: list[Block] = PrivateAttr(default_factory=list)
+    _pass: ScoringPass = PrivateAttr()
+
+    @classmethod
+    def making(
+        cls, wanted: Wanted, keep: Callable[[str, str, Plan], None], progress_path: Path
+    ) -> PlanningModifier:
+        """The modifier that makes plans.
+
+        :param wanted: contenders and the names of their targets
+        :param keep: called with the contender's name, the target and each plan
+        :param progress_path: file for how far a search is
+        """
+        modifier = cls()
+        modifier._wanted, modifier._keep = wanted, keep
+        modifier._progress_path = progress_path
+        return modifier
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Find the blocks, and in them the Linears that a stage on all Linears prunes.
+
+        :raises ValueError: naming a module that a structure does not fit
+        """
+        self._blocks = all_blocks(state.model, kwargs.get("sequential_targets"))
+        for target in {target for _, target in self._wanted}:
+            _, structure = target_of(target)
+            for block in self._blocks if structure else ():
+                remedy = f"leave {structure} out of the sparsities"
+                check_columns(block.linears, structure.m, remedy)
+        self._pass = ScoringPass(self._blocks)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Run the samples and plan, for contenders that judge on a share of them first."""
+        if self._pass.running:
+            return
+        batches = scoring_batches(state.data.calib or ())
+        judging: list[Batch] = []
+        if wanted := [pair for pair in self._wanted if pair[0].judges]:
+            batches, judging = split(batches)
+            self._plan(state.model, batches, wanted, judging)
+            batches = judging  # the norms go on from what they are
+        if fixed := [pair for pair in self._wanted if not pair[0].judges]:
+            self._plan(state.model, batches, fixed, judging)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Score the blocks that lie in the part of the model that is through."""
+        if self._pass.running:
+            self._pass.through(modules)
+
+    def _plan(
+        self, model: torch.nn.Module, batches: list[Batch], wanted: Wanted, judging: list[Batch]
+    ) -> None:
+        """Run batches, score on all that ran so far, and make the plans."""
+        self._pass.run(self, model, batches, [contender.method for contender, _ in wanted])
+        judge = self._pass.judge(model, judging)
+        for contender, target in wanted:
+            sparsity, structure = target_of(target)
+            plan = decide(
+                contender.method,
+                self._pass.blocks,
+                self._pass.scores(contender.method),
+                judge if contender.judges else None,
+                model=getattr(model, "name_or_path", "") or type(model).__name__,
+                target=sparsity,
+                structure=structure,
+                unseen=self._pass.unseen,
+                generations=contender.generations,
+                progress_path=self._progress_path,
+            )
+            self._keep(contender.name, target, plan)
+            forget(self._progress_path)

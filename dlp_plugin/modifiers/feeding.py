@@ -1,0 +1,194 @@
+"""Pruning stages fed with a plan, and the blocks that hold what they prune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.utils import match_named_modules
+from loguru import logger
+
+from dlp_plugin.host import (
+    StockStage,
+    block_names,
+    heed_ignore,
+    leave_dense,
+    set_sparsities,
+    stage_targets,
+)
+from dlp_plugin.planning.plan import Plan
+from dlp_plugin.planning.structure import MaskStructure
+from dlp_plugin.pruning.base import PruningStage
+from dlp_plugin.scoring.blocks import Block, group_by_block, outer_block
+
+__all__ = ["FedStage", "all_blocks", "check_stage", "fed_blocks"]
+
+
+def fed_blocks(
+    model: torch.nn.Module,
+    stages: Sequence[StockStage],
+    sequential_targets: list[str] | None,
+) -> tuple[list[Block], list[FedStage]]:
+    """Find what stages will prune in the blocks of a model.
+
+    :param sequential_targets: what the user says that blocks are
+    :return: the blocks with the Linears that are to be pruned, and the stages
+    :raises ValueError: naming the module or field
+    """
+    names = block_names(model, sequential_targets)
+    fed = []
+    for stage in stages:
+        fed.append(FedStage(stage, stage_targets(model, stage), names))
+        if not isinstance(stage, PruningStage):  # which does so itself
+            heed_ignore(model, stage)
+    found = {name: module for each in fed for name, module in each.inside.items()}
+    return _blocks(model, found, names), fed
+
+
+def all_blocks(model: torch.nn.Module, sequential_targets: list[str] | None) -> list[Block]:
+    """The blocks of a model with all their Linears, where no stage says which.
+
+    :raises ValueError: as :func:`fed_blocks` does
+    """
+    names = block_names(model, sequential_targets)
+    return _blocks(model, dict(match_named_modules(model, ["Linear"])), names)
+
+
+def _blocks(
+    model: torch.nn.Module, found: Mapping[str, torch.nn.Module], names: list[str]
+) -> list[Block]:
+    linears = {name: module for name, module in model.named_modules() if name in found}
+    for name, module in linears.items():
+        if outer_block(name, names) and not isinstance(module, torch.nn.Linear):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, and DLP scores Linears only: "
+                "add it to the stage's ignore"
+            )
+    blocks, _ = group_by_block(linears, names)
+    if not blocks:
+        raise ValueError(
+            f"no Linear in any block of {type(model).__name__} (the first is {names[0]}): "
+            "DLP scores Linears only, and has nothing to plan for this architecture"
+        )
+    _refuse_shared_weights(blocks)
+    return blocks
+
+
+def _refuse_shared_weights(blocks: Sequence[Block]) -> None:
+    """Two modules with one weight would be counted twice, and pruned twice."""
+    owners: dict[int, str] = {}
+    with disable_onloading():  # what is stored stays the same object
+        for block in blocks:
+            for name, linear in block.linears.items():
+                other = owners.setdefault(id(linear.weight), name)
+                if other != name:
+                    raise ValueError(
+                        f"{other} and {name} share one weight, which would be counted and "
+                        f"pruned twice: add re:{name} to the stage's ignore"
+                    )
+
+
+class FedStage:
+    """A pruning stage, what it will prune, and how it was written."""
+
+    def __init__(
+        self,
+        stage: StockStage,
+        targets: dict[str, dict[str, torch.nn.Module]],
+        block_names: list[str],
+    ) -> None:
+        """Find each target's block.
+
+        :raises ValueError: if the stage prunes nothing in any block, or a target
+            holds Linears of several blocks
+        """
+        self.stage = stage
+        self.inside: dict[str, torch.nn.Module] = {}
+        self._outside: list[str] = []
+        self._blocks: list[str | None] = []
+        self._written = (stage.sparsity, stage.ignore)
+        self._targets = targets
+        kind = type(stage).__name__
+        for target, modules in targets.items():
+            homes = {name: outer_block(name, block_names) for name in modules}
+            self._outside += [name for name, home in homes.items() if home is None]
+            self.inside |= {n: m for n, m in modules.items() if homes[n] is not None}
+            held = sorted({home for home in homes.values() if home is not None})
+            if len(held) > 1:
+                raise ValueError(
+                    f"{kind}.targets matches {target or 'the whole model'}, which holds "
+                    f"{len(held)} blocks, and the stage takes one sparsity per match: "
+                    "use targets: [Linear]"
+                )
+            self._blocks.append(held[0] if held else None)
+        if not self.inside:
+            raise ValueError(
+                f"{kind} prunes no Linear in any block: its targets are "
+                f"{stage.targets} (a list of class names, names or re: patterns), its "
+                f"ignore {stage.ignore}, the first block is {block_names[0]}"
+            )
+
+    def check_single_linears(self) -> None:
+        """Refuse targets that hold several Linears, which a refined plan tells apart.
+
+        :raises ValueError: naming the target
+        """
+        for target, modules in self._targets.items():
+            if len(modules) > 1:
+                raise ValueError(
+                    f"refine gives every Linear its own sparsity, but "
+                    f"{type(self.stage).__name__}.targets matches {target or 'the whole model'}, "
+                    f"which holds {len(modules)}: use targets: [Linear]"
+                )
+
+    def feed(self, plan: Plan) -> None:
+        """Hand the stage one sparsity per target."""
+        sparsities = {block.name: block.sparsity for block in plan.blocks}
+        own = {n: s for block in plan.blocks for n, s in (block.linears or {}).items()}
+        if self._outside:
+            logger.warning(
+                "Outside every block and left dense by {}: {}",
+                type(self.stage).__name__,
+                self._outside,
+            )
+        leave_dense(self.stage, self._outside + [n for n in plan.unseen if n in self.inside])
+        set_sparsities(
+            self.stage,
+            [
+                0.0 if block is None else own.get(next(iter(modules), ""), sparsities[block])
+                for block, modules in zip(self._blocks, self._targets.values(), strict=True)
+            ],
+        )
+
+    def restore(self) -> None:
+        """Make the stage read as it was written."""
+        self.stage.sparsity, self.stage.ignore = self._written
+
+
+def check_stage(stage: StockStage, decider: str) -> None:
+    """Reject what a list of sparsities cannot steer.
+
+    :param decider: the modifier that would
+
+    :raises ValueError: naming the stage, the field and the remedy
+    """
+    kind = type(stage).__name__
+    structured = bool(MaskStructure.parse(stage.mask_structure))
+    if not isinstance(stage, PruningStage) and (structured or is_distributed()):
+        lack = "has one N for the whole model" if structured else "does not agree over processes"
+        raise ValueError(
+            f"{kind} is llm-compressor's own class, which {lack}: import it from dlp_plugin, or "
+            "write it in a YAML recipe"
+        )
+    if stage.sparsity_profile is not None:
+        raise ValueError(
+            f"{kind}.sparsity_profile is {stage.sparsity_profile!r}, but {decider} "
+            "decides the sparsities: remove one of the two"
+        )
+    if isinstance(stage.sparsity, list):
+        raise ValueError(
+            f"{kind}.sparsity is a list, but {decider} decides the sparsities: state "
+            f"the target as one number, or remove {decider}"
+        )

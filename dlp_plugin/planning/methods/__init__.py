@@ -1,0 +1,48 @@
+"""The allocation methods: one file each, and a line here."""
+
+from __future__ import annotations
+
+from dlp_plugin.planning.methods.alpha_pruning import AlphaPruning
+from dlp_plugin.planning.methods.base import Method, Strength
+from dlp_plugin.planning.methods.dlp import DLP
+from dlp_plugin.planning.methods.linear import Linear
+from dlp_plugin.planning.methods.owl import OWL
+
+__all__ = [
+    "DLP",
+    "METHODS",
+    "OWL",
+    "AlphaPruning",
+    "Linear",
+    "Method",
+    "Strength",
+    "method_of",
+    "options",
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        DLP,
+        OWL,
+        AlphaPruning,
+        Linear,
+    )
+}
+"""Name to method; adding one here makes it known to plans, comparison and terminal."""
+
+
+def options() -> list[str]:
+    """The names as the terminal writes them."""
+    return [name.replace("_", "-") for name in METHODS]
+
+
+def method_of(text: str) -> type[Method]:
+    """The method that a name means, written with dashes or underscores.
+
+    :raises ValueError: naming ``text`` and what there is
+    """
+    name = text.strip().replace("-", "_")
+    if name not in METHODS:
+        raise ValueError(f"there is no method {text.strip()!r}; there are {', '.join(options())}")
+    return METHODS[name]

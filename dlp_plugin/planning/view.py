@@ -1,0 +1,109 @@
+"""A plan as a table, as text and as a picture."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dlp_plugin.files import replacing
+from dlp_plugin.planning.plan import BlockPlan, Plan
+
+__all__ = ["plot", "table", "text"]
+
+
+def table(plan: Plan) -> Table:
+    """The plan as a table for the terminal (rich)."""
+    rows = Table(
+        title=f"{plan.scored_by.title} plan for {escape(plan.model)}", caption=_caption(plan)
+    )
+    for column in ("block", "weights", "score", "importance", "sparsity"):
+        rows.add_column(column, justify="left" if column == "block" else "right")
+    for block in plan.blocks:
+        rows.add_row(
+            block.name,
+            f"{block.weights:,}",
+            f"{block.score:.4g}",
+            f"{block.importance:.4f}",
+            f"{block.sparsity:.4f}{_pattern(plan, block)}",
+        )
+    rows.add_section()
+    rows.add_row("all", f"{plan.weights:,}", "", "", f"{plan.sparsity:.4f}")
+    return rows
+
+
+def _pattern(plan: Plan, block: BlockPlan) -> str:
+    """A block's N:M, where it has one."""
+    structure = plan.mask_structure
+    if not structure:
+        return ""
+    sparsities = (block.linears or {block.name: block.sparsity}).values()
+    numbers = sorted({structure.number(sparsity) for sparsity in sparsities})
+    if len(numbers) > 1:
+        return f" ({numbers[0]} to {numbers[-1]}:{structure.m})"
+    return f" ({numbers[0]}:{structure.m})"
+
+
+def _caption(plan: Plan) -> str:
+    text = f"target {plan.target:g}, {_strength(plan)}, {plan.scored_by.score_name}"
+    if plan.mask_structure:
+        text += f"; {plan.mask_structure} on average over all weights, off by {plan.deviation:+.4%}"
+    if plan.candidates:
+        tried = ", ".join(f"{c.strength:g}: {c.loss:.4f}" for c in plan.candidates)
+        text += f"; chosen by loss ({tried})"
+    if plan.search:
+        first, last = plan.search[0], plan.search[-1]
+        text += (
+            f"; refined in {last.generation} generations, divergence from the dense model "
+            f"{first.divergence:.4f} -> {last.divergence:.4f}"
+        )
+    return text
+
+
+def _strength(plan: Plan) -> str:
+    return f"{plan.scored_by.strength_field} {plan.strength:g}"
+
+
+def text(plan: Plan) -> str:
+    """The table in characters."""
+    written = StringIO()
+    Console(file=written, width=100).print(table(plan))
+    return written.getvalue().rstrip()
+
+
+def plot(plan: Plan, path: str | Path) -> None:
+    """Draw sparsity and score over depth.
+
+    :param path: file to write; its suffix chooses the format, e.g. ``plan.png``
+    :raises ValueError: if ``path`` has no suffix
+    :raises ImportError: if matplotlib is not installed
+    """
+    if not Path(path).suffix:
+        raise ValueError(f"{path} has no suffix to tell the format; name it {path}.png")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            "drawing a plan needs matplotlib: pip install 'dlp_plugin[plot]'"
+        ) from None
+    depth = range(len(plan.blocks))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(depth, [b.sparsity for b in plan.blocks], color="#4c72b0")
+    axes.axhline(plan.target, color="black", linewidth=1, linestyle="--")
+    axes.set_xlabel("block")
+    axes.set_ylabel("sparsity (bars; dashed: target)")
+    axes.set_ylim(0, 1)
+    axes.set_title(
+        f"{plan.model}: {plan.scored_by.title}, target "
+        f"{plan.mask_structure or format(plan.target, 'g')}, {_strength(plan)}"
+    )
+    scores = axes.twinx()
+    scores.plot(depth, [b.score for b in plan.blocks], color="#c44e52", marker="o")
+    scores.set_ylabel(f"score ({plan.scored_by.score_name}; line)")
+    scores.set_ylim(bottom=0)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=150)

@@ -1,0 +1,115 @@
+"""SparseGPT and Wanda.
+
+They carry the stock names and do what llm-compressor's do, so that recipes read the same, and
+two things that those of 0.14 do not:
+
+- with an N:M structure they take a list of sparsities too, an N for each entry; the stock
+  ones have one N for the whole model and ignore the list without a word;
+- on several processes they sum their statistics, as the host's GPTQ does, where the stock
+  ones prune by their own share of the data and the last writer wins.
+
+What they rely on, held by ``tests/test_stages.py`` and ``tests/test_distributed.py``: a stage
+keeps a mean over samples per module (row scalars or Hessian) and the number of samples, and
+``compress_modules`` prunes the modules that have both, each with the stage's N and M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from llmcompressor.modifiers import pruning
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import make_empty_hessian
+from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import make_empty_row_scalars
+
+from dlp_plugin.pruning.base import PruningStage
+from dlp_plugin.pruning.distributed import gather, spread
+
+__all__ = ["SparseGPTModifier", "WandaPruningModifier"]
+
+
+class _Calibrated(PruningStage):
+    """A stage that prunes by statistics of the calibration samples."""
+
+    if TYPE_CHECKING:  # of the stock stage beside it
+        _num_samples: dict[torch.nn.Module, int]
+
+    def compress_modules(self) -> None:
+        """Prune what has been calibrated; of several processes each some modules."""
+        if not is_distributed():
+            self._compress()
+            return
+        ranks = gather(
+            self._statistics, self._num_samples, self._module_names, self._empty_statistic()
+        )
+        self._compress()
+        spread(ranks)
+
+    @property
+    def _statistics(self) -> dict[torch.nn.Module, torch.Tensor]:
+        """Each module's mean over the samples."""
+        raise NotImplementedError
+
+    def _empty_statistic(self) -> Callable[..., torch.Tensor]:
+        """What makes a statistic of zeros for a module."""
+        raise NotImplementedError
+
+    def _compress(self) -> None:
+        """Have the host prune the modules of one N at a time."""
+        compress = super().compress_modules  # type: ignore[safe-super]
+        if not self.structure:
+            compress()
+            return
+        waiting, written = self._num_samples, self._prune_n
+        for number in sorted({self.number(module) for module in waiting}):
+            these = {m: count for m, count in waiting.items() if self.number(m) == number}
+            if number:
+                self._num_samples, self._prune_n = these, number
+                compress()
+            else:  # which the host takes for no structure
+                for module in these:
+                    del self._statistics[module]
+        self._num_samples, self._prune_n = {}, written
+
+
+class WandaPruningModifier(_Calibrated, pruning.WandaPruningModifier):
+    """llm-compressor's Wanda stage, with an N for every entry of a list of sparsities."""
+
+    @property
+    def _statistics(self) -> dict[torch.nn.Module, torch.Tensor]:
+        return self._row_scalars
+
+    def _empty_statistic(self) -> Callable[..., torch.Tensor]:
+        return make_empty_row_scalars
+
+
+class SparseGPTModifier(_Calibrated, pruning.SparseGPTModifier):
+    """llm-compressor's SparseGPT stage, with an N for every entry of a list of sparsities."""
+
+    @property
+    def _statistics(self) -> dict[torch.nn.Module, torch.Tensor]:
+        return self._hessians
+
+    def _empty_statistic(self) -> Callable[..., torch.Tensor]:
+        return make_empty_hessian
+
+    def check_structure(self, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
+        """Make sure that an N:M structure fits this stage's blocks of columns too.
+
+        :raises ValueError: naming the field or module
+        """
+        super().check_structure(targets)
+        if self.block_size % self.structure.m:
+            raise ValueError(
+                f"SparseGPTModifier.block_size {self.block_size} would cut through groups of "
+                f"{self.structure.m} weights (mask_structure {self.mask_structure}): take a "
+                f"multiple of {self.structure.m}"
+            )
+        if self.preserve_sparsity_mask:
+            raise ValueError(
+                "SparseGPTModifier.preserve_sparsity_mask looks for the zeros of every group in "
+                f"the first columns in llm-compressor 0.14 and breaks mask_structure "
+                f"{self.mask_structure}: leave it out"
+            )

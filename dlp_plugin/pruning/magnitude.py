@@ -1,0 +1,102 @@
+"""Pruning by magnitude, at once and without data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.utils import align_module_device, update_offload_parameter
+from llmcompressor.core import State
+from loguru import logger
+
+from dlp_plugin.pruning.base import PruningStage
+from dlp_plugin.scoring.scores import smallest_score
+
+__all__ = ["OneShotMagnitudeModifier"]
+
+
+class OneShotMagnitudeModifier(PruningStage):
+    """Prune the weights of least magnitude in every matrix, at once and without data.
+
+    The third pruner of DLP's tables (and of SparseGPT's and Wanda's), fed like the two
+    others. Of a matrix with ``n`` weights exactly ``int(n * sparsity)`` are set to zero; of
+    equal ones at the threshold the first. With an N:M structure the least N of every M
+    consecutive weights of a row.
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        DLPModifier: {}
+        OneShotMagnitudeModifier:
+          sparsity: 0.5
+          targets: [Linear]
+          ignore: ["re:.*lm_head"]
+    ```
+
+    The fields are those of the host's pruning stages: ``sparsity`` (one, or one per match of
+    ``targets``), ``mask_structure``, ``targets``, ``ignore``.
+    """
+
+    requires_calibration_data: bool = False
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check the settings.
+
+        :raises ValueError: naming the field
+        """
+        if self.sparsity_profile is not None:
+            raise ValueError(
+                "OneShotMagnitudeModifier has no sparsity_profile: put OWLModifier before it"
+            )
+        return super().on_initialize(state, **kwargs)
+
+    def calibrate_module(
+        self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor
+    ) -> None:
+        """Nothing is learned from data."""
+
+    def compress_modules(self) -> None:
+        """Prune the targets, with one matrix at a time on its device."""
+        for module, name in self._module_names.items():
+            logger.info("Sparsifying {}", name)
+            with torch.no_grad(), align_module_device(module):
+                weight = module.get_parameter("weight").detach().clone()
+                weight.masked_fill_(self._least(name, module, weight), 0)
+            update_offload_parameter(module, "weight", weight)
+        self._module_names.clear()
+
+    def _least(self, name: str, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        """Which weights of a matrix go."""
+        if self.structure:
+            magnitudes = weight.abs().flatten(1).unflatten(1, (-1, self.structure.m))
+            order = magnitudes.argsort(dim=2, stable=True)[..., : self.number(module)]
+            least = torch.zeros_like(magnitudes, dtype=torch.bool).scatter_(2, order, True)
+            return least.view(weight.shape)
+        count = int(weight.numel() * float(self._module_sparsities[module]))
+        return smallest(weight, count, name.strip("."))
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Let go of the model."""
+        self._target_layers.clear()
+        self._module_sparsities.clear()
+        return super().on_finalize(state, **kwargs)
+
+
+def smallest(weight: torch.Tensor, count: int, name: str = "the matrix") -> torch.Tensor:
+    """Mark exactly ``count`` weights of the smallest magnitude; of equal ones the first.
+
+    :param weight: ``[out, ...]``, any float type; magnitudes are compared in float32
+    :param name: what an error calls it
+    :raises ValueError: if a weight is not finite
+    """
+    if not count:
+        return torch.zeros_like(weight, dtype=torch.bool)
+    matrix = weight.flatten(1)
+    ones = torch.ones(matrix.shape[1], device=weight.device)
+    threshold = smallest_score({name: (matrix, ones)}, count)
+    magnitudes = matrix.abs().flatten()
+    magnitudes = magnitudes if magnitudes.itemsize <= 4 else magnitudes.float()
+    marked = magnitudes < threshold
+    equal = (magnitudes == threshold).nonzero()[: count - int(marked.sum())]
+    marked[equal] = True
+    return marked.view(weight.shape)

@@ -1,0 +1,153 @@
+"""Loading adapters of peft, and checks of what they do to a model.
+
+Of peft these are the functions and attributes of ``PeftModel`` that it documents, and of an
+adapter's configuration ``init_lora_weights`` and ``kasa_config``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dlp_plugin.checkpoints.files import check_weight_files
+from dlp_plugin.checkpoints.loading import load_stored, load_tokenizer
+from dlp_plugin.recovery.layers import AdapterLayer
+from dlp_plugin.recovery.masks import is_offloaded, is_plain, on_meta
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Initialisations of LoRA that subtract from the base weights, or round them.
+_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel, Any]:
+    """Load a saved adapter and the causal language model that it belongs to.
+
+    :param folder: as ``peft_model.save_pretrained()`` writes it
+    :param base: the model; None for the one that the adapter was trained on
+    :return: the model with the adapter on it, and the tokenizer: the one beside the adapter,
+        for which the embeddings are enlarged if need be, or the base model's
+    :raises ValueError: if the folder holds no adapter, a damaged one, or one of another model
+    """
+    _need_peft()
+    from peft import PeftConfig, PeftModel
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds no adapter_config.json: give an adapter's folder")
+    check_weight_files(folder)
+    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter in {folder} does not say what model it is for: name it")
+    model: Any = load_stored(base)
+    trained_with = (Path(folder) / "tokenizer_config.json").is_file()
+    tokenizer: Any = load_tokenizer(str(folder) if trained_with else base)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    try:
+        return PeftModel.from_pretrained(model, str(folder)), tokenizer
+    except RuntimeError as error:  # another shape
+        reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error))
+        raise ValueError(
+            f"the adapter in {folder} does not fit {base} ({reason.strip()}): name the model that "
+            "it was trained on (--base), or save the adapter again"
+        ) from error
+
+
+def adapted_base(peft_model: PeftModel) -> torch.nn.Module:
+    """Return the model that adapters are around.
+
+    :raises ImportError: if peft is not installed
+    :raises ValueError: if it is no ``PeftModel`` or one inside another, or its adapters do not
+        change weights
+    """
+    _need_peft()
+    from peft import PeftModel
+
+    if not isinstance(peft_model, PeftModel):
+        raise ValueError(
+            f"the model is a {type(peft_model).__name__}, not a PeftModel: give what "
+            "get_peft_model() (without mixed=True) or PeftModel.from_pretrained() returned"
+        )
+    if not hasattr(peft_model.base_model, "merge_and_unload"):
+        kinds = sorted({type(one).__name__ for one in peft_model.peft_config.values()})
+        raise ValueError(
+            f"adapters of {', '.join(kinds)} do not change weights, so there is nothing "
+            "to mask or merge: save them beside the pruned model"
+        )
+    base: torch.nn.Module = peft_model.get_base_model()
+    if isinstance(base, PeftModel):
+        raise ValueError("a PeftModel is inside this PeftModel: call get_peft_model() once")
+    return base
+
+
+def chosen_adapters(peft_model: PeftModel, adapter_names: list[str] | None) -> list[str]:
+    """Return the adapters that are named, the active ones for None.
+
+    :raises ValueError: if the model has no such adapter, or it is no list
+    """
+    if adapter_names is None:
+        return list(peft_model.active_adapters)
+    unknown = [name for name in adapter_names if name not in peft_model.peft_config]
+    if isinstance(adapter_names, str) or unknown:
+        raise ValueError(
+            f"adapter_names is {adapter_names!r}: give a list of names out of "
+            f"{list(peft_model.peft_config)}"
+        )
+    return adapter_names
+
+
+def check_inits(peft_model: PeftModel, adapter_names: list[str], remedy: str) -> None:
+    """Check that no adapter's initialisation changed the base weights.
+
+    :raises ValueError: with the remedy, if one did; an adapter that was loaded says so too
+    """
+    for name in adapter_names:
+        config = peft_model.peft_config[name]
+        init = getattr(config, "init_lora_weights", None)
+        if getattr(config, "kasa_config", None) is not None:
+            init = "KaSA"
+        if init == "KaSA" or (isinstance(init, str) and init.lower().startswith(_CHANGING_INITS)):
+            raise ValueError(
+                f"the initialisation of adapter {name!r} ({init}) changed the base weights, "
+                f"whose zeros are the masks no more: {remedy}"
+            )
+
+
+def check_unmerged(name: str, layer: AdapterLayer) -> None:
+    """Check that a layer's weight is still the base model's.
+
+    :param name: of the module that the layer adapts
+    :raises ValueError: if an adapter is merged into it
+    """
+    if layer.merged:
+        raise ValueError(
+            f"{', '.join(layer.merged_adapters)} is already merged into {name}: call "
+            "peft_model.unmerge_adapter() first"
+        )
+
+
+def check_values(name: str, owner: torch.nn.Module, values: torch.Tensor) -> None:
+    """Check that weights can be read, and that peft can change them.
+
+    :param owner: the module, called ``name``, that they are a parameter of
+    :raises ValueError: if they are on the meta device, quantized or offloaded
+    """
+    if values.is_meta:
+        raise ValueError(on_meta(name))
+    if not is_plain(values):
+        raise ValueError(f"{name} has weights of {values.dtype}: load the model unquantized")
+    if is_offloaded(owner):
+        raise ValueError(
+            f"{name} is offloaded, as in models that oneshot() returned, and peft's changes to it "
+            "would be lost: call remove_dispatch(model) of compressed_tensors.offload first"
+        )
+
+
+def _need_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError("adapters need peft: pip install 'dlp_plugin[lora]'") from error

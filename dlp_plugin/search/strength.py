@@ -1,0 +1,77 @@
+"""The strength of a method, chosen by the loss of the model pruned with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from loguru import logger
+
+from dlp_plugin.planning.methods import Method
+from dlp_plugin.planning.plan import Candidate, Plan
+from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.search.judge import Judge
+
+__all__ = ["HALF_RANGES", "choose_strength", "sparsities_of"]
+
+# Half ranges of the sparsities to try. Seven forward passes over the judging samples.
+HALF_RANGES = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+def sparsities_of(plan: Plan, blocks: Sequence[Block]) -> dict[str, float]:
+    """Sparsity of every Linear by a plan.
+
+    :param blocks: the plan's blocks, in its order, with the Linears that it prunes
+    """
+    return {
+        name: (row.linears or {}).get(name, row.sparsity)
+        for row, block in zip(plan.blocks, blocks, strict=True)
+        for name in block.linears
+    }
+
+
+def choose_strength(
+    judge: Judge, make: Callable[..., Plan], method: Method, blocks: Sequence[Block]
+) -> Plan:
+    """Make the plan with the strength whose pruned model has the least loss.
+
+    Of equal losses the smaller strength wins; uniform sparsity is among them.
+
+    :param make: :meth:`Plan.make` with all but ``strength`` given
+    :param method: what turns half ranges into strengths
+    :param blocks: the plan's blocks, with the Linears that it prunes
+    :return: the plan, with all candidates and their losses
+    :raises ValueError: if no loss is finite
+    """
+    uniform = make(strength=0.0)
+    scores = [row.score for row in uniform.blocks]
+    weights = [row.weights for row in uniform.blocks]
+    strengths = [method.strength_of(half, scores, weights, uniform.target) for half in HALF_RANGES]
+    plans = [make(strength=strength) for strength in dict.fromkeys(strengths)]
+    logger.info("Trying {} strengths, each on {} tokens", len(plans), judge.tokens)
+    losses: list[float] = []
+    measured: dict[tuple[float, ...], float] = {}  # whole N make one plan of several strengths
+    for plan in plans:
+        sparsities = sparsities_of(plan, blocks)
+        key = tuple(sparsities.values())
+        if key not in measured:
+            measured[key] = judge.loss(sparsities, plan.mask_structure)
+        losses.append(measured[key])
+        logger.info(
+            "{} {:g}: loss {:.4f} of the pruned model",
+            method.strength_field,
+            plan.strength,
+            losses[-1],
+        )
+    if not any(math.isfinite(loss) for loss in losses):
+        raise ValueError(
+            "the loss of the pruned model is not finite at any strength: check the "
+            "calibration data, or lower the sparsity"
+        )
+    best = min(range(len(plans)), key=lambda i: (not math.isfinite(losses[i]), losses[i]))
+    candidates = tuple(
+        Candidate(strength=plan.strength, loss=loss)
+        for plan, loss in zip(plans, losses, strict=True)
+        if math.isfinite(loss)
+    )
+    return plans[best].model_copy(update={"candidates": candidates})
