@@ -1,7 +1,7 @@
 """Dynamic Layerwise Pruning (DLP, arXiv 2505.23807) for llm-compressor.
 
-``import dlp_plugin`` makes ``DLPModifier``, its peers ``OWLModifier``,
-``AlphaPruningModifier`` and ``LinearSparsityModifier``, and ``MaskedGPTQModifier`` known to
+``import dlp_plugin`` makes ``DLPModifier``, ``OWLModifier``,
+``AlphaPruningModifier``, ``LinearSparsityModifier`` and ``MaskedGPTQModifier`` known to
 recipes, adds ``OneShotMagnitudeModifier``, and has SparseGPT and Wanda stages take an N of N:M
 for every block and agree over several processes.
 

@@ -20,7 +20,15 @@ from dlp_plugin import last_plans
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost, zstd_bytes
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
 from dlp_plugin.evaluation.perplexity import perplexity
-from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.text import (
+    beginning,
+    calibrate_on,
+    calibration_set,
+    read_tokens,
+    token_windows,
+)
+from dlp_plugin.planning.view import plot
+from dlp_plugin.planning.view import table as plan_table
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
@@ -60,14 +68,7 @@ def main() -> None:
         recipe: str, model: str | Path = arguments.model, output: Path | None = None
     ) -> torch.nn.Module:
         return apply_recipe(
-            model,
-            str(RECIPES / recipe),
-            output,
-            tokenizer=tokenizer,
-            dataset=dataset,
-            num_calibration_samples=len(dataset),
-            max_seq_length=arguments.length,
-            shuffle_calibration_samples=False,
+            model, str(RECIPES / recipe), output, **calibrate_on(dataset, tokenizer)
         )
 
     arguments.output.mkdir(parents=True)
@@ -95,7 +96,7 @@ def main() -> None:
         if "refined" in name:
             (plan,) = last_plans()
             plan.save(arguments.output / "plan.json")
-            plan.plot(arguments.output / "plan.png")
+            plot(plan, arguments.output / "plan.png")
 
     sizes = Table("", "MB on disk", "under zstd", "1 bit a weight + values", title="sizes")
     for name, folder in {"refined": pruned, "refined + W4A16": packed}.items():
@@ -105,7 +106,7 @@ def main() -> None:
     lost = sum(zeros_lost(pruned, packed).values())
 
     console = Console()
-    console.print(plan.table(), table, sizes)
+    console.print(plan_table(plan), table, sizes)
     console.print(f"pruned weights that came back with 4 bits: {lost}")
     console.print(f"saved in {arguments.output}: pruned/, w4a16/, plan.json, plan.png")
 

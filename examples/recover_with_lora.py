@@ -21,7 +21,13 @@ from rich.table import Table
 from dlp_plugin.checkpoints.inspect import zeros_lost
 from dlp_plugin.checkpoints.loading import apply_recipe, load_config, load_model, load_tokenizer
 from dlp_plugin.evaluation.perplexity import perplexity
-from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.text import (
+    beginning,
+    calibrate_on,
+    calibration_set,
+    read_tokens,
+    token_windows,
+)
 from dlp_plugin.recovery import hold_masks, mask_updates, sparse_merge
 
 HERE = Path(__file__).parent
@@ -86,16 +92,7 @@ def main() -> None:
     table = Table("", "perplexity", "zeros lost", "seconds", title="recovery")
 
     def apply(recipe: Path, model: str | Path, output: Path) -> None:
-        apply_recipe(
-            model,
-            str(recipe),
-            output,
-            tokenizer=tokenizer,
-            dataset=dataset,
-            num_calibration_samples=len(dataset),
-            max_seq_length=arguments.length,
-            shuffle_calibration_samples=False,
-        )
+        apply_recipe(model, str(recipe), output, **calibrate_on(dataset, tokenizer))
 
     def save(model: torch.nn.Module, name: str) -> Path:
         model.to(load_config(pruned).dtype)

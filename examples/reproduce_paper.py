@@ -20,6 +20,7 @@ from compressed_tensors.offload import remove_dispatch
 from datasets import load_dataset
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from prune_and_compare import sparsity_of
 from rich.console import Console
@@ -27,9 +28,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dlp_plugin import DLPModifier, OWLModifier
-from dlp_plugin.checkpoints.loading import apply_recipe, compute_device, load_model, load_tokenizer
+from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
 from dlp_plugin.evaluation.perplexity import perplexity
-from dlp_plugin.evaluation.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.text import calibrate_on, calibration_set, read_tokens, token_windows
 
 SPARSITY = 0.7
 ALPHA = 0.15
@@ -91,7 +92,7 @@ def main() -> None:
     def measure(model: torch.nn.Module) -> tuple[float, float]:
         """Perplexity and sparsity of a model, which is used up."""
         # oneshot() leaves weights on the CPU, to visit the GPU at every use
-        remove_dispatch(model).to(compute_device())
+        remove_dispatch(model).to(get_main_device())
         result = perplexity(model, windows, batch_size=1), sparsity_of(model)
         model.to("meta")  # the host's tracing keeps a model alive; its weights are let go
         return result
@@ -108,11 +109,7 @@ def main() -> None:
             model = apply_recipe(
                 arguments.model,
                 recipe(pruner, method),
-                tokenizer=tokenizer,
-                dataset=dataset,
-                num_calibration_samples=len(dataset),
-                max_seq_length=arguments.length,
-                shuffle_calibration_samples=False,
+                **calibrate_on(dataset, tokenizer),
             )
             value, zeros = measure(model)
             published = f"{PUBLISHED[pruner][method]:.2f}"

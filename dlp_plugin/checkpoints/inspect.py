@@ -249,7 +249,10 @@ def _is_quantized(locals_: Container[str]) -> bool:
 
 
 def _block_of(module: str) -> str | None:
-    """A block's name ends in the first number of a full name: ``model.layers.3``."""
+    """A block's name ends in the first number of a full name: ``model.layers.3``.
+
+    As :func:`dlp_plugin.scoring.blocks.find_blocks` finds them where there is a model.
+    """
     parts = module.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return None if place is None else ".".join(parts[: place + 1])

@@ -120,7 +120,12 @@ def calibration_arguments(
     from torch import distributed as dist
 
     from dlp_plugin.checkpoints.loading import load_tokenizer
-    from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens
+    from dlp_plugin.evaluation.text import (
+        beginning,
+        calibrate_on,
+        calibration_set,
+        read_tokens,
+    )
 
     length = checked_length(model, length)
     tokenizer = load_tokenizer(model)
@@ -130,13 +135,7 @@ def calibration_arguments(
     dataset = calibration_set(tokens, length, samples, beginning(tokenizer))
     if is_distributed():
         dataset = dataset.shard(num_shards=dist.get_world_size(), index=dist.get_rank())
-    return {
-        "tokenizer": tokenizer,
-        "dataset": dataset,
-        "num_calibration_samples": len(dataset),
-        "max_seq_length": length,
-        "shuffle_calibration_samples": False,
-    }
+    return calibrate_on(dataset, tokenizer)
 
 
 def checked_length(model: str, length: int | None) -> int:

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["beginning", "calibration_set", "read_tokens", "token_windows"]
+__all__ = ["beginning", "calibrate_on", "calibration_set", "read_tokens", "token_windows"]
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -151,3 +151,18 @@ def calibration_set(
     return Dataset.from_dict(
         {"input_ids": chosen, "attention_mask": [[1] * length for _ in chosen]}
     )
+
+
+def calibrate_on(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Arguments of ``oneshot()`` to calibrate on all of a data set, in its order.
+
+    :param dataset: rows of ``input_ids`` and ``attention_mask``, as :func:`calibration_set`
+        makes them
+    """
+    return {
+        "tokenizer": tokenizer,
+        "dataset": dataset,
+        "num_calibration_samples": len(dataset),
+        "max_seq_length": max(map(len, dataset["input_ids"])),
+        "shuffle_calibration_samples": False,
+    }

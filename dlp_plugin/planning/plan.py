@@ -138,7 +138,7 @@ class SearchStep(BaseModel):
 
 
 class Plan(BaseModel):
-    """What DLP (or a peer) decided for a model, and all it takes to decide again.
+    """What a method decided for a model, and all it takes to decide again.
 
     :param method: a name out of :data:`dlp_plugin.planning.methods.METHODS`
     :param settings: what the scores depend on besides the model: DLP's ``statistic``, OWL's
