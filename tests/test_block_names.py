@@ -15,10 +15,12 @@ def test_blocks_of_a_checkpoint_are_those_of_the_model(name: str, tmp_path: Path
     family = FAMILIES[name]
     model = make(family.config(), tmp_path, family.kind)
     model.save_pretrained(tmp_path)
-    names = host.block_names(model, None)
+    names = host.block_names(model, family.sequential_targets)
     numbered = [block for block in names if block.split(".")[-1].isdigit()]  # no embeddings
-    found = list(inspect_checkpoint(tmp_path).blocks)
-    assert sorted(map(ending, found)) == sorted(map(ending, numbered))
+    found = sorted(map(ending, inspect_checkpoint(tmp_path).blocks))
+    if not name.startswith("qwen2_5_vl"):  # whose vision tower is not calibrated
+        assert found == sorted(map(ending, numbered))
+    assert {ending(block) for block in numbered} <= set(found)
 
 
 def test_albert_has_several_blocks_in_a_numbered_group(tmp_path: Path) -> None:
@@ -26,7 +28,7 @@ def test_albert_has_several_blocks_in_a_numbered_group(tmp_path: Path) -> None:
     model = make(family.config(), tmp_path, family.kind)
     model.save_pretrained(tmp_path)
     (group,) = inspect_checkpoint(tmp_path).blocks
-    names = host.block_names(model, None)
+    names = host.block_names(model, family.sequential_targets)
     assert all(block.startswith(f"{group}.") for block in names)
 
 
