@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import run
 from datasets import Dataset
+from helpers import run
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 

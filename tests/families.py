@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.utils.match import is_match
-from conftest import VOCABULARY, as_if_loaded, linears_of, random_samples
 from datasets import Dataset
+from helpers import VOCABULARY, as_if_loaded, linears_of, random_samples
 from torch.utils.data import DataLoader
 from transformers import (
     AlbertConfig,
@@ -354,8 +354,7 @@ def make(
     config: PreTrainedConfig, folder: Path, kind: type = AutoModelForCausalLM
 ) -> torch.nn.Module:
     torch.manual_seed(0)
-    config._attn_implementation = "eager"
-    model = kind.from_config(config).float().eval()
+    model = kind.from_config(config, attn_implementation="eager").float().eval()
     for parameter in model.parameters():  # unlike blocks, and no weight at exactly zero
         parameter.data += 0.02 * (1 + torch.rand(())) * torch.randn(parameter.shape)
     return as_if_loaded(model, folder)

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from compressed_tensors.offload import load_offloaded_model
-from conftest import VOCABULARY, random_samples, run, word_tokenizer
+from helpers import VOCABULARY, random_samples, run, word_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dlp_plugin import DLPModifier

@@ -6,7 +6,7 @@ import sys
 from itertools import pairwise
 
 import pytest
-from conftest import ROOT, naive_sparsities
+from helpers import ROOT, naive_sparsities
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_if_loaded, random_samples, run
 from families import FAMILIES, make
+from helpers import MakeModel, as_if_loaded, refuses
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -29,7 +29,7 @@ TINY = {
 }
 
 
-def test_a_causal_model_passes_in_its_mode(make_model) -> None:
+def test_a_causal_model_passes_in_its_mode(make_model: MakeModel) -> None:
     model = make_model().train()
     check_causal(model, "this")
     assert model.training
@@ -47,7 +47,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
             check_causal(model, "this")
 
 
-def test_it_costs_one_pass(make_model) -> None:
+def test_it_costs_one_pass(make_model: MakeModel) -> None:
     """And both samples are in it, as experts round otherwise with other numbers of rows."""
     model, shapes = make_model(), []
     model.register_forward_pre_hook(
@@ -78,7 +78,7 @@ def test_one_with_an_encoder() -> None:
         check_causal(model, "this")
 
 
-def test_one_without_a_head(make_model) -> None:
+def test_one_without_a_head(make_model: MakeModel) -> None:
     model = LlamaModel(make_model().config)
     with pytest.raises(ValueError, match="it has no head that predicts tokens"):
         check_causal(model, "this")
@@ -87,6 +87,4 @@ def test_one_without_a_head(make_model) -> None:
 def test_refine_on_one_is_refused_before_any_work(tmp_path) -> None:
     model = as_if_loaded(BertLMHeadModel(BertConfig(**TINY)), tmp_path)
     stage = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*decoder"])
-    with pytest.raises(ValueError, match="refine judge by loss, which takes a causal"):
-        run(model, [DLPModifier(refine=1), stage], random_samples())
-    assert not (model.bert.encoder.layer[0].attention.self.query.weight == 0).any()
+    refuses(model, "refine judge by loss, which takes a causal", DLPModifier(refine=1), stage)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import linears_of, random_samples, run, zeros
+from helpers import EVERY, MakeModel, linears_of, random_samples, run, zeros
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from dlp_plugin.checkpoints.inspect import Zeros, inspect_checkpoint, zeros_lost
 
 
 def stage() -> WandaPruningModifier:
-    return WandaPruningModifier(sparsity=0.6, targets=["Linear"], ignore=["re:.*lm_head"])
+    return WandaPruningModifier(sparsity=0.6, **EVERY)
 
 
 def test_zeros_of_every_group(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_zeros_of_every_group(tmp_path: Path) -> None:
     assert inspect_checkpoint(tmp_path).linears["layers.0.a"] == Zeros(16, 8)
 
 
-def test_a_dense_checkpoint(make_model, tmp_path: Path) -> None:
+def test_a_dense_checkpoint(make_model: MakeModel, tmp_path: Path) -> None:
     dlp = DLPModifier()
     model = make_model(torch.bfloat16)
     run(model, [dlp, stage()], random_samples(), output_dir=str(tmp_path))
@@ -68,7 +68,7 @@ def test_a_dense_checkpoint(make_model, tmp_path: Path) -> None:
     assert zstd_bytes(tmp_path) < 0.8 * found.bytes_on_disk
 
 
-def test_lost_zeros_are_counted(make_model, tmp_path: Path) -> None:
+def test_lost_zeros_are_counted(make_model: MakeModel, tmp_path: Path) -> None:
     pruned, packed = tmp_path / "pruned", tmp_path / "packed"
     run(make_model(torch.bfloat16), [stage()], random_samples(), output_dir=str(pruned))
     weights = QuantizationArgs(num_bits=4, strategy="group", group_size=64)
@@ -95,7 +95,12 @@ def test_lost_zeros_are_counted(make_model, tmp_path: Path) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "strategy", "group"), [(4, "group", 64), (8, "channel", None)])
 def test_a_packed_checkpoint_counts_what_it_stands_for(
-    make_model, tmp_path: Path, symmetric: bool, bits: int, strategy: str, group: int | None
+    make_model: MakeModel,
+    tmp_path: Path,
+    symmetric: bool,
+    bits: int,
+    strategy: str,
+    group: int | None,
 ) -> None:
     weights = QuantizationArgs(
         num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=group
@@ -219,7 +224,7 @@ def test_zeros_of_every_dtype_are_those_that_torch_counts(name: str, tmp_path: P
     }
 
 
-def test_a_dense_checkpoint_needs_no_torch(make_model, tmp_path: Path) -> None:
+def test_a_dense_checkpoint_needs_no_torch(make_model: MakeModel, tmp_path: Path) -> None:
     """Importing torch takes longer than counting the zeros of a small model."""
     make_model(torch.bfloat16).save_pretrained(tmp_path)
     code = (
@@ -238,7 +243,7 @@ class TestWhichFilesCount:
     """Of two shards, with and without what the index says."""
 
     @pytest.fixture
-    def sharded(self, make_model, tmp_path: Path) -> Path:
+    def sharded(self, make_model: MakeModel, tmp_path: Path) -> Path:
         make_model().save_pretrained(tmp_path / "model", max_shard_size="150KB")
         assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
         return tmp_path / "model"

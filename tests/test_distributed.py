@@ -4,47 +4,39 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import CALIBRATION_TEXT, ROOT, SHIPPED, random_samples, run, word_tokenizer
+from helpers import (
+    CALIBRATION_TEXT,
+    ROOT,
+    SHIPPED,
+    MakeModel,
+    assert_same,
+    command,
+    prune,
+    random_samples,
+    recipe,
+    run,
+    word_tokenizer,
+)
 from llmcompressor.modifiers.pruning import WandaPruningModifier as StockWanda
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from dlp_plugin import DLPModifier, Plan, last_plans
-from dlp_plugin.cli import app
-
-RECIPE = {
-    "pruning_stage": {
-        "pruning_modifiers": {
-            "DLPModifier": {},
-            "WandaPruningModifier": {
-                "sparsity": 0.6,
-                "targets": ["Linear"],
-                "ignore": ["re:.*lm_head"],
-            },
-        }
-    }
-}
 
 
-def recipe(pruner: str = "WandaPruningModifier", **dlp: object) -> str:
-    modifiers = dict(RECIPE["pruning_stage"]["pruning_modifiers"])
-    stage = modifiers.pop("WandaPruningModifier")
-    return yaml.safe_dump(
-        {"pruning_stage": {"pruning_modifiers": {"DLPModifier": dlp, pruner: stage}}}
-    )
+def text(pruner: str = "WandaPruningModifier", **dlp: object) -> str:
+    return yaml.safe_dump(recipe(dlp, pruner, sparsity=0.6))
 
 
-def torchrun(*command: object) -> str:
+def torchrun(*words: object) -> str:
     """Run in two processes; what they print."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [*run, *(str(word) for word in command)],
+        [*run, *(str(word) for word in words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -82,15 +74,15 @@ def in_two_processes(
 
 
 @pytest.fixture
-def saved(make_model: Callable[..., torch.nn.Module], tmp_path: Path) -> str:
+def saved(make_model: MakeModel, tmp_path: Path) -> str:
     make_model().save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
-def alone(make_model: Callable, text: str) -> tuple[Plan, dict[str, torch.Tensor]]:
+def alone(make_model: MakeModel, recipe: str) -> tuple[Plan, dict[str, torch.Tensor]]:
     model = make_model()
-    run(model, text, random_samples(8))
+    prune(model, recipe)
     return last_plans()[0], model.state_dict()
 
 
@@ -101,62 +93,59 @@ def assert_same_plan(one: Plan, other: Plan) -> None:
     )
 
 
-def test_two_processes_prune_like_one(make_model: Callable, saved: str, tmp_path: Path) -> None:
+def test_two_processes_prune_like_one(make_model: MakeModel, saved: str, tmp_path: Path) -> None:
     plan_path = tmp_path / "plan.json"
     pruners = ["WandaPruningModifier", "SparseGPTModifier"]
-    recipes = [recipe(pruner, plan_path=str(plan_path)) for pruner in pruners]
-    recipes.append(recipe(alpha="auto", refine=1))
+    recipes = [text(pruner, plan_path=str(plan_path)) for pruner in pruners]
+    recipes.append(text(alpha="auto", refine=1))
     kinds = ["WandaPruningModifier", "OneShotMagnitudeModifier"]
     structured = [
-        recipe(kind, alpha=0.3).replace("sparsity: 0.6", "mask_structure: '4:8'") for kind in kinds
+        text(kind, alpha=0.3).replace("sparsity: 0.6", "mask_structure: '4:8'") for kind in kinds
     ]
-    assert all("4:8" in text for text in structured)
+    assert all("4:8" in each for each in structured)
     recipes += structured
     results, _ = in_two_processes(tmp_path, *recipes, model=saved, rows=random_samples(8).to_list())
     for pruner, ranks in zip(pruners, results[:2], strict=True):
         (first_plan, first), (second_plan, second) = ranks
-        plan, weights = alone(make_model, recipe(pruner))
+        plan, weights = alone(make_model, text(pruner))
         assert first_plan == second_plan == Plan.load(plan_path)
         assert_same_plan(first_plan, plan)
-        for name, weight in weights.items():
-            assert torch.equal(first[name], second[name]), name
-            if pruner == "WandaPruningModifier":
-                assert torch.equal(first[name], weight), name
-            else:
+        assert_same(first, second)
+        if pruner == "WandaPruningModifier":
+            assert_same(first, weights)
+        else:
+            for name, weight in weights.items():
                 assert (first[name] == 0).sum() == (weight == 0).sum(), name
                 torch.testing.assert_close(first[name], weight, atol=1e-4, rtol=1e-3)
     (first_plan, first), (second_plan, second) = results[2]
     assert first_plan == second_plan, "processes decide differently"
-    assert first_plan.search
+    assert [step.generation for step in first_plan.search] == [0, 1]
     assert len(first_plan.candidates) == 7
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    for text, ((first_plan, first), (_, second)) in zip(structured, results[3:], strict=True):
-        plan, weights = alone(make_model, text)
+    assert_same(first, second)
+    for each, ((first_plan, first), (_, second)) in zip(structured, results[3:], strict=True):
+        plan, weights = alone(make_model, each)
         assert len({block.sparsity for block in plan.blocks}) > 1
         assert [b.sparsity for b in first_plan.blocks] == [b.sparsity for b in plan.blocks]
-        for name, weight in weights.items():
-            assert torch.equal(first[name], weight), name
-            assert torch.equal(second[name], weight), name
+        assert_same(first, weights)
+        assert_same(second, weights)
 
 
 def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(
-    make_model: Callable, saved: str, tmp_path: Path
+    make_model: MakeModel, saved: str, tmp_path: Path
 ) -> None:
     """If this fails, the release deals each process its part: the warning can go."""
     rows = random_samples(8).to_list()
     (((plan, _), _),), printed = in_two_processes(
-        tmp_path, recipe(), model=saved, rows=rows, same_rows_on_all=True
+        tmp_path, text(), model=saved, rows=rows, same_rows_on_all=True
     )
     assert "All 2 processes calibrate on the same samples" in printed
     model = make_model()
-    run(model, recipe(), random_samples(8).select(range(4)))
+    run(model, text(), random_samples(8).select(range(4)))
     assert_same_plan(plan, last_plans()[0])
 
 
-def test_a_stock_stage_is_refused(
-    make_model: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dlp_plugin.modifiers.base.is_distributed", lambda: True)
+def test_a_stock_stage_is_refused(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlp_plugin.modifiers.feeding.is_distributed", lambda: True)
     stage = StockWanda(sparsity=0.6, targets=["Linear"])
     with pytest.raises(ValueError, match="llm-compressor's own class.*import it from dlp_plugin"):
         run(make_model(), [DLPModifier(), stage], random_samples(2))
@@ -170,10 +159,9 @@ def test_the_terminal_command(tmp_path: Path) -> None:
     assert output.count("Zeros in") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["two"]
     arguments[-1] = tmp_path / "one"
-    result = CliRunner().invoke(app, ["oneshot", str(SHIPPED), *map(str, arguments)])
-    assert result.exit_code == 0, result.output
+    command("oneshot", SHIPPED, *arguments)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
-    zeros = sum(int((weight == 0).sum()) for weight in one.values())
+    all_zeros = sum(int((weight == 0).sum()) for weight in one.values())
     differ = sum(int(((one[name] == 0) != (two[name] == 0)).sum()) for name in one)
-    assert differ <= 1e-5 * zeros  # scores equal but for rounding in the sum over samples
+    assert differ <= 1e-5 * all_zeros  # scores equal but for rounding in the sum over samples

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import word_tokenizer
+from helpers import word_tokenizer
 from safetensors.torch import save_file
 
 from dlp_plugin.files import check_vacant, check_writable, replacing

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import linears_of, random_samples, run
+from helpers import MakeModel, assert_same, linears_of, random_samples, run
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ Pack = Callable[..., Path]
 
 
 @pytest.fixture
-def pack(make_model, tmp_path: Path) -> Pack:
+def pack(make_model: MakeModel, tmp_path: Path) -> Pack:
     """A sparse and packed checkpoint, made by the real ``oneshot()`` without data."""
 
     def make(
@@ -123,7 +123,7 @@ def test_zero_points_of_nought_are_held_though_one_is_taken_off(pack: Pack, bits
     weight = naive_weight(tensors, name, bits)
     assert torch.equal(weight.bfloat16(), loaded.get_submodule(name).weight)
     assert (weight[:20] >= 0).all()
-    assert (weight[:20] > 0).any()
+    assert weight[:20].max() > 0
     assert (weight[40:50] == 0).all()
     assert naive_numbers(tensors[f"{name}.qzeros"].T, bits).max() < 2**bits - 1
 
@@ -188,7 +188,9 @@ def test_a_quantized_head_is_announced(pack: Pack) -> None:
     assert "lm_head.qweight" in load_file(output / "model.safetensors")
 
 
-def test_activation_ordering_leaves_the_groups_in_order(make_model, tmp_path: Path) -> None:
+def test_activation_ordering_leaves_the_groups_in_order(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = tmp_path / "packed"
     args = QuantizationArgs(num_bits=4, strategy="group", group_size=32, actorder="static")
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
@@ -285,7 +287,9 @@ def refused(tmp_path: Path) -> Callable[[Path, str], None]:
     return check
 
 
-def test_a_source_that_is_not_packed_is_refused(make_model, tmp_path: Path, refused) -> None:
+def test_a_source_that_is_not_packed_is_refused(
+    make_model: MakeModel, tmp_path: Path, refused
+) -> None:
     with pytest.raises(FileNotFoundError, match="holds no config.json"):
         export_gptq(tmp_path, tmp_path / "gptq")
     source = tmp_path / "dense"
@@ -359,7 +363,7 @@ def test_reordered_groups_of_older_releases_are_refused(pack: Pack, refused) -> 
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_model_in_memory_gives_what_its_checkpoint_gives(
-    make_model, tmp_path: Path, saved: bool
+    make_model: MakeModel, tmp_path: Path, saved: bool
 ) -> None:
     def quantized(**save: str) -> torch.nn.Module:
         weights = QuantizationArgs(num_bits=4, strategy="group", group_size=32)
@@ -375,8 +379,7 @@ def test_a_model_in_memory_gives_what_its_checkpoint_gives(
     export_gptq(model if saved else quantized(), tmp_path / "from_memory")
     left = load_file(tmp_path / "from_folder" / "model.safetensors")
     right = load_file(tmp_path / "from_memory" / "model.safetensors")
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert_same(right, left)
 
 
 def test_a_damaged_source_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Each test says in words what has changed if a new release makes it fail.
 
 import pytest
 import torch
-from conftest import linears_of, random_samples, run
+from helpers import MakeModel, linears_of, random_samples, run
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -20,11 +20,15 @@ class Watcher(Modifier):
     requires_calibration_data: bool = True
     _seen: dict = PrivateAttr(default_factory=dict)
 
-    def _note(self, when: str) -> None:
+    @property
+    def seen(self) -> dict[str, list[Modifier]]:
+        return self._seen
+
+    def note(self, when: str) -> None:
         self._seen[when] = list(active_session().lifecycle.recipe.modifiers)
 
     def on_initialize(self, state, **kwargs) -> bool:
-        self._note("initialize")
+        self.note("initialize")
         assert "sequential_targets" in kwargs, (
             "oneshot() no longer tells modifiers its sequential_targets: "
             "DLPModifier reads them in on_initialize"
@@ -32,26 +36,28 @@ class Watcher(Modifier):
         return True
 
     def on_calibration_start(self, state, event, **kwargs) -> None:
-        self._note("epoch")
+        self.note("epoch")
 
     def on_finalize(self, state, **kwargs) -> bool:
-        self._note("finalize")
+        self.note("finalize")
         return True
 
 
-def test_the_session_lists_all_modifiers_outside_and_one_inside_an_epoch(make_model) -> None:
+def test_the_session_lists_all_modifiers_outside_and_one_inside_an_epoch(
+    make_model: MakeModel,
+) -> None:
     watcher = Watcher()
     stage = WandaPruningModifier(sparsity=0.5, targets=["re:.*mlp$"])
     run(make_model(), [watcher, stage], random_samples(2))
-    assert watcher._seen["initialize"] == [watcher, stage], (
+    assert watcher.seen["initialize"] == [watcher, stage], (
         "the recipe no longer lists all modifiers while they are initialized: "
         "stages_after() cannot find the stages to feed"
     )
-    assert watcher._seen["epoch"] == [watcher], (
+    assert watcher.seen["epoch"] == [watcher], (
         "the independent pipeline no longer runs one modifier an epoch: "
         "DLPModifier's check that its stages come later is wrong"
     )
-    assert watcher._seen["finalize"] == [watcher, stage]
+    assert watcher.seen["finalize"] == [watcher, stage]
 
 
 @pytest.mark.parametrize("kind", [WandaPruningModifier, SparseGPTModifier])
@@ -65,7 +71,9 @@ def test_the_session_lists_all_modifiers_outside_and_one_inside_an_epoch(make_mo
         (["re:.*_proj$", "LlamaMLP"], ["re:.*k_proj"]),
     ],
 )
-def test_a_stage_prunes_what_stage_targets_says(make_model, kind, targets, ignore) -> None:
+def test_a_stage_prunes_what_stage_targets_says(
+    make_model: MakeModel, kind, targets, ignore
+) -> None:
     model = make_model()
     stage = kind(sparsity=0.5, targets=targets, ignore=ignore)
     promised = host.stage_targets(model, stage)
@@ -82,7 +90,7 @@ def test_a_stage_prunes_what_stage_targets_says(make_model, kind, targets, ignor
     )
 
 
-def test_a_list_has_one_entry_per_match_in_this_order(make_model) -> None:
+def test_a_list_has_one_entry_per_match_in_this_order(make_model: MakeModel) -> None:
     model = make_model()
     stage = WandaPruningModifier(sparsity=0.5, targets=["re:.*(up|down)_proj$"])
     targets = list(host.stage_targets(model, stage))
@@ -97,7 +105,7 @@ def test_a_list_has_one_entry_per_match_in_this_order(make_model) -> None:
         )
 
 
-def test_modifiers_of_one_type_in_a_group_still_lose_one_when_saved(make_model) -> None:
+def test_modifiers_of_one_type_in_a_group_still_lose_one_when_saved(make_model: MakeModel) -> None:
     """If this fails, ``keep_all_modifiers_when_saved`` can go."""
     from llmcompressor.recipe import Recipe
 
@@ -106,7 +114,7 @@ def test_modifiers_of_one_type_in_a_group_still_lose_one_when_saved(make_model) 
     assert len(saved["default_stage"]["default_modifiers"]) == 1
 
 
-def test_a_modifier_finds_the_users_calibration_arguments(make_model) -> None:
+def test_a_modifier_finds_the_users_calibration_arguments(make_model: MakeModel) -> None:
     found = []
 
     class Looker(Watcher):
@@ -124,7 +132,7 @@ def test_a_modifier_finds_the_users_calibration_arguments(make_model) -> None:
 
 @pytest.mark.parametrize(("propagate_error", "runs"), [(True, 2), (False, 1)])
 def test_the_sequential_pipeline_runs_blocks_once_without_propagation(
-    make_model, propagate_error: bool, runs: int
+    make_model: MakeModel, propagate_error: bool, runs: int
 ) -> None:
     model, calls = make_model(), []
     model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))

@@ -1,16 +1,13 @@
 """Losses of a model as if it were pruned, against really pruning it."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from conftest import random_samples
+from helpers import MakeModel, random_samples
 from torch.nn import functional
 
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.search.judge import Judge
-
-MakeModel = Callable[..., torch.nn.Module]
+from dlp_plugin.search.masks import Masks
 
 
 def batches(samples: int = 6, length: int = 16) -> list[dict[str, torch.Tensor]]:
@@ -59,7 +56,7 @@ def test_loss_and_divergence_are_those_of_the_really_pruned_model(
     before = {name: linear.weight.clone() for name, linear in linears.items()}
     names = list(linears)
     sparsities = {name: 0.2 + 0.03 * i for i, name in enumerate(names[:-1])} | {names[-1]: 0.001}
-    judge = Judge(model, linears, norms, batches())
+    judge = Judge(model, Masks(linears, norms), batches())
     dense = logits_of(model).log_softmax(-1)
     loss, divergence = judge.loss(sparsities), judge.divergence(sparsities)
     for name, linear in linears.items():
@@ -77,7 +74,7 @@ def test_loss_and_divergence_are_those_of_the_really_pruned_model(
 
 def test_the_dense_model_diverges_from_itself_by_nothing(make_model: MakeModel) -> None:
     model = make_model()
-    judge = Judge(model, *parts(model), batches())
+    judge = Judge(model, Masks(*parts(model)), batches())
     assert judge.divergence({}) == pytest.approx(0, abs=1e-6)
 
 
@@ -90,8 +87,8 @@ def test_tokens_that_are_not_likely_count_as_one(
     sparsities = dict.fromkeys(linears, 0.7)
     found = []
     for likeliest in (8, 64, 256):
-        monkeypatch.setattr("dlp_plugin.search.judge.LIKELIEST", likeliest)
-        found.append(Judge(model, linears, norms, batches()).divergence(sparsities))
+        monkeypatch.setattr("dlp_plugin.search.predictions.LIKELIEST", likeliest)
+        found.append(Judge(model, Masks(linears, norms), batches()).divergence(sparsities))
     assert 0 < found[0] < found[1] < found[2]
 
 
@@ -100,7 +97,7 @@ def test_divergence_on_portions(make_model: MakeModel) -> None:
     linears, norms = parts(model)
     # samples of unequal length are not run together
     unequal = [*batches(1, 16), *batches(1, 9), *batches(1, 5)]
-    judge = Judge(model, linears, norms, unequal)
+    judge = Judge(model, Masks(linears, norms), unequal)
     assert judge.tokens == 30
     sparsities = dict.fromkeys(linears, 0.5)
     whole = judge.divergence(sparsities)
@@ -109,7 +106,7 @@ def test_divergence_on_portions(make_model: MakeModel) -> None:
     assert judge.portions(1) == [[0], [1], [2]]
     total = 0.0
     for portion, part in zip(judge.portions(10), (unequal[:1], unequal[1:]), strict=True):
-        alone = Judge(model, linears, norms, part).divergence(sparsities)
+        alone = Judge(model, Masks(linears, norms), part).divergence(sparsities)
         assert judge.divergence(sparsities, portion) == pytest.approx(alone)
         total += alone * judge.tokens_in(portion)
     assert whole == pytest.approx(total / 30)
@@ -117,7 +114,7 @@ def test_divergence_on_portions(make_model: MakeModel) -> None:
 
 def test_the_mode_of_the_model_comes_back(make_model: MakeModel) -> None:
     model = make_model().train()
-    Judge(model, *parts(model), batches()).loss({})
+    Judge(model, Masks(*parts(model)), batches()).loss({})
     assert model.training
 
 
@@ -126,21 +123,23 @@ def test_columns_that_the_model_does_not_take_are_left_out(make_model: MakeModel
     linears, norms = parts(model)
     more = [{**batch, "length": torch.tensor([16]), "labels": "?"} for batch in batches()]
     sparsities = dict.fromkeys(linears, 0.5)
-    found = Judge(model, linears, norms, more).loss(sparsities)
-    assert found == pytest.approx(Judge(model, linears, norms, batches()).loss(sparsities))
+    found = Judge(model, Masks(linears, norms), more).loss(sparsities)
+    assert found == pytest.approx(Judge(model, Masks(linears, norms), batches()).loss(sparsities))
 
 
 def test_few_thresholds_are_remembered(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlp_plugin.search.judge.REMEMBERED", 2)
+    monkeypatch.setattr("dlp_plugin.search.masks.REMEMBERED", 2)
     model = make_model()
     linears, norms = parts(model)
-    judge = Judge(model, linears, norms, batches())
+    masks = Masks(linears, norms)
+    judge = Judge(model, masks, batches())
     first = judge.loss(dict.fromkeys(linears, 0.5))
+    once = masks.bytes_kept
     for sparsity in (0.2, 0.3, 0.4):
         judge.loss(dict.fromkeys(linears, sparsity))
-    assert len(judge._thresholds) <= 2 * len(linears)
+    assert masks.bytes_kept == 2 * once
     assert judge.loss(dict.fromkeys(linears, 0.5)) == first
 
 
@@ -149,7 +148,7 @@ def test_groups_of_n_m(make_model: MakeModel) -> None:
     linears, norms = parts(model)
     numbers = {name: i % 9 for i, name in enumerate(linears)}  # none and all of 8 among them
     sparsities = {name: n / 8 for name, n in numbers.items()}
-    judge = Judge(model, linears, norms, batches())
+    judge = Judge(model, Masks(linears, norms), batches())
     of_eight = MaskStructure(4, 8)
     loss, by_rows = judge.loss(sparsities, of_eight), judge.loss(sparsities)
     assert judge.divergence(sparsities, structure=of_eight) != judge.divergence(sparsities)
@@ -166,10 +165,10 @@ def test_places_are_kept_for_one_structure_at_a_time(make_model: MakeModel) -> N
     """A byte a weight, whatever number of structures is measured."""
     model = make_model()
     linears, norms = parts(model)
-    judge = Judge(model, linears, norms, batches())
+    masks = Masks(linears, norms)
+    judge = Judge(model, masks, batches())
     sparsities = dict.fromkeys(linears, 0.5)
     first = judge.loss(sparsities, structure=MaskStructure(2, 4))
     judge.loss(sparsities, structure=MaskStructure(4, 8))
-    kept = sum(places.nbytes for places in judge._places.values())
-    assert kept == sum(linear.weight.numel() for linear in linears.values())
+    assert masks.bytes_kept == sum(linear.weight.numel() for linear in linears.values())
     assert judge.loss(sparsities, structure=MaskStructure(2, 4)) == first

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import word_tokenizer
+from helpers import MakeModel, word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
 
 
 @pytest.fixture
-def folder(make_model: Callable, tmp_path: Path) -> Path:
+def folder(make_model: MakeModel, tmp_path: Path) -> Path:
     make_model().save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -33,7 +33,7 @@ def test_a_model_that_lacks_a_weight(folder: Path) -> None:
         load_model(folder)
 
 
-def test_a_model_with_a_weight_that_it_does_not_know(folder: Path, make_model: Callable) -> None:
+def test_a_model_with_a_weight_that_it_does_not_know(folder: Path, make_model: MakeModel) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.experts.0.up_proj.weight"] = weights["model.norm.weight"].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,16 +1,26 @@
 """DLP's peers through the real ``oneshot()``, each against its paper's formula."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import as_if_loaded, linears_of, random_samples, recorded_inputs, run, zeros
+from helpers import (
+    EVERY,
+    Logged,
+    MakeModel,
+    as_if_loaded,
+    assert_same,
+    linears_of,
+    prune,
+    random_samples,
+    recorded_inputs,
+    run,
+    weights_of,
+    zeros,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from llmcompressor.modifiers.pruning import WandaPruningModifier
-from loguru import logger
 from transformers import BertConfig, BertForMaskedLM
 
 from dlp_plugin import (
@@ -23,8 +33,6 @@ from dlp_plugin import (
 )
 from dlp_plugin.planning.allocation import allocate
 from dlp_plugin.planning.methods import METHODS, AlphaPruning, Method
-
-MakeModel = Callable[..., torch.nn.Module]
 
 
 class TestFormulas:
@@ -90,11 +98,8 @@ class TestFormulas:
         assert self.sparsities(method, 0.3, [2.0, 2.0], [7, 3]) == [0.7, 0.7]
 
 
-STAGE = {"sparsity": 0.7, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-
-
-def prune(model: torch.nn.Module, modifier: object) -> Plan:
-    run(model, [modifier, WandaPruningModifier(**STAGE)], random_samples(8))
+def plan_of(model: torch.nn.Module, modifier: object) -> Plan:
+    prune(model, modifier, WandaPruningModifier(sparsity=0.7, **EVERY))
     return modifier.plan
 
 
@@ -123,7 +128,7 @@ def test_owl_equals_the_original_formula(make_model: MakeModel, multiple: float)
     k = [0.16 * (r - min(ratios)) / (max(ratios) - min(ratios)) for r in ratios]
     expected = [1 - (x - sum(k) / 3 + 0.3) for x in k]
     model = make_model()
-    plan = prune(model, OWLModifier(owl_m=multiple))
+    plan = plan_of(model, OWLModifier(owl_m=multiple))
     assert plan.method == "owl"
     assert [b.score for b in plan.blocks] == pytest.approx(ratios, abs=1e-6)
     assert [b.sparsity for b in plan.blocks] == pytest.approx(expected, abs=1e-6)
@@ -149,7 +154,7 @@ def test_alpha_pruning_equals_the_original_formula(make_model: MakeModel) -> Non
     expected = [0.7 * 3 / sum(p) * x for x in p]
     modifier = AlphaPruningModifier(epsilon=0.1, tail="median")
     model = make_model()
-    plan = prune(model, modifier)
+    plan = plan_of(model, modifier)
     assert [b.score for b in plan.blocks] == pytest.approx(exponents, rel=1e-6)
     assert [b.sparsity for b in plan.blocks] == pytest.approx(expected, abs=1e-6)
 
@@ -163,12 +168,12 @@ def test_what_needs_no_data_plans_without(
         **modifier.model_dump(include=modifier.model_fields_set), sparsity=0.7, plan_path=str(path)
     )
     run(make_model(), [alone], None)
-    with_data = prune(make_model(), modifier)
+    with_data = plan_of(make_model(), modifier)
     assert Plan.load(path).blocks == with_data.blocks
 
 
 def test_linear_in_a_recipe(make_model: MakeModel) -> None:
-    plan = prune(make_model(), LinearSparsityModifier(beta=0.05))
+    plan = plan_of(make_model(), LinearSparsityModifier(beta=0.05))
     assert [b.sparsity for b in plan.blocks] == pytest.approx([0.65, 0.7, 0.75])
 
 
@@ -182,40 +187,38 @@ def test_every_peer_by_name_in_yaml_and_again_from_its_saved_recipe(
             "LinearSparsityModifier": {"beta": 0.02},
         }.items()
     ):
-        stage = {kind: fields, "WandaPruningModifier": STAGE}
-        text = yaml.safe_dump({"pruning_stage": {"pruning_modifiers": stage}})
-        model, folder = make_model(), tmp_path / str(number)
-        run(model, text, random_samples(8), output_dir=str(folder))
-        again = make_model()
-        run(again, str(folder / "recipe.yaml"), random_samples(8))
+        stage = {kind: fields, "WandaPruningModifier": {"sparsity": 0.7, **EVERY}}
+        text = {"pruning_stage": {"pruning_modifiers": stage}}
+        folder = tmp_path / str(number)
+        model = prune(make_model(), text, output_dir=str(folder))
+        again = prune(make_model(), str(folder / "recipe.yaml"))
         (plan,) = last_plans()
         assert plan.strength == next(iter(reversed(fields.values())))
-        for name, weight in model.state_dict().items():
-            assert torch.equal(weight, again.state_dict()[name]), name
+        assert_same(weights_of(again), weights_of(model))
 
 
 class TestBadInput:
     def test_an_m_that_no_weight_exceeds_makes_all_blocks_alike(
-        self, make_model: MakeModel
+        self, make_model: MakeModel, logged: Logged
     ) -> None:
-        messages: list[str] = []
-        handle = logger.add(messages.append, level="WARNING", format="{message}")
-        plan = prune(make_model(), OWLModifier(owl_m=1e6))
-        logger.remove(handle)
+        plan = plan_of(make_model(), OWLModifier(owl_m=1e6))
         assert [b.sparsity for b in plan.blocks] == [0.7] * 3
-        assert any("All blocks have the same score (% of scores above 1e+06" in m for m in messages)
+        assert any(
+            "All blocks have the same score (% of scores above 1e+06" in m
+            for m in logged("WARNING")
+        )
 
     def test_a_degenerate_spectrum_is_named(self, make_model: MakeModel) -> None:
         model = make_model()
         model.model.layers[1].mlp.up_proj.weight.data.zero_()
         with pytest.raises(ValueError, match=r"no power law fits.*model.layers.1.mlp.up_proj"):
-            prune(model, AlphaPruningModifier())
+            plan_of(model, AlphaPruningModifier())
 
     def test_a_plan_of_another_method(self, make_model: MakeModel, tmp_path: Path) -> None:
         path = str(tmp_path / "plan.json")
-        prune(make_model(), OWLModifier(plan_path=path))
+        plan_of(make_model(), OWLModifier(plan_path=path))
         with pytest.raises(ValueError, match="a plan of method owl, and DLPModifier makes dlp"):
-            prune(make_model(), DLPModifier(from_plan=path))
+            plan_of(make_model(), DLPModifier(from_plan=path))
 
     @pytest.mark.parametrize(
         ("modifier", "fields"),
@@ -227,15 +230,17 @@ class TestBadInput:
     def test_a_plan_made_with_other_settings(
         self, make_model: MakeModel, tmp_path: Path, modifier: type, fields: dict
     ) -> None:
-        path = str(tmp_path / "plan.json")
-        prune(make_model(), modifier(plan_path=path))
-        with pytest.raises(ValueError, match="but the plan's scores were made with"):
-            prune(make_model(), modifier(from_plan=path, **fields))
-        other = tmp_path / "other.json"
-        prune(make_model(), modifier(plan_path=str(other), **fields))
-        again = modifier(from_plan=str(other))
-        prune(make_model(), again)
         ((name, value),) = fields.items()
+        path = str(tmp_path / "plan.json")
+        plan_of(make_model(), modifier(plan_path=path))
+        with pytest.raises(
+            ValueError, match=f"{name} is {value}, but the plan's scores were made with"
+        ):
+            plan_of(make_model(), modifier(from_plan=path, **fields))
+        other = tmp_path / "other.json"
+        plan_of(make_model(), modifier(plan_path=str(other), **fields))
+        again = modifier(from_plan=str(other))
+        plan_of(make_model(), again)
         assert getattr(again, name) == value  # what a saved recipe then says
 
     @pytest.mark.parametrize("kind", [DLPModifier, LinearSparsityModifier])
@@ -246,7 +251,7 @@ class TestBadInput:
         model = BertForMaskedLM(BertConfig(vocab_size=256, num_hidden_layers=2, **sizes))
         as_if_loaded(model, tmp_path)
         with pytest.raises(ValueError, match="BertForMaskedLM is none: its predictions change"):
-            prune(model, kind(**{kind.strength_field: "auto"}))
+            plan_of(model, kind(**{kind.strength_field: "auto"}))
 
     @pytest.mark.parametrize(
         ("modifier", "fields"),
@@ -264,15 +269,16 @@ class TestBadInput:
         ],
     )
     def test_settings_out_of_bounds_are_named(self, modifier: type, fields: dict) -> None:
-        with pytest.raises(ValueError, match=next(iter(fields))):
+        (name,) = fields
+        with pytest.raises(ValueError, match=rf"{modifier.__name__}\n{name}\n"):
             modifier(**fields)
 
     def test_peers_do_not_feed_each_others_stages(self, make_model: MakeModel) -> None:
         owl, dlp = OWLModifier(), DLPModifier()
         stages = [
-            WandaPruningModifier(**{**STAGE, "targets": [f"re:.*{name}_proj$"]})
+            WandaPruningModifier(sparsity=0.7, targets=[f"re:.*{name}_proj$"])
             for name in ("down", "up")
         ]
-        run(make_model(), [owl, stages[0], dlp, stages[1]], random_samples(8))
+        prune(make_model(), owl, stages[0], dlp, stages[1])
         assert owl.plan.blocks[0].weights == dlp.plan.blocks[0].weights == 64 * 128
         assert [plan.method for plan in last_plans()] == ["owl", "dlp"]

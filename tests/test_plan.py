@@ -255,10 +255,10 @@ def test_an_interrupted_write_leaves_what_was_there(
     before = file.read_bytes()
 
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("while it writes")
 
     monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="while it writes"):
         plan.at(target=0.5).save(file)
     assert file.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]

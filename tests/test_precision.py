@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_samples, run
+from helpers import EVERY, MakeModel, assert_same, prune, random_samples, weights_of, word_tokenizer
 from safetensors.torch import load_file
 
 from dlp_plugin import DLPModifier, WandaPruningModifier, precision
@@ -17,6 +17,7 @@ from dlp_plugin.scoring.norms import ChannelNorms
 from dlp_plugin.scoring.scores import block_score
 from dlp_plugin.scoring.spectra import block_exponent
 from dlp_plugin.search.judge import Judge
+from dlp_plugin.search.masks import Masks
 
 IDS = torch.arange(48).view(2, 24) * 5 % 256
 
@@ -64,7 +65,7 @@ class TestADeviceWithoutFloat64:
         assert widest(torch.device("cpu")) == widest(torch.device("cuda")) == torch.float64
 
     def test_sums_are_taken_in_what_it_has(
-        self, make_model: Callable, monkeypatch: pytest.MonkeyPatch
+        self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Norms, scores by mean, losses and divergences: the same to float32's precision."""
 
@@ -77,7 +78,7 @@ class TestADeviceWithoutFloat64:
                 norms.add(name, inputs)
             of_linears = norms.of(linears)
             parts = {n: (linears[n].weight.detach(), of_linears[n]) for n in linears}
-            judge = Judge(model, linears, of_linears, [{"input_ids": IDS}])
+            judge = Judge(model, Masks(linears, of_linears), [{"input_ids": IDS}])
             sparsities = dict.fromkeys(linears, 0.5)
             judged = [judge.loss(sparsities), judge.divergence(sparsities)]
             return [block_score(parts, "mean"), block_exponent(weights_of(parts)), *judged]
@@ -86,7 +87,7 @@ class TestADeviceWithoutFloat64:
             return {name: weight for name, (weight, _) in parts.items()}
 
         wide = found()
-        for module in ("scoring.scores", "scoring.norms", "scoring.spectra", "search.judge"):
+        for module in ("scoring.scores", "scoring.norms", "scoring.spectra", "search.predictions"):
             monkeypatch.setattr(f"dlp_plugin.{module}.widest", lambda _: torch.float32)
         narrower = found()
         assert narrower == pytest.approx(wide, rel=1e-4, abs=1e-6)
@@ -94,15 +95,13 @@ class TestADeviceWithoutFloat64:
 
 
 class TestWidening:
-    def test_there_and_back_changes_no_bit(self, make_model: Callable, without_bf16: None) -> None:
+    def test_there_and_back_changes_no_bit(self, make_model: MakeModel, without_bf16: None) -> None:
         model = make_model(torch.bfloat16)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = weights_of(model)
         stored = widen(model)
         assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
         narrow(model, stored)
-        for name, value in model.state_dict().items():
-            assert value.dtype == before[name].dtype
-            assert torch.equal(value, before[name])
+        assert_same(weights_of(model), before)
 
     def test_what_was_float32_stays_and_what_came_since_joins(self, without_bf16: None) -> None:
         model = torch.nn.Linear(2, 2).bfloat16()
@@ -113,7 +112,7 @@ class TestWidening:
         assert model.wide.item() == torch.tensor(1 / 3).item()
         assert (model.scale.dtype, model.weight.dtype) == (torch.bfloat16, torch.bfloat16)
 
-    def test_tied_weights_stay_tied(self, make_model: Callable, without_bf16: None) -> None:
+    def test_tied_weights_stay_tied(self, make_model: MakeModel, without_bf16: None) -> None:
         model = make_model(torch.bfloat16, tie_word_embeddings=True)
         narrow(model, widen(model))
         assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -123,7 +122,7 @@ class TestAModelOfSomebodyElse:
     """It keeps its dtype, and computes as its float32 twin, to the bit."""
 
     @torch.no_grad()
-    def test_logits(self, make_model: Callable, without_bf16: None) -> None:
+    def test_logits(self, make_model: MakeModel, without_bf16: None) -> None:
         model, twin = make_model(torch.bfloat16), make_model(torch.bfloat16).float()
         with wide_enough(model, "cpu"):
             logits = model(IDS).logits
@@ -131,23 +130,23 @@ class TestAModelOfSomebodyElse:
         assert model.dtype == torch.bfloat16
         assert not torch.equal(model(IDS).logits.float(), logits)
 
-    def test_perplexity(self, make_model: Callable, without_bf16: None) -> None:
+    def test_perplexity(self, make_model: MakeModel, without_bf16: None) -> None:
         narrow_, wide = make_model(torch.bfloat16), make_model(torch.bfloat16).float()
         assert perplexity(narrow_, list(IDS)) == perplexity(wide, list(IDS))
 
     def test_the_losses_that_a_search_judges_by(
-        self, make_model: Callable, without_bf16: None
+        self, make_model: MakeModel, without_bf16: None
     ) -> None:
         losses = []
         for model in (make_model(torch.bfloat16), make_model(torch.bfloat16).float()):
             linears = {n: m for n, m in model.named_modules() if n.endswith("up_proj")}
             norms = {name: torch.ones(linear.in_features) for name, linear in linears.items()}
-            judge = Judge(model, linears, norms, [{"input_ids": IDS}])
+            judge = Judge(model, Masks(linears, norms), [{"input_ids": IDS}])
             sparsities = dict.fromkeys(linears, 0.5)
             losses.append((judge.loss(sparsities), judge.divergence(sparsities)))
         assert losses[0] == losses[1]
 
-    def test_nothing_happens_where_the_dtype_is_native(self, make_model: Callable) -> None:
+    def test_nothing_happens_where_the_dtype_is_native(self, make_model: MakeModel) -> None:
         model = make_model()
         with wide_enough(model, "cpu"), torch.no_grad():
             logits = model(IDS).logits
@@ -156,16 +155,12 @@ class TestAModelOfSomebodyElse:
 
 class TestFromDiskToDisk:
     @pytest.fixture
-    def folder(self, make_model: Callable, tmp_path):
-        from conftest import word_tokenizer
-
+    def folder(self, make_model: MakeModel, tmp_path: Path) -> Path:
         make_model(torch.bfloat16).save_pretrained(tmp_path / "dense")
         word_tokenizer().save_pretrained(tmp_path / "dense")
         return tmp_path / "dense"
 
     def arguments(self) -> dict[str, object]:
-        from conftest import word_tokenizer
-
         samples = random_samples()
         return {
             "dataset": samples,
@@ -174,23 +169,22 @@ class TestFromDiskToDisk:
             "shuffle_calibration_samples": False,
         }
 
-    def test_a_loaded_model_computes_in_float32(self, folder, without_bf16: None) -> None:
+    def test_a_loaded_model_computes_in_float32(self, folder: Path, without_bf16: None) -> None:
         assert load_model(folder).dtype == torch.float32
 
     def test_what_is_saved_has_the_checkpoint_s_dtype(
-        self, folder, make_model: Callable, without_bf16: None
+        self, folder: Path, make_model: MakeModel, without_bf16: None
     ) -> None:
         """And its masks are those of the float32 twin: exact."""
 
-        def recipe() -> list:
-            stage = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"])
+        def modifiers() -> list:
+            stage = WandaPruningModifier(sparsity=0.5, **EVERY)
             return [DLPModifier(), stage]
 
         output = folder.with_name("pruned")
-        apply_recipe(folder, recipe(), output, **self.arguments())
+        apply_recipe(folder, modifiers(), output, **self.arguments())
         saved = load_file(output / "model.safetensors")
         assert {value.dtype for value in saved.values()} == {torch.bfloat16}
-        twin = run(make_model(torch.bfloat16).float(), recipe(), random_samples())
-        for name, value in twin.state_dict().items():
-            assert torch.equal(saved[name], value.bfloat16()), name
+        twin = prune(make_model(torch.bfloat16).float(), *modifiers())
+        assert_same(saved, weights_of(twin.bfloat16()))
         assert (output / "recipe.yaml").is_file()

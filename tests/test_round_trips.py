@@ -10,16 +10,16 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.offload import load_offloaded_model
-from conftest import linears_of, random_samples, run, zeros
 from families import FAMILIES, Family, make
+from helpers import Logged, assert_same, linears_of, random_samples, run, weights_of, zeros
 from llmcompressor.modeling.moe.conversion_mappings import (
     get_linearize_load_mappings,
     set_save_conversion_mapping,
 )
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, linearize_moe
 from llmcompressor.modifiers.pruning import WandaPruningModifier
-from loguru import logger
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import conversion_mapping
 from transformers.core_model_loading import Interleave, WeightConverter
 
@@ -58,7 +58,7 @@ def quantizer(*ignore: str) -> MaskedGPTQModifier:
     return MaskedGPTQModifier(config_groups=groups, ignore=["re:.*lm_head", *ignore])
 
 
-def prune(model: torch.nn.Module, family: Family, output: Path | None, *more: object) -> None:
+def prune_as(model: torch.nn.Module, family: Family, output: Path | None, *more: object) -> None:
     run(
         model,
         [*pruners(family), *more],
@@ -86,16 +86,13 @@ def logits(model: torch.nn.Module, family: Family) -> torch.Tensor:
         return model(**row).logits
 
 
-def assert_same(reloaded: torch.nn.Module, model: torch.nn.Module, family: Family) -> None:
+def assert_computes_same(reloaded: torch.nn.Module, model: torch.nn.Module, family: Family) -> None:
     """Compare with a model whose experts are Linears, where it has any."""
     if model.dtype == torch.float32:  # bfloat16 rounds fused products another way
         torch.testing.assert_close(logits(reloaded, family), logits(model, family))
     reloaded = linearize_moe(reloaded)
     assert torch.equal(logits(reloaded, family), logits(model, family))
-    ours, theirs = model.state_dict(), reloaded.state_dict()
-    assert ours.keys() == theirs.keys()
-    for key, tensor in ours.items():
-        assert torch.equal(tensor, theirs[key]), key
+    assert_same(weights_of(reloaded), weights_of(model))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -103,9 +100,9 @@ def test_a_pruned_model_loads_as_it_was_saved(name: str, tmp_path: Path) -> None
     family = FAMILIES[name]
     source, pruned = source_of(family, tmp_path / "source"), tmp_path / "pruned"
     model = load(family, source)
-    prune(model, family, pruned)
+    prune_as(model, family, pruned)
     assert shapes(pruned) == shapes(source)
-    assert_same(reload(family, pruned), model, family)
+    assert_computes_same(reload(family, pruned), model, family)
     inside = [each for names in family.linears(model).values() for each in names]
     counts = [(zeros(linears_of(model)[each]), linears_of(model)[each]) for each in inside]
     weights = sum(linear.weight.numel() for _, linear in counts)
@@ -117,18 +114,18 @@ def test_experts_in_bfloat16(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source, pruned = source_of(family, tmp_path / "source"), tmp_path / "pruned"
     model = load(family, source, dtype=torch.bfloat16)
-    prune(model, family, pruned)
+    prune_as(model, family, pruned)
     assert shapes(pruned) == shapes(source)
-    assert_same(reload(family, pruned, dtype=torch.bfloat16), model, family)
+    assert_computes_same(reload(family, pruned, dtype=torch.bfloat16), model, family)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_experts_of_a_model_that_was_not_loaded(name: str, tmp_path: Path) -> None:
     family, pruned = FAMILIES[name], tmp_path / "pruned"
     model = make(family.config(), tmp_path, family.kind)
-    prune(model, family, pruned)
+    prune_as(model, family, pruned)
     assert shapes(pruned) == shapes(source_of(family, tmp_path / "source"))
-    assert_same(reload(family, pruned), model, family)
+    assert_computes_same(reload(family, pruned), model, family)
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -137,7 +134,7 @@ def test_experts_at_4_bits(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source, packed = source_of(family, tmp_path / "source"), tmp_path / "packed"
     model = load(family, source)
-    prune(model, family, packed, quantizer(*family.ignore, "re:.*dt_proj"))
+    prune_as(model, family, packed, quantizer(*family.ignore, "re:.*dt_proj"))
     written = shapes(packed).keys()
     experts = [key for key in shapes(source) if ".experts." in key and key.endswith(".weight")]
     assert len(experts) == sum(len(linears_of(module)) for _, module in get_linearized_moes(model))
@@ -177,7 +174,7 @@ def test_each_of_our_modifiers_is_enough(recipe: str, tmp_path: Path) -> None:
 def test_fused_experts_cannot_be_quantized(recipe: str, tmp_path: Path) -> None:
     family = FAMILIES["gpt_oss"]
     model = load(family, source_of(family, tmp_path / "source"))
-    before = {each: tensor.clone() for each, tensor in linearize_moe(model).state_dict().items()}
+    before = weights_of(linearize_moe(model))
     modifiers = [*(pruners(family) if recipe == "pruned" else []), quantizer()]
     message = (
         r"MaskedGPTQModifier would quantize model\.layers\.0\.mlp\.experts\.0\.up_proj, but "
@@ -186,9 +183,7 @@ def test_fused_experts_cannot_be_quantized(recipe: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         run(model, modifiers, random_samples(), output_dir=str(tmp_path / "packed"))
     assert not (tmp_path / "packed").exists()
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[each], after[each]) for each in after)
+    assert_same(weights_of(model), before)
 
 
 def test_a_bad_pattern_of_a_quantizer_is_named(tmp_path: Path) -> None:
@@ -204,7 +199,7 @@ def test_what_is_beside_fused_experts_can_be_quantized(tmp_path: Path) -> None:
     family = FAMILIES["gpt_oss"]
     source, packed = source_of(family, tmp_path / "source"), tmp_path / "packed"
     model = load(family, source)
-    prune(model, family, packed, quantizer("re:.*experts.*"))
+    prune_as(model, family, packed, quantizer("re:.*experts.*"))
     written = shapes(packed)
     assert "model.layers.0.self_attn.q_proj.weight_packed" in written
     for key, shape in shapes(source).items():
@@ -216,20 +211,24 @@ def test_what_is_beside_fused_experts_can_be_quantized(tmp_path: Path) -> None:
             assert torch.equal(linear.weight, again.weight), f"{place}.{each}"
 
 
-def test_dense_experts_beside_quantized_linears_are_warned_of(tmp_path: Path) -> None:
+def test_dense_experts_beside_quantized_linears_are_warned_of(
+    tmp_path: Path, logged: Logged
+) -> None:
     """vLLM reads them. If transformers does now, the warning can go."""
     family, packed = FAMILIES["mixtral"], tmp_path / "packed"
     model = load(family, source_of(family, tmp_path / "source"))
-    warnings: list[str] = []
-    sink = logger.add(warnings.append, level="WARNING", format="{message}")
-    prune(model, family, packed, quantizer("re:.*experts.*"))
-    logger.remove(sink)
-    (warning,) = [each for each in warnings if "Experts stay unquantized" in each]
+    prune_as(model, family, packed, quantizer("re:.*experts.*"))
+    (warning,) = [each for each in logged("WARNING") if "Experts stay unquantized" in each]
     assert "model.layers.0.mlp.experts and others" in warning
     ignored = json.loads((packed / "config.json").read_text())["quantization_config"]["ignore"]
     assert "model.layers.0.block_sparse_moe.experts.0.w1" in ignored
     _, info = load(family, packed, output_loading_info=True)
-    assert info["missing_keys"]
+    missing = {
+        f"{depth}.mlp.experts.{name}"
+        for depth in range(3)
+        for name in ("gate_up_proj", "down_proj")
+    }
+    assert {key.removeprefix("model.layers.") for key in info["missing_keys"]} == missing
 
 
 def test_files_that_part_the_experts_of_a_layer(tmp_path: Path) -> None:
@@ -237,11 +236,11 @@ def test_files_that_part_the_experts_of_a_layer(tmp_path: Path) -> None:
     family, pruned = FAMILIES["gpt_oss"], tmp_path / "pruned"
     source = source_of(family, tmp_path / "source")
     model = load(family, source)
-    prune(model, family, None)
+    prune_as(model, family, None)
     model.save_pretrained(pruned, max_shard_size="50KB")  # two Linears
     assert len(list(pruned.glob("*.safetensors"))) > 3 * 2
     assert shapes(pruned) == shapes(source)
-    assert_same(reload(family, pruned), model, family)
+    assert_computes_same(reload(family, pruned), model, family)
 
 
 def test_fused_experts_that_stay_on_disk(tmp_path: Path) -> None:
@@ -255,29 +254,33 @@ def test_fused_experts_that_stay_on_disk(tmp_path: Path) -> None:
             max_memory={"cpu": 100_000},
             offload_folder=str(tmp_path / "offload"),
         )
-    prune(model, family, pruned)
+    prune_as(model, family, pruned)
     in_memory = load(family, source)
-    prune(in_memory, family, None)
-    assert_same(reload(family, pruned), in_memory, family)
+    prune_as(in_memory, family, None)
+    assert_computes_same(reload(family, pruned), in_memory, family)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_being_asked_again_changes_nothing(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    model = linearize_moe(load(family, source_of(family, tmp_path)))
-    save_under_source_names(model)
-    once = [repr(each) for each in model._weight_conversions]
-    save_under_source_names(model)
-    assert [repr(each) for each in model._weight_conversions] == once
+    source = source_of(family, tmp_path / "source")
+    model = linearize_moe(load(family, source))
+    for folder in (tmp_path / "once", tmp_path / "again"):
+        save_under_source_names(model)
+        model.save_pretrained(folder)
+        assert shapes(folder) == shapes(source)
 
 
 def test_experts_that_were_loaded_as_linears_are_left_to_the_host(tmp_path: Path) -> None:
     family = FAMILIES["qwen3_moe"]
-    model = linearize_moe(load(family, source_of(family, tmp_path)))
+    model = linearize_moe(load(family, source_of(family, tmp_path / "source")))
     _, _, save_mapping = get_linearize_load_mappings("qwen3_moe")
     set_save_conversion_mapping(model, save_mapping)  # as load_quantizable_moe() does
+    model.save_pretrained(tmp_path / "host")
     save_under_source_names(model)
-    assert [repr(each) for each in model._weight_conversions] == [repr(e) for e in save_mapping]
+    model.save_pretrained(tmp_path / "ours")
+    host, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "ours"))
+    assert_same(ours, host)
 
 
 @pytest.fixture
@@ -296,4 +299,4 @@ def test_experts_in_an_unknown_form_are_refused(tmp_path: Path) -> None:
     model = make(family.config(), tmp_path, family.kind)
     message = r"model\.layers\.0\.mlp\.experts\.down_proj of mixtral is made by \[Interleave"
     with pytest.raises(ValueError, match=message):
-        prune(model, family, None)
+        prune_as(model, family, None)

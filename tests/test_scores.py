@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from helpers import DTYPES, Parts, random_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,25 +15,10 @@ from dlp_plugin.scoring import scores
 from dlp_plugin.scoring.norms import ChannelNorms
 from dlp_plugin.scoring.scores import block_score
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
-
-def naive(parts: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def naive(parts: Parts) -> torch.Tensor:
     """Every score of the block at once, in float32."""
     return torch.cat([(w.abs().float() * n).flatten() for w, n in parts.values()])
-
-
-def random_parts(
-    shapes: list[tuple[int, int]], dtype: torch.dtype, seed: int = 0
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"linear{i}": (
-            (torch.randn(shape, generator=generator) * 0.02).to(dtype),
-            torch.rand(shape[1], generator=generator) * 10,
-        )
-        for i, shape in enumerate(shapes)
-    }
 
 
 @pytest.fixture(params=["sorted whole", "bracketed"])

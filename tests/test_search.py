@@ -1,31 +1,23 @@
-"""Choosing a strength and refining a plan, on losses made by hand and on the real thing."""
+"""Choosing a strength and evolving a plan, on losses that are known."""
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_samples, run
-from llmcompressor.modifiers.pruning import WandaPruningModifier
-from loguru import logger
+from helpers import Logged
 
-from dlp_plugin import (
-    AlphaPruningModifier,
-    DLPModifier,
-    LinearSparsityModifier,
-    OWLModifier,
-    Plan,
-)
+from dlp_plugin import Plan
 from dlp_plugin.planning.methods import DLP, METHODS, Linear
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.scoring.blocks import Block
-from dlp_plugin.search.judge import Judge
-from dlp_plugin.search.refine import forget, refine
-from dlp_plugin.search.strength import HALF_RANGES, choose_strength, sparsities_of
+from dlp_plugin.search.evolution import evolve
+from dlp_plugin.search.linears import sparsities_of
+from dlp_plugin.search.progress import forget
+from dlp_plugin.search.strength import HALF_RANGES, choose_strength
 
 SCORES = [1.0, 2.0, 3.0, 4.0]
 
@@ -62,15 +54,6 @@ class KnownJudge:
         self, sparsities: Mapping[str, float], structure: MaskStructure = UNSTRUCTURED
     ) -> float:
         return self.divergence(sparsities, structure=structure)
-
-
-@contextmanager
-def told() -> Iterator[list[str]]:
-    """What is logged meanwhile."""
-    lines: list[str] = []
-    handler = logger.add(lines.append)
-    yield lines
-    logger.remove(handler)
 
 
 def blocks() -> list[Block]:
@@ -125,23 +108,23 @@ class TestChooseStrength:
         assert plan.strength == pytest.approx(0.1)
         assert [b.sparsity for b in plan.blocks] == pytest.approx([0.45, 0.55, 0.65, 0.75])
 
-    def test_of_equal_losses_the_uniform_one_wins(self) -> None:
+    def test_of_equal_losses_the_uniform_one_wins(self, logged: Logged) -> None:
         make = partial(Plan.make, [("b0", 480, 1.0)], model="m", method=DLP(), target=0.6)
-        with told() as lines:
-            judge = KnownJudge(lambda _: 0.6)
-            assert choose_strength(judge, make, DLP(), blocks()[:1]).strength == 0
+        judge = KnownJudge(lambda _: 0.6)
+        assert choose_strength(judge, make, DLP(), blocks()[:1]).strength == 0
+        lines = logged("INFO")
         assert "Trying 7 strengths, each on 4096 tokens" in lines[0]
         assert [line.split("alpha ")[1].split(":")[0] for line in lines[1:]] == [
             f"{half:g}" for half in HALF_RANGES
         ]
 
 
-class TestRefine:
+class TestEvolve:
     def test_it_finds_the_optimum_at_the_same_total(self) -> None:
         best = {f"b{i}.up": 0.4 + 0.1 * i for i in range(4)}
         best |= {f"b{i}.q": 0.8 for i in range(4)}
         judge = KnownJudge(lambda name: best[name])
-        plan = refine(judge, start(), blocks(), generations=150)
+        plan = evolve(judge, start(), blocks(), generations=150)
         found = sparsities_of(plan, blocks())
         assert total(found) == pytest.approx(0.6, abs=1e-9)
         assert plan.sparsity == pytest.approx(0.6, abs=1e-9)
@@ -150,7 +133,7 @@ class TestRefine:
 
     def test_it_never_gets_worse_and_says_what_it_took(self) -> None:
         judge = KnownJudge(lambda name: 0.9 if name.endswith("q") else 0.55)
-        plan = refine(judge, start(), blocks(), generations=9)
+        plan = evolve(judge, start(), blocks(), generations=9)
         path = [step.divergence for step in plan.search]
         assert path == sorted(path, reverse=True)
         assert [step.generation for step in plan.search] == list(range(10))
@@ -172,7 +155,7 @@ class TestRefine:
             mask_structure=MaskStructure.parse(structure),
         )
         judge = KnownJudge(lambda name: 0.5)  # the start is the optimum
-        refined = refine(judge, plan, blocks(), generations=30)
+        refined = evolve(judge, plan, blocks(), generations=30)
         assert refined.search[-1].evaluations == judge.calls
         assert len(set(judge.measured)) == judge.calls < 1 + 2 + 30 * 10  # some were drawn again
 
@@ -180,7 +163,7 @@ class TestRefine:
         """Then what was sifted is measured already."""
         judge = KnownJudge(lambda name: 0.9 if name.endswith("q") else 0.55)
         judge.parts = 1
-        plan = refine(judge, start(), blocks(), generations=9)
+        plan = evolve(judge, start(), blocks(), generations=9)
         assert plan.search[-1].evaluations == judge.calls <= 1 + 9 * 8
         assert {portion for portion, _ in judge.measured} == {None}
         assert plan.search[-1].divergence < plan.search[0].divergence
@@ -188,7 +171,7 @@ class TestRefine:
     def test_sifting_looks_at_one_portion_after_the_other(self) -> None:
         judge = KnownJudge(lambda name: 0.6)
         judge.parts = 3
-        refine(judge, start(), blocks(), generations=6)
+        evolve(judge, start(), blocks(), generations=6)
         looked = [portion for portion, _ in judge.measured if portion is not None]
         assert list(dict.fromkeys(looked[:-20])) == [1, 2, 0]
         assert {looked.count(part) // 8 for part in range(3)} == {2}
@@ -196,16 +179,16 @@ class TestRefine:
     def test_changes_and_what_they_start_from_are_sifted_on_the_same_portion(self) -> None:
         judge = KnownJudge(lambda name: 0.9 if name.endswith("q") else 0.55)
         judge.parts = 3
-        refine(judge, start(), blocks(), generations=3)
+        evolve(judge, start(), blocks(), generations=3)
         generation = 1
         for portion, _ in judge.measured[1:]:
             generation += portion not in (None, generation % 3)
             assert portion in (None, generation % 3)
         assert generation == 3
 
-    def test_it_tells_what_it_will_do_and_every_step(self) -> None:
-        with told() as lines:
-            plan = refine(KnownJudge(lambda name: 0.6), start(), blocks(), generations=2)
+    def test_it_tells_what_it_will_do_and_every_step(self, logged: Logged) -> None:
+        plan = evolve(KnownJudge(lambda name: 0.6), start(), blocks(), generations=2)
+        lines = logged("INFO")
         assert "2 generations of 8 changes, each on 2048 tokens, the best 2 on 4096" in lines[0]
         last = plan.search[-1]
         expected = f"divergence {last.divergence:.4f} after {last.evaluations} evaluations"
@@ -230,7 +213,7 @@ class TestRefine:
         )
         best = {f"b{i}.{n}": (2 + i) / 8 for i in range(4) for n in ("up", "q")}
         judge = OfFours(lambda name: best[name] + (0.0625 if name < "b2" else -0.0625))
-        refined = refine(judge, plan, blocks(), generations=60)
+        refined = evolve(judge, plan, blocks(), generations=60)
         assert refined.sparsity == pytest.approx(0.5, abs=1e-12)
         assert refined.search[-1].divergence < 0.5 * refined.search[0].divergence
         assert Plan.load(refined.model_dump(mode="json")) == refined
@@ -242,7 +225,7 @@ class TestRefine:
                 return super().divergence(sparsities, *rest, **named)
 
         whole: list[bool] = []
-        refine(Recorder(lambda name: 0.2 * int(name[1])), start(), blocks(), generations=6)
+        evolve(Recorder(lambda name: 0.2 * int(name[1])), start(), blocks(), generations=6)
         first_two = 1 + 2 * 10  # the start is not measured on every portion at once
         assert all(whole[:first_two])
         assert not all(whole[first_two : first_two + 8])
@@ -250,7 +233,7 @@ class TestRefine:
     def test_the_seed_decides(self) -> None:
         def refined(seed: int) -> Plan:
             judge = KnownJudge(lambda name: 0.9 if name.endswith("q") else 0.55)
-            return refine(judge, start(), blocks(), generations=4, seed=seed)
+            return evolve(judge, start(), blocks(), generations=4, seed=seed)
 
         assert refined(0) == refined(0)
         assert refined(0) != refined(1)
@@ -264,21 +247,21 @@ class TestRefine:
         class Tired(Cliff):
             def divergence(self, sparsities: Mapping, *rest: int, **named: int) -> float:
                 if self.calls == 60:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt("tired")
                 return super().divergence(sparsities, *rest, **named)
 
         def optimum(name: str) -> float:
             return 0.9 if name.endswith("q") else 0.55
 
         path = tmp_path / "search"
-        search = partial(refine, plan=start(), blocks=blocks(), generations=12, progress_path=path)
-        with pytest.raises(KeyboardInterrupt):
+        search = partial(evolve, plan=start(), blocks=blocks(), generations=12, progress_path=path)
+        with pytest.raises(KeyboardInterrupt, match="tired"):
             search(Tired(optimum))
         done = len(json.loads(path.read_text())["steps"]) - 1
         assert 0 < done < 12
         assert "Infinity" in path.read_text()
         judge = Cliff(optimum)
-        whole = refine(Cliff(optimum), start(), blocks(), generations=12)
+        whole = evolve(Cliff(optimum), start(), blocks(), generations=12)
         assert search(judge) == whole
         assert judge.calls <= (12 - done) * 11
         # A finished one costs nothing when the plan could not be written and is made again.
@@ -303,149 +286,30 @@ class TestRefine:
             lambda text: "[" * 100_000,
         ],
     )
-    def test_a_damaged_file_does_not_block(self, tmp_path: Path, damage: Callable) -> None:
+    def test_a_damaged_file_does_not_block(
+        self, tmp_path: Path, logged: Logged, damage: Callable
+    ) -> None:
         path = tmp_path / "search"
-        search = partial(refine, plan=start(), blocks=blocks(), generations=3, progress_path=path)
+        search = partial(evolve, plan=start(), blocks=blocks(), generations=3, progress_path=path)
         whole = search(KnownJudge(lambda name: 0.6 if name < "b2" else 0.5))
         path.write_text(damage(path.read_text()), errors="surrogateescape")
         judge = KnownJudge(lambda name: 0.6 if name < "b2" else 0.5)
-        with told() as lines:
-            assert search(judge) == whole
+        assert search(judge) == whole
         assert judge.calls == whole.search[-1].evaluations
-        assert any(f"{path} is damaged" in line for line in lines)
+        assert [f"{path} is damaged" in line for line in logged("WARNING")] == [True]
 
-    def test_progress_of_another_search_is_left(self, tmp_path: Path) -> None:
+    def test_progress_of_another_search_is_not_gone_on_with(self, tmp_path: Path) -> None:
         path = tmp_path / "search"
         path.write_text(json.dumps({"fingerprint": "another"}))
         judge = KnownJudge(lambda name: 0.6)
-        plan = refine(judge, start(), blocks(), generations=1, progress_path=path)
-        assert plan == refine(judge, start(), blocks(), generations=1)
+        plan = evolve(judge, start(), blocks(), generations=1, progress_path=path)
+        assert plan == evolve(judge, start(), blocks(), generations=1)
 
     def test_a_refined_plan_holds_for_its_target_only(self, tmp_path: Path) -> None:
-        plan = refine(KnownJudge(lambda name: 0.5), start(), blocks(), generations=1)
+        plan = evolve(KnownJudge(lambda name: 0.5), start(), blocks(), generations=1)
         plan.save(tmp_path / "plan.json")
         loaded = Plan.load(tmp_path / "plan.json")
         assert loaded == plan
         assert loaded.at(target=0.6) is loaded
         with pytest.raises(ValueError, match="refined by a search at target 0.6"):
             loaded.at(target=0.5)
-
-
-def zeros_by_linear(model: torch.nn.Module) -> dict[str, float]:
-    return {
-        name: (module.weight == 0).float().mean().item()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
-    }
-
-
-STAGE = {"sparsity": 0.6, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-
-
-@pytest.mark.parametrize(
-    "kind", [DLPModifier, OWLModifier, AlphaPruningModifier, LinearSparsityModifier]
-)
-def test_auto_in_a_recipe(make_model: Callable[..., torch.nn.Module], kind: type) -> None:
-    modifier = kind(**{kind.strength_field: "auto"})
-    model = make_model()
-    run(model, [modifier, WandaPruningModifier(**STAGE)], random_samples(8))
-    plan = modifier.plan
-    assert len(plan.candidates) == 7
-    best = min(plan.candidates, key=lambda c: c.loss)
-    assert plan.strength == best.strength == modifier.strength
-    assert plan.sparsity == pytest.approx(0.6)
-    assert modifier.from_plan == plan.model_dump(mode="json")
-
-
-def test_refine_in_a_recipe_and_again_from_its_plan(
-    make_model: Callable[..., torch.nn.Module], tmp_path: Path
-) -> None:
-    path = tmp_path / "plan.json"
-    model = make_model()
-    modifier = DLPModifier(alpha="auto", refine=3, plan_path=str(path))
-    run(model, [modifier, WandaPruningModifier(**STAGE)], random_samples(8))
-    plan = Plan.load(path)
-    assert [entry.name for entry in tmp_path.iterdir() if entry.is_file()] == ["plan.json"]
-    assert plan.search[-1].divergence <= plan.search[0].divergence
-    found = zeros_by_linear(model)
-    for block in plan.blocks:
-        for name, sparsity in block.linears.items():
-            columns = model.get_submodule(name).in_features
-            assert found[name] == pytest.approx(int(columns * sparsity) / columns)
-    again = make_model()
-    run(
-        again,
-        [DLPModifier(from_plan=str(path)), WandaPruningModifier(**STAGE)],
-        random_samples(8),
-    )
-    assert zeros_by_linear(again) == found
-
-
-def test_a_search_whose_plan_cannot_be_written_is_not_lost(
-    make_model: Callable[..., torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "plan.json"
-    left = tmp_path / "plan.json.search"
-
-    def search() -> Plan:
-        modifier = DLPModifier(refine=2, plan_path=str(path))
-        run(make_model(), [modifier, WandaPruningModifier(**STAGE)], random_samples(8))
-        return modifier.plan
-
-    def full(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Plan, "save", full)
-        with pytest.raises(OSError, match="no space left"):
-            search()
-    assert len(json.loads(left.read_text())["steps"]) == 3
-    with monkeypatch.context() as patch:
-        patch.setattr(Judge, "divergence", lambda *_, **__: pytest.fail("measured again"))
-        plan = search()
-    assert Plan.load(path) == plan
-    assert not left.exists()
-
-
-class TestBadInput:
-    def test_linears_that_do_not_come_to_their_block(
-        self, make_model: Callable, tmp_path: Path
-    ) -> None:
-        """Found out before a weight is touched."""
-        path = tmp_path / "plan.json"
-        self.run(make_model(), DLPModifier(refine=1, plan_path=str(path)))
-        content = json.loads(path.read_text())
-        linears = content["blocks"][1]["linears"]
-        large, small = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.k_proj"
-        linears[large], linears[small] = 0.9, 0.1
-        model = make_model()
-        with pytest.raises(
-            ValueError, match=r"block model\.layers\.1 has sparsity.*linears come to"
-        ):
-            self.run(model, DLPModifier(from_plan=content))
-        assert set(zeros_by_linear(model).values()) == {0}
-
-    def run(self, model: torch.nn.Module, modifier: object, samples: int = 8, **stage) -> None:
-        run(model, [modifier, WandaPruningModifier(**{**STAGE, **stage})], random_samples(samples))
-
-    def test_too_few_samples_to_split(self, make_model: Callable) -> None:
-        with pytest.raises(ValueError, match=r"not scored on.*one batch only"):
-            self.run(make_model(), DLPModifier(alpha="auto"), samples=1)
-
-    def test_targets_that_hold_several_linears_cannot_be_refined(
-        self, make_model: Callable
-    ) -> None:
-        with pytest.raises(ValueError, match=r"matches model.layers.0, which holds 7"):
-            self.run(make_model(), DLPModifier(refine=1), targets=["LlamaDecoderLayer"])
-
-    def test_a_plan_leaves_nothing_to_judge_by(self, make_model: Callable, tmp_path: Path) -> None:
-        path = tmp_path / "plan.json"
-        self.run(make_model(), DLPModifier(plan_path=str(path)))
-        for wanted in ({"alpha": "auto"}, {"refine": 2}):
-            with pytest.raises(ValueError, match="from_plan prunes without calibration samples"):
-                self.run(make_model(), DLPModifier(from_plan=str(path), **wanted))
-
-    @pytest.mark.parametrize("value", ["often", -0.1, float("nan")])
-    def test_a_strength_is_a_number_or_auto(self, value: object) -> None:
-        with pytest.raises(ValueError, match="alpha"):
-            DLPModifier(alpha=value)

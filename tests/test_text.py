@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import word_tokenizer
 from datasets import Dataset
+from helpers import MakeModel, word_tokenizer
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
@@ -75,7 +75,7 @@ def test_every_token_after_a_windows_first_counts_once() -> None:
     assert perplexity(model, windows) == pytest.approx(expected, rel=1e-6)
 
 
-def test_batching_changes_nothing_and_the_mode_comes_back(make_model) -> None:
+def test_batching_changes_nothing_and_the_mode_comes_back(make_model: MakeModel) -> None:
     model = make_model().train()
     windows = token_windows(torch.arange(2000) * 7 % 256, 64)
     done: list[int] = []

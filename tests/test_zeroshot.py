@@ -11,10 +11,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import SHIPPED, TEST_TEXT
+from helpers import SHIPPED, TEST_TEXT, assert_same, weights_of
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dlp_plugin.evaluation.zeroshot import TASK_SETS, _manager, _names, zero_shot
+from dlp_plugin.evaluation.zeroshot import TASK_SETS, zero_shot
 
 QUESTIONS, CHOICES = 64, 4
 CONTEXT = 400  # characters
@@ -138,15 +139,16 @@ def test_a_task_of_ones_own_is_measured_as_by_hand(
     assert expected["acc"] != expected["acc_norm"]
 
 
-def test_batches_repeats_and_what_the_model_was_do_not_matter(
-    model: LlamaForCausalLM, tokenizer: object, task_folder: Path
+def test_batches_repeats_sets_and_what_the_model_was_do_not_matter(
+    model: LlamaForCausalLM, tokenizer: object, task_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(7)
     model.train()
     first = zero_shot(model, tokenizer, ["continuation"], task_folder=task_folder)
     assert model.training
     model.eval()
-    names = ["continuation", "continuation"]
+    monkeypatch.setitem(TASK_SETS, "mine", ("continuation",))
+    names = ["continuation", "mine", "continuation"]
     again = zero_shot(model, tokenizer, names, batch_size=3, task_folder=task_folder)
     assert again == first
     assert not model.training
@@ -156,11 +158,10 @@ def test_the_tokenizer_and_the_weights_stay_as_they_are(
     model: LlamaForCausalLM, task_folder: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED, pad_token=None)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = weights_of(model)
     zero_shot(model, tokenizer, "continuation", limit=2, task_folder=task_folder)
     assert tokenizer.pad_token is None
-    after = model.state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert_same(weights_of(model), before)
 
 
 def test_limit_takes_the_first_questions_and_the_mean_is_over_tasks(
@@ -177,10 +178,9 @@ def test_limit_takes_the_first_questions_and_the_mean_is_over_tasks(
 
 
 def test_the_papers_seven_are_known_to_the_harness() -> None:
-    names = _names(["paper7", "boolq"])
-    assert len(names) == 7
-    assert names == list(TASK_SETS["paper7"])
-    manager = _manager(names, None)
+    names = TASK_SETS["paper7"]
+    assert len(set(names)) == len(names) == 7
+    manager = TaskManager()
     configs = {name: manager.task_index[name].cfg for name in names}
     assert {config["output_type"] for config in configs.values()} == {"multiple_choice"}
     measured = {name: {m["metric"] for m in c["metric_list"]} for name, c in configs.items()}

@@ -136,7 +136,7 @@ def compare(
         str,
         typer.Option(
             help=f"With commas: `uniform`, {method_names()}; with a strength `dlp:0.1`, a chosen "
-            "one `dlp:auto`, improved by a search `dlp-refined`."
+            "one `dlp:auto`, improved by the gradient `dlp-refined`, by evolution `dlp-evolved`."
         ),
     ] = "uniform,dlp,dlp:auto,owl,alpha-pruning,linear:auto",
     sparsities: Annotated[
@@ -145,7 +145,8 @@ def compare(
     pruners: Annotated[
         str, typer.Option(help="With commas: `wanda`, `sparsegpt`, `magnitude`.")
     ] = "wanda",
-    refine: Annotated[int, typer.Option(min=0, help="Generations, for `-refined`.")] = 0,
+    refine: Annotated[int, typer.Option(min=1, help="Steps, for `-refined`.")] = 16,
+    evolve: Annotated[int, typer.Option(min=1, help="Generations, for `-evolved`.")] = 40,
     write_recipe: Annotated[
         Path | None, typer.Option(help="YAML file to write the best recipe to.")
     ] = None,
@@ -188,7 +189,8 @@ def compare(
             methods=methods.split(","),
             sparsities=targets,
             pruners=pruners.split(","),
-            generations=refine,
+            refine=refine,
+            evolve=evolve,
             report=_tell,
         )
         console.print(table(found))

@@ -52,8 +52,12 @@ def score(
         ),
     ] = None,
     refine: Annotated[
-        int, typer.Option(min=0, help="Generations of a search that improves the plan.")
+        int, typer.Option(min=0, help="Steps of a search that improves the plan; 16 are many.")
     ] = 0,
+    search: Annotated[
+        str,
+        typer.Option(help="`gradient`, or `evolution`: trial and error, without backward passes."),
+    ] = "gradient",
     statistic: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +88,7 @@ def score(
             sparsity=0.7 if sparsity is None and mask_structure in (None, "0:0") else sparsity,
             mask_structure=mask_structure,
             refine=refine,
+            search=search,
             plan_path=str(output),
         )
         calibration = calibration_arguments(model, data, config, split, column, length, samples)

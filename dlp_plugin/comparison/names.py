@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -11,6 +10,7 @@ from dlp_plugin.planning.allocation import check_sparsity
 from dlp_plugin.planning.methods import Method, method_of, options
 from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
+from dlp_plugin.search.decide import Search
 
 __all__ = ["PRUNERS", "Contender", "contender_named", "target_named", "target_of"]
 
@@ -27,62 +27,75 @@ class Contender:
 
     :param name: full name, with the strength
     :param method: with its strength and settings
-    :param generations: of the search that refines its plans; 0 for none
+    :param refine: steps or generations of the search that refines its plans; 0 for none
+    :param search: how
     """
 
     name: str
     method: Method
-    generations: int = 0
+    refine: int = 0
+    search: Search = "gradient"
 
     @property
     def judges(self) -> bool:
         """Whether it judges pruned models, on a quarter of the samples."""
-        return self.method.strength == "auto" or self.generations > 0
+        return self.method.strength == "auto" or self.refine > 0
+
+    def plan_name(self, by_magnitude: bool) -> str:
+        """What a plan of it is kept under.
+
+        :param by_magnitude: whether magnitude prunes by it, whose masks then judge it
+        """
+        return f"{self.name}, by magnitude" if by_magnitude and self.judges else self.name
 
 
-def contender_named(text: str, generations: int = 0) -> Contender:
-    """A method as it is written, ``name[-refined][:strength]``, e.g. ``dlp:0.1``.
+def contender_named(text: str, refine: int = 16, evolve: int = 40) -> Contender:
+    """A method as it is written, ``name[-refined|-evolved][:strength]``, e.g. ``dlp:0.1``.
 
     ``dlp`` has its own default strength, ``dlp:auto`` (or ``dlp-auto``) one that is chosen;
-    ``dlp-refined`` is improved by a search, and ``uniform`` is DLP at strength 0.
+    ``dlp-refined`` is improved by the gradient, ``dlp-evolved`` by evolution, and ``uniform``
+    is DLP at strength 0.
 
-    :param generations: of the search, where one is asked for
+    :param refine: steps of the gradient
+    :param evolve: generations of the evolution
     :raises ValueError: naming ``text`` and what there is
     """
     name, _, strength = text.strip().partition(":")
-    refined = name.endswith("-refined")
-    name = name.removesuffix("-refined")
+    searched = next((way for way in ("refined", "evolved") if name.endswith(f"-{way}")), "")
+    name = name.removesuffix(f"-{searched}")
     if name.endswith("-auto") and not strength:
         name, strength = name.removesuffix("-auto"), "auto"
     name = name.replace("_", "-")
     try:
-        if name not in ("uniform", *options()):
-            raise ValueError(f"there is no {name!r}")
-        if name == "uniform" and strength:
-            raise ValueError("uniform has no strength")
-        if refined and generations < 1:
-            raise ValueError("say by how many generations it is refined, e.g. --refine 20")
-        if name == "uniform":
-            method: Method = DLP(alpha=0.0)
-        else:
-            kind = method_of(name)
-            fields: dict[str, Any] = {}
-            if strength:
-                fields[kind.strength_field] = strength if strength == "auto" else float(strength)
-            method = kind(**fields)
+        method = _method(name, strength)
     except ValueError as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise ValueError(
             f"method {text!r}: {problem}. Methods are uniform, {', '.join(options())}; all but "
             "uniform take a strength (dlp:0.1) or choose one (dlp:auto), and all can be refined "
-            "(dlp-refined:0.1)"
+            "(dlp-refined:0.1) or evolved (dlp-evolved:0.1)"
         ) from None
     if name != "uniform":
         value = method.strength
         name += f":{value if value == 'auto' else format(value, 'g')}"
-    if refined:
-        return Contender(f"{name} refined {generations}", method, generations)
+    if searched == "refined":
+        return Contender(f"{name} refined {refine}", method, refine)
+    if searched == "evolved":
+        return Contender(f"{name} evolved {evolve}", method, evolve, "evolution")
     return Contender(name, method)
+
+
+def _method(name: str, strength: str) -> Method:
+    if name not in ("uniform", *options()):
+        raise ValueError(f"there is no {name!r}")
+    if name == "uniform":
+        if strength:
+            raise ValueError("uniform has no strength")
+        return DLP(alpha=0.0)
+    kind = method_of(name)
+    if not strength:
+        return kind()
+    return kind(**{kind.strength_field: strength if strength == "auto" else float(strength)})
 
 
 def target_named(target: float | str) -> str:

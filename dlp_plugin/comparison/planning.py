@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from dlp_plugin.planning.plan import Plan
 from dlp_plugin.scoring.blocks import Block, check_columns
 from dlp_plugin.scoring.calibration import Batch, scoring_batches, split
 from dlp_plugin.search.decide import decide
-from dlp_plugin.search.refine import forget
+from dlp_plugin.search.judge import Judge
+from dlp_plugin.search.progress import forget
+from dlp_plugin.search.slopes import Slopes
 
 __all__ = ["PlanningModifier"]
 
-Wanted = list[tuple[Contender, str]]
+Wanted = list[tuple[Contender, str, bool]]
 
 
 class PlanningModifier(Modifier):
@@ -36,19 +39,21 @@ class PlanningModifier(Modifier):
     requires_calibration_data: bool = False  # as in the modifiers of the methods
 
     _wanted: Wanted = PrivateAttr(default_factory=list)
-    _keep: Callable[[str, str, Plan], None] = PrivateAttr()
+    _keep: Callable[[str, str, Plan, float], None] = PrivateAttr()
     _progress_path: Path = PrivateAttr()
     _blocks: list[Block] = PrivateAttr(default_factory=list)
     _pass: ScoringPass = PrivateAttr()
 
     @classmethod
     def making(
-        cls, wanted: Wanted, keep: Callable[[str, str, Plan], None], progress_path: Path
+        cls, wanted: Wanted, keep: Callable[[str, str, Plan, float], None], progress_path: Path
     ) -> PlanningModifier:
         """The modifier that makes plans.
 
-        :param wanted: contenders and the names of their targets
-        :param keep: called with the contender's name, the target and each plan
+        :param wanted: contenders, the names of their targets, and whether pruned models are
+            judged by magnitude's masks instead of Wanda's
+        :param keep: called with the plan's name (:meth:`Contender.plan_name`), the target, the
+            plan, and the seconds that deciding took after scoring
         :param progress_path: file for how far a search is
         """
         modifier = cls()
@@ -62,7 +67,7 @@ class PlanningModifier(Modifier):
         :raises ValueError: naming a module that a structure does not fit
         """
         self._blocks = all_blocks(state.model, kwargs.get("sequential_targets"))
-        for target in {target for _, target in self._wanted}:
+        for target in {target for _, target, _ in self._wanted}:
             _, structure = target_of(target)
             for block in self._blocks if structure else ():
                 remedy = f"leave {structure} out of the sparsities"
@@ -76,11 +81,11 @@ class PlanningModifier(Modifier):
             return
         batches = scoring_batches(state.data.calib or ())
         judging: list[Batch] = []
-        if wanted := [pair for pair in self._wanted if pair[0].judges]:
+        if wanted := [each for each in self._wanted if each[0].judges]:
             batches, judging = split(batches)
             self._plan(state.model, batches, wanted, judging)
             batches = judging  # the norms go on from what they are
-        if fixed := [pair for pair in self._wanted if not pair[0].judges]:
+        if fixed := [each for each in self._wanted if not each[0].judges]:
             self._plan(state.model, batches, fixed, judging)
 
     def on_sequential_epoch_end(
@@ -94,21 +99,28 @@ class PlanningModifier(Modifier):
         self, model: torch.nn.Module, batches: list[Batch], wanted: Wanted, judging: list[Batch]
     ) -> None:
         """Run batches, score on all that ran so far, and make the plans."""
-        self._pass.run(self, model, batches, [contender.method for contender, _ in wanted])
-        judge = self._pass.judge(model, judging)
-        for contender, target in wanted:
+        self._pass.run(self, model, batches, [contender.method for contender, _, _ in wanted])
+        blocks = self._pass.blocks
+        every = [name for block in blocks for name in block.linears]
+        masks = {False: self._pass.masks(), True: self._pass.masks(by_magnitude=every)}
+        judges = {way: Judge(model, masks[way], judging) for way in masks}
+        for contender, target, by_magnitude in wanted:
             sparsity, structure = target_of(target)
+            started = time.perf_counter()
             plan = decide(
                 contender.method,
-                self._pass.blocks,
+                blocks,
                 self._pass.scores(contender.method),
-                judge if contender.judges else None,
+                judges[by_magnitude] if contender.judges else None,
+                Slopes(model, blocks, masks[by_magnitude], batches),
                 model=getattr(model, "name_or_path", "") or type(model).__name__,
                 target=sparsity,
                 structure=structure,
                 unseen=self._pass.unseen,
-                generations=contender.generations,
+                refine=contender.refine,
+                search=contender.search,
                 progress_path=self._progress_path,
             )
-            self._keep(contender.name, target, plan)
+            name = contender.plan_name(by_magnitude)
+            self._keep(name, target, plan, time.perf_counter() - started)
             forget(self._progress_path)

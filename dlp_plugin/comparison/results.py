@@ -67,7 +67,9 @@ class Comparison(BaseModel):
 
     :param subject: what the figures hold for: model, data, device, package versions
     :param dense: perplexity of the dense model
-    :param plans: full name of a method to target to plan
+    :param plans: full name of a method (of one that judges by magnitude's masks another, see
+        :meth:`plan_name`) to target to plan
+    :param decided: likewise to the seconds that the plan took, once the blocks were scored
     :param cells: one per method, target and pruner
     """
 
@@ -76,12 +78,25 @@ class Comparison(BaseModel):
     subject: dict[str, str]
     dense: float | None = None
     plans: dict[str, dict[str, Plan]] = Field(default_factory=dict)
+    decided: dict[str, dict[str, float]] = Field(default_factory=dict)
     cells: list[Cell] = Field(default_factory=list)
 
     def cell(self, method: str, target: str, pruner: str) -> Cell | None:
         """One cell; None if it was not measured."""
         wanted = (method, target, pruner)
         return next((c for c in self.cells if (c.method, c.target, c.pruner) == wanted), None)
+
+    def plan(self, method: str, target: str, pruner: str) -> Plan:
+        """The plan that a method prunes by.
+
+        :raises KeyError: if there is none
+        """
+        return self.plans[self.plan_name(method, pruner)][target]
+
+    def plan_name(self, method: str, pruner: str) -> str:
+        """What it is kept under: of those that were judged, magnitude's is one of its own."""
+        own = f"{method}, by magnitude"
+        return own if pruner == "magnitude" and own in self.plans else method
 
     def only(
         self, methods: Iterable[str], targets: Iterable[str], pruners: Iterable[str]
@@ -119,7 +134,7 @@ class Comparison(BaseModel):
         cell = self.best(target)
         figures = f"perplexity {cell.perplexity:.4f}, {self.ratio(cell):.3f} x dense"
         title = f"{cell.method} at {cell.target}, {cell.pruner}: {figures}"
-        plan = self.plans[cell.method][cell.target]
+        plan = self.plan(cell.method, cell.target, cell.pruner)
         return f"# {self.subject['model']}, {title}\n{recipe_of(plan, cell.pruner)}"
 
     def ratio(self, cell: Cell) -> float:

@@ -46,7 +46,8 @@ def compare(
     methods: Sequence[str],
     sparsities: Sequence[float | str],
     pruners: Sequence[str] = ("wanda",),
-    generations: int = 0,
+    refine: int = 16,
+    evolve: int = 40,
     report: Callable[[Cell], Any] = lambda _: None,
 ) -> Comparison:
     """Prune a model by every method, at every sparsity, with every pruner, and measure it.
@@ -61,13 +62,15 @@ def compare(
         :func:`dlp_plugin.evaluation.text.token_windows` cuts it
     :param methods: as :func:`~dlp_plugin.comparison.names.contender_named` takes them
     :param sparsities: targets as :func:`~dlp_plugin.comparison.names.target_named` takes them
-    :param generations: of the search, for the methods that are refined
+    :param refine: steps of the gradient, for the methods that are refined
+    :param evolve: generations of the evolution, for those that are evolved
     :param report: called with every cell that is measured now
     :return: what was asked for, of all that ``results.json`` holds
     :raises ValueError: if an argument is amiss, or the folder holds results of another model
         or other data
     """
-    contenders = {c.name: c for c in (contender_named(text, generations) for text in methods)}
+    asked = [contender_named(text, refine, evolve) for text in methods]
+    contenders = {contender.name: contender for contender in asked}
     targets = _targets(sparsities)
     if unknown := [pruner for pruner in pruners if pruner not in PRUNERS]:
         raise ValueError(f"there is no pruner {unknown[0]!r}; there are {', '.join(PRUNERS)}")
@@ -80,14 +83,18 @@ def compare(
         found.dense, _ = _measured(dense, windows)
         found.save(path)
 
-    def keep(method: str, target: str, plan: Plan) -> None:
+    def keep(method: str, target: str, plan: Plan, seconds: float) -> None:
         found.plans.setdefault(method, {})[target] = plan
+        found.decided.setdefault(method, {})[target] = seconds
         found.save(path)
 
+    ways = {pruner == "magnitude" for pruner in pruners}
+    wanted = {
+        (contender.plan_name(way), target): (contender, target, way)
+        for contender, target, way in product(contenders.values(), targets, sorted(ways))
+    }
     missing = [
-        (contender, target)
-        for contender, target in product(contenders.values(), targets)
-        if target not in found.plans.get(contender.name, {})
+        each for (name, target), each in wanted.items() if target not in found.plans.get(name, {})
     ]
     if missing:
         planning = PlanningModifier.making(missing, keep, path.with_name("search.json"))
@@ -95,7 +102,7 @@ def compare(
 
     for pruner, target, method in product(dict.fromkeys(pruners), targets, contenders):
         if found.cell(method, target, pruner) is None:
-            plan = found.plans[method][target]
+            plan = found.plan(method, target, pruner)
             started = time.perf_counter()
             pruned = apply_recipe(model, recipe_of(plan, pruner), **calibration)
             value, achieved = _measured(pruned, windows, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from dlp_plugin.comparison.results import Cell, Comparison
 from dlp_plugin.files import replacing
+from dlp_plugin.planning.plan import Plan
 
 __all__ = ["draw", "markdown", "table"]
 
@@ -41,17 +43,30 @@ def _entry(found: Comparison, cell: Cell | None) -> str:
 def markdown(found: Comparison) -> str:
     """All figures as a table in Markdown, the best at each sparsity in bold."""
     lines = [
-        ["pruner", "target", "method", "strength", "perplexity", "ratio", "zeros", "seconds"],
-        ["---"] * 3 + ["---:"] * 5,
-        ["", "0", "dense", "", f"{found.dense:.4f}", "1", "", ""],
+        [
+            "pruner",
+            "target",
+            "method",
+            "strength",
+            "perplexity",
+            "ratio",
+            "zeros",
+            "to decide",
+            "seconds",
+        ],
+        ["---"] * 3 + ["---:"] * 6,
+        ["", "0", "dense", "", f"{found.dense:.4f}", "1", "", "", ""],
     ]
     for cell in found.cells:
         value = f"{cell.perplexity:.4f}"
         if cell == found.best(cell.target, cell.pruner):
             value = f"**{value}**"
-        strength = f"{found.plans[cell.method][cell.target].strength:g}"
+        strength = f"{found.plan(cell.method, cell.target, cell.pruner).strength:g}"
         row = [cell.pruner, cell.target, cell.method, strength, value]
-        row += [f"{found.ratio(cell):.3f}", f"{cell.achieved:.4f}", f"{cell.seconds:.1f}"]
+        row += [f"{found.ratio(cell):.3f}", f"{cell.achieved:.4f}"]
+        name = found.plan_name(cell.method, cell.pruner)
+        decided = found.decided.get(name, {}).get(cell.target)
+        row += ["" if decided is None else f"{decided:.1f}", f"{cell.seconds:.1f}"]
         lines.append(row)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -92,23 +107,26 @@ def draw(found: Comparison, folder: str | Path) -> None:
         axes.set(title=pruner, xlabel="sparsity", yscale="log")
 
     def sparsities(axes: Any, target: str) -> None:
-        for method in methods:
-            blocks = found.plans[method][target].blocks
-            axes.plot([block.sparsity for block in blocks], marker=".", label=method)
+        for name, plan in plans_at(target).items():
+            axes.plot([block.sparsity for block in plan.blocks], marker=".", label=name)
         axes.set(title=f"target {target}", xlabel="block", ylim=(0, 1))
 
     def searches(axes: Any, target: str) -> None:
-        for method in refined:
-            path = found.plans[method][target].search
-            axes.plot(
-                [step.evaluations for step in path],
-                [step.divergence for step in path],
-                label=method,
-            )
-        axes.set(title=f"target {target}", xlabel="pruned models measured", ylim=(0, None))
+        for name, plan in plans_at(target).items():
+            if plan.search:
+                axes.plot(
+                    [step.tokens for step in plan.search],
+                    [step.divergence for step in plan.search],
+                    label=name,
+                )
+        axes.set(title=f"target {target}", xlabel="tokens run", ylim=(0, None))
 
-    refined = [m for m in methods if any(plan.search for plan in found.plans[m].values())]
-    if refined:
+    def plans_at(target: str) -> dict[str, Plan]:
+        shown = product(methods, found.values("pruner"))
+        names = dict.fromkeys(found.plan_name(*pair) for pair in shown)
+        return {name: found.plans[name][target] for name in names if target in found.plans[name]}
+
+    if any(plan.search for target in found.values("target") for plan in plans_at(target).values()):
         label = "divergence from dense (nats per token)"
         panels("search.png", label, found.values("target"), searches)
     panels("perplexity.png", "perplexity", found.values("pruner"), perplexities)

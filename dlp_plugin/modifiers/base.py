@@ -24,9 +24,11 @@ from dlp_plugin.planning.plan import Plan
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.planning.view import text
 from dlp_plugin.scoring.blocks import Block, check_columns
-from dlp_plugin.scoring.calibration import scoring_batches, split
-from dlp_plugin.search.decide import decide
-from dlp_plugin.search.refine import forget
+from dlp_plugin.scoring.calibration import Batch, scoring_batches, split
+from dlp_plugin.search.decide import Search, decide
+from dlp_plugin.search.judge import Judge
+from dlp_plugin.search.progress import forget
+from dlp_plugin.search.slopes import Slopes
 
 __all__ = ["AllocationModifier", "last_plans"]
 
@@ -57,10 +59,12 @@ class AllocationModifier(Modifier, Method):
     :param plan_path: JSON file to write the plan to
     :param from_plan: a plan file (or its content) to prune from without scoring, at
         the same or another target and strength
-    :param refine: generations of a search that improves the plan at the same total, first
-        over blocks, then over single Linears; 0 for none. With a ``plan_path``, a search
-        that was interrupted goes on where it was
-    :param seed: of the search
+    :param refine: steps of a search that improves the plan at the same total, down to single
+        Linears; 0 for none. With a ``plan_path``, a search that was interrupted goes on where
+        it was
+    :param search: ``gradient``: each step is one backward pass of the pruned model;
+        ``evolution``: each is a generation of trial and error, which needs no backward pass
+    :param seed: of the evolution
     """
 
     model_config = ConfigDict(frozen=False)
@@ -71,6 +75,7 @@ class AllocationModifier(Modifier, Method):
     plan_path: str | None = None
     from_plan: str | dict[str, Any] | None = None
     refine: int = Field(default=0, ge=0)
+    search: Search = "gradient"
     seed: int = 0
 
     # The epoch that the host gives it runs no data: it runs them itself, once.
@@ -220,7 +225,8 @@ class AllocationModifier(Modifier, Method):
                 "this pipeline runs all modifiers in one epoch: call oneshot() with "
                 "pipeline='independent', its default"
             )
-        judging: list[dict[str, Any]] = []
+        batches: list[Batch] = []
+        judging: list[Batch] = []
         if self._runs_data:
             main_input = getattr(state.model, "main_input_name", "input_ids")
             batches = scoring_batches(state.data.calib or (), self.num_samples, main_input)
@@ -230,7 +236,7 @@ class AllocationModifier(Modifier, Method):
             self._pass.run(self, state.model, batches, [self.method])
         else:
             self._pass.score_weights([self.method])
-        self._adopt(self._decided(state.model, judging))
+        self._adopt(self._decided(state.model, batches, judging))
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
@@ -239,9 +245,10 @@ class AllocationModifier(Modifier, Method):
         if self._plan is None and self._pass.running:
             self._pass.through(modules)
 
-    def _decided(self, model: torch.nn.Module, judging: list[dict[str, Any]]) -> Plan:
+    def _decided(self, model: torch.nn.Module, batches: list[Batch], judging: list[Batch]) -> Plan:
         """Allocate, choose and refine as asked to.
 
+        :param batches: samples that were scored on
         :param judging: samples to judge by, where that is asked for
         """
         scores = self._pass.scores(self.method)
@@ -251,16 +258,21 @@ class AllocationModifier(Modifier, Method):
                 "a model more than half pruned DLP's median is 0: try statistic: mean",
                 self.score_name,
             )
+        blocks = self._pass.blocks
+        magnitude = [name for fed in self._stages if fed.by_magnitude for name in fed.inside]
+        masks = self._pass.masks(magnitude)
         return decide(
             self.method,
-            self._pass.blocks,
+            blocks,
             scores,
-            self._pass.judge(model, judging) if self.judges else None,
+            Judge(model, masks, judging) if self.judges else None,
+            Slopes(model, blocks, masks, batches) if self.refine else None,
             model=getattr(model, "name_or_path", "") or type(model).__name__,
             target=self._target,
             structure=self._structure,
             unseen=self._pass.unseen,
-            generations=self.refine,
+            refine=self.refine,
+            search=self.search,
             seed=self.seed,
             progress_path=None if self.plan_path is None else _search_path(self.plan_path),
         )

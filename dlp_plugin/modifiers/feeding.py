@@ -21,6 +21,7 @@ from dlp_plugin.host import (
 from dlp_plugin.planning.plan import Plan
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.pruning.base import PruningStage
+from dlp_plugin.pruning.magnitude import OneShotMagnitudeModifier
 from dlp_plugin.scoring.blocks import Block, group_by_block, outer_block
 
 __all__ = ["FedStage", "all_blocks", "check_stage", "fed_blocks"]
@@ -129,6 +130,11 @@ class FedStage:
                 f"{stage.targets} (a list of class names, names or re: patterns), its "
                 f"ignore {stage.ignore}, the first block is {block_names[0]}"
             )
+
+    @property
+    def by_magnitude(self) -> bool:
+        """Whether the stage ranks weights by magnitude; the others rank about as Wanda does."""
+        return isinstance(self.stage, OneShotMagnitudeModifier)
 
     def check_single_linears(self) -> None:
         """Refuse targets that hold several Linears, which a refined plan tells apart.

@@ -17,7 +17,7 @@ from dlp_plugin.planning.methods import Method
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.scoring.calibration import Batch
 from dlp_plugin.scoring.norms import ChannelNorms
-from dlp_plugin.search.judge import Judge
+from dlp_plugin.search.masks import Masks
 
 __all__ = ["ScoringPass"]
 
@@ -102,14 +102,14 @@ class ScoringPass:
         """One score per block, by a method of the last run."""
         return [self._scores[block.name][_settings(method)] for block in self._blocks]
 
-    def judge(self, model: torch.nn.Module, batches: Sequence[Batch]) -> Judge:
-        """What tells the losses of the model as pruned by the norms so far.
+    def masks(self, by_magnitude: Collection[str] = ()) -> Masks:
+        """Which weights go at any sparsity, by the norms so far.
 
-        :param batches: samples to judge by
+        :param by_magnitude: full names of the Linears that magnitude prunes
         """
         linears = {n: linear for block in self.blocks for n, linear in block.linears.items()}
         norms = {} if self._norms is None else self._norms.of(linears)
-        return Judge(model, linears, {n: x for n, x in norms.items() if x is not None}, batches)
+        return Masks(linears, {n: x for n, x in norms.items() if x is not None}, by_magnitude)
 
     def _expect(self, methods: Iterable[Method]) -> None:
         self._methods = {_settings(method): method for method in methods}.values()

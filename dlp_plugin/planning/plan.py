@@ -120,11 +120,13 @@ class Candidate(BaseModel):
 
 
 class SearchStep(BaseModel):
-    """One generation of the search that refined a plan.
+    """What the search that refined a plan had reached when it was measured.
 
-    :param generation: counted from 1; 0 is the plan that the search set out from
+    :param generation: steps of the gradient or generations of the evolution; 0 is the plan that
+        the search set out from
     :param evaluations: pruned models measured so far, on however many tokens
-    :param tokens: tokens that went through the model so far
+    :param tokens: tokens that went through the model so far; a backward pass counts as two
+        forward passes
     :param divergence: Kullback-Leibler divergence of the best plan so far from the dense
         model, in nats per token
     """

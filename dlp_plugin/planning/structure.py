@@ -95,7 +95,10 @@ def _no_structure(text: str) -> ValueError:
 
 
 def whole_numbers(
-    sparsities: Sequence[float], weights: Sequence[int], structure: MaskStructure
+    sparsities: Sequence[float],
+    weights: Sequence[int],
+    structure: MaskStructure,
+    ordered: bool = True,
 ) -> list[int]:
     """Round sparsities to N zeros in every M weights, with the total near the structure's.
 
@@ -113,7 +116,9 @@ def whole_numbers(
         returns them
     :param weights: number of prunable weights per block
     :param structure: whose N is that of all weights together
-    :return: N per block, from 0 to M; a block with a larger sparsity never gets a smaller N
+    :param ordered: never give a block with a larger sparsity a smaller N; otherwise smaller
+        blocks are tried where a larger one would bring the total no nearer
+    :return: N per block, from 0 to M
     """
     m = structure.m
     exact = [round(m * s, 9) for s in sparsities]  # a whole number but for rounding is one
@@ -127,8 +132,9 @@ def whole_numbers(
     for block in order:
         nearer = abs(missing - weights[block]) < abs(missing)
         near_enough = 2 * abs(missing) <= max(weights)
-        if not nearer or (near_enough and numbers[block] + 1 == m):
+        if nearer and not (near_enough and numbers[block] + 1 == m):
+            numbers[block] += 1
+            missing -= weights[block]
+        elif ordered:
             break
-        numbers[block] += 1
-        missing -= weights[block]
     return numbers

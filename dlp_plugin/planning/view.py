@@ -57,7 +57,7 @@ def _caption(plan: Plan) -> str:
     if plan.search:
         first, last = plan.search[0], plan.search[-1]
         text += (
-            f"; refined in {last.generation} generations, divergence from the dense model "
+            f"; refined in {last.generation} steps, divergence from the dense model "
             f"{first.divergence:.4f} -> {last.divergence:.4f}"
         )
     return text

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from dlp_plugin.planning.methods import Method
 from dlp_plugin.planning.plan import Plan
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.search.evolution import evolve
+from dlp_plugin.search.gradient import descend
 from dlp_plugin.search.judge import Judge
-from dlp_plugin.search.refine import refine
+from dlp_plugin.search.slopes import Slopes
 from dlp_plugin.search.strength import choose_strength
 
-__all__ = ["decide"]
+__all__ = ["Search", "decide"]
+
+Search = Literal["gradient", "evolution"]
+"""How a plan is refined: by backward passes of the pruned model, or by trial and error."""
 
 
 def decide(
@@ -22,12 +28,14 @@ def decide(
     blocks: Sequence[Block],
     scores: Sequence[float],
     judge: Judge | None,
+    slopes: Slopes | None,
     *,
     model: str,
     target: float,
     structure: MaskStructure,
     unseen: Sequence[str] = (),
-    generations: int = 0,
+    refine: int = 0,
+    search: Search = "gradient",
     seed: int = 0,
     progress_path: str | Path | None = None,
 ) -> Plan:
@@ -35,12 +43,14 @@ def decide(
 
     :param blocks: with the Linears that are to be pruned
     :param scores: one per block
-    :param judge: needed where the strength is ``auto`` or ``generations`` are asked for
+    :param judge: needed where the strength is ``auto`` or the plan is refined
+    :param slopes: needed where the plan is refined by gradient
     :param model: the model's name
     :param target: sparsity over all blocks together
     :param unseen: Linears that saw no token
-    :param generations: of the search that refines; 0 for none
-    :param progress_path: as :func:`dlp_plugin.search.refine.refine` takes it
+    :param refine: steps of the gradient, or generations of the evolution; 0 for none
+    :param seed: of the evolution
+    :param progress_path: file for how far the search is
     """
     make = partial(
         Plan.make,
@@ -54,13 +64,9 @@ def decide(
     if judge is None:
         return make()
     plan = choose_strength(judge, make, method, blocks) if method.strength == "auto" else make()
-    if not generations:
+    if not refine:
         return plan
-    return refine(
-        judge,
-        plan,
-        blocks,
-        generations=generations,
-        seed=seed,
-        progress_path=progress_path,
-    )
+    if search == "gradient":
+        assert slopes is not None
+        return descend(judge, slopes, plan, blocks, steps=refine, progress_path=progress_path)
+    return evolve(judge, plan, blocks, generations=refine, seed=seed, progress_path=progress_path)

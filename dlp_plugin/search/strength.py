@@ -11,23 +11,12 @@ from dlp_plugin.planning.methods import Method
 from dlp_plugin.planning.plan import Candidate, Plan
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.search.judge import Judge
+from dlp_plugin.search.linears import sparsities_of
 
-__all__ = ["HALF_RANGES", "choose_strength", "sparsities_of"]
+__all__ = ["HALF_RANGES", "choose_strength"]
 
 # Half ranges of the sparsities to try. Seven forward passes over the judging samples.
 HALF_RANGES = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3)
-
-
-def sparsities_of(plan: Plan, blocks: Sequence[Block]) -> dict[str, float]:
-    """Sparsity of every Linear by a plan.
-
-    :param blocks: the plan's blocks, in its order, with the Linears that it prunes
-    """
-    return {
-        name: (row.linears or {}).get(name, row.sparsity)
-        for row, block in zip(plan.blocks, blocks, strict=True)
-        for name in block.linears
-    }
 
 
 def choose_strength(

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import SHIPPED, TEST_TEXT, linears_of, run
 from datasets import Dataset
 from environments import auto_gptq_python, call, vllm_python
+from helpers import SHIPPED, TEST_TEXT, linears_of, run
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from peft import LoraConfig, get_peft_model

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from adapted_models import MakeModel, adapted, lora, loss_of, prune, refilled
-from conftest import linears_of
+from helpers import linears_of
 from llmcompressor.core import LifecycleCallbacks, create_session
 from llmcompressor.modifiers.pruning.constant import ConstantPruningModifier
 

@@ -8,27 +8,22 @@ measurements so far say about each block, not blindly.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
-from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
-from torch import distributed as dist
+from pydantic import FiniteFloat
 
-from dlp_plugin.files import replacing
-from dlp_plugin.planning.plan import BlockPlan, Plan, SearchStep
+from dlp_plugin.planning.plan import Plan, SearchStep
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.search.judge import Judge
-from dlp_plugin.search.strength import sparsities_of
+from dlp_plugin.search.linears import refined, sparsities_of
+from dlp_plugin.search.progress import Progress, digest, write
 
-__all__ = ["forget", "refine"]
+__all__ = ["evolve"]
 
 # A generation: so many offspring are measured on so many tokens, the best on all.
 OFFSPRING = 8
@@ -129,7 +124,7 @@ class _Units:
             self.costs[unit] += LEARNING * (gain - expected) * weights / norm
 
 
-def refine(
+def evolve(
     judge: Judge,
     plan: Plan,
     blocks: Sequence[Block],
@@ -146,8 +141,8 @@ def refine(
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param generations: at least 1
     :param progress_path: file that holds how far the search is; a search that was
-        interrupted goes on from it. It stays until :func:`forget`, to be called once the plan
-        is written
+        interrupted goes on from it. It stays until :func:`dlp_plugin.search.progress.forget`,
+        to be called once the plan is written
     :return: a plan that holds the Linears' sparsities and the path of the search
     :raises ValueError: if the divergence of the given plan is not finite
     """
@@ -165,10 +160,8 @@ def refine(
             search.divergence,
             search.evaluations,
         )
-        if progress_path is not None and is_source_process():
-            with replacing(progress_path) as beside:
-                beside.write_text(search.progress().model_dump_json())
-    return plan.model_copy(update={"blocks": search.rows(), "search": tuple(search.steps)})
+        write(progress_path, search.progress())
+    return refined(plan, blocks, search.best, search.steps)
 
 
 class _Search:
@@ -183,7 +176,6 @@ class _Search:
         """
         self._judge = judge
         self._plan = plan
-        self._blocks = blocks
         self._weights = {name: size for block in blocks for name, size in block.sizes.items()}
         single = {name: [name] for name in self._weights}
         whole = {block.name: list(block.linears) for block in blocks}
@@ -191,9 +183,9 @@ class _Search:
             _Units(members, self._weights, plan.mask_structure) for members in (whole, single)
         ]
         self._portions = judge.portions(SIFTING_TOKENS)
-        self._fingerprint = _digest([plan.model_dump(mode="json"), *settings, judge.fingerprint])
+        self._fingerprint = digest([plan.model_dump(mode="json"), *settings, judge.fingerprint])
         self._known: dict[str, float] = {}  # so that nothing is measured twice
-        self._best = sparsities_of(plan, blocks)
+        self.best = sparsities_of(plan, blocks)
         self.evaluations = self._tokens = 0
         self.divergence = math.nan
         self.steps: list[SearchStep] = []
@@ -211,7 +203,7 @@ class _Search:
 
         :raises ValueError: if it is not finite
         """
-        self.divergence = self._measured(self._best)
+        self.divergence = self._measured(self.best)
         if not math.isfinite(self.divergence):
             raise ValueError(
                 "the divergence of the plan to refine is not finite: load the model in a wider "
@@ -221,10 +213,11 @@ class _Search:
 
     def go_on(self, progress_path: str | Path | None) -> bool:
         """Take up what an interrupted search of the very same start, samples and settings left."""
-        state = _load(progress_path, self._fingerprint, self.levels, list(self._weights))
+        names = [list(self._weights), *(list(units.members) for units in self.levels)]
+        state = _Progress.load(progress_path, self._fingerprint, names)
         if state is None:
             return False
-        self._best, self.steps, self._known = state.sparsities, state.steps, state.known
+        self.best, self.steps, self._known = state.sparsities, state.steps, state.known
         last = self.steps[-1]
         self.divergence, self.evaluations = last.divergence, last.evaluations
         self._tokens = last.tokens
@@ -236,10 +229,10 @@ class _Search:
     def advance(self, generation: int, units: _Units, chance: random.Random) -> None:
         """Draw offspring of the best, measure them on a portion, and the best of them on all."""
         place = generation % len(self._portions) if len(self._portions) > 1 else None
-        here = self._measured(self._best, place)
+        here = self._measured(self.best, place)
         sifted: list[tuple[float, dict[str, float]]] = []
         for _ in range(OFFSPRING):
-            offspring, moved = units.switched(self._best, chance)
+            offspring, moved = units.switched(self.best, chance)
             if not any(moved.values()):
                 continue
             found = self._measured(offspring, place)
@@ -252,13 +245,13 @@ class _Search:
         for _, offspring in sifted[:SURVIVORS]:
             found = self._measured(offspring)
             if found < self.divergence:
-                self._best, self.divergence = offspring, found
+                self.best, self.divergence = offspring, found
         self._note(generation)
 
     def _measured(self, sparsities: Mapping[str, float], place: int | None = None) -> float:
         """Divergence on one of the portions, or on all samples."""
         portion = None if place is None else self._portions[place]
-        key = _digest([place, list(sparsities.values())])[:16]
+        key = digest([place, list(sparsities.values())])[:16]
         if key not in self._known:
             self.evaluations += 1
             self._tokens += (
@@ -282,75 +275,23 @@ class _Search:
         """How far the search is, to go on from."""
         return _Progress(
             fingerprint=self._fingerprint,
-            sparsities=self._best,
+            sparsities=self.best,
             steps=self.steps,
             costs=[units.costs for units in self.levels],
             known=self._known,
         )
 
-    def rows(self) -> tuple[BlockPlan, ...]:
-        """The plan's blocks with the best sparsities."""
-        rows = []
-        for row, block in zip(self._plan.blocks, self._blocks, strict=True):
-            linears = {name: self._best[name] for name in block.linears}
-            pruned = math.fsum(self._weights[n] * sparsity for n, sparsity in linears.items())
-            sparsity = min(max(pruned / row.weights, 0.0), 1.0)
-            rows.append(row.model_copy(update={"linears": linears, "sparsity": sparsity}))
-        return tuple(rows)
 
+class _Progress(Progress):
+    """How far an evolution is.
 
-def forget(progress_path: str | Path) -> None:
-    """Remove what a search has written of its progress, once its plan is safe."""
-    if is_source_process():
-        Path(progress_path).unlink(missing_ok=True)
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-class _Progress(BaseModel):
-    """How far a search is.
-
-    :param fingerprint: of its start, samples and settings
     :param costs: of each level's units
     :param known: every divergence measured, by a digest of what it was measured for
     """
 
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-
-    fingerprint: str
-    sparsities: dict[str, Annotated[float, Field(ge=0, le=1)]]
-    steps: list[SearchStep] = Field(min_length=1)
     costs: list[dict[str, FiniteFloat]]
     known: dict[str, float]
 
-
-def _load(
-    path: str | Path | None, fingerprint: str, levels: Sequence[_Units], linears: list[str]
-) -> _Progress | None:
-    """What an interrupted search of the very same start, samples and settings left.
-
-    The first process of several writes it, and reads it for all.
-    """
-    state: _Progress | None = None
-    if path is not None and is_source_process() and Path(path).is_file():
-        try:
-            state = _Progress.model_validate_json(Path(path).read_bytes())
-            members = [list(state.sparsities), *map(list, state.costs)]
-            if state.fingerprint != fingerprint:
-                logger.warning("{} is of another search; this one begins anew", path)
-                state = None
-            elif members != [linears, *(list(units.members) for units in levels)]:
-                raise ValueError("it names other Linears")
-        except (ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            logger.warning(
-                "{} is damaged, or of another version ({}); the search begins anew", path, reason
-            )
-            state = None
-    if is_distributed():
-        shared = [state]
-        dist.broadcast_object_list(shared, src=get_source_rank())
-        state = shared[0]
-    return state
+    def names(self) -> list[list[str]]:
+        """Of the Linears, and of each level's units."""
+        return [*super().names(), *map(list, self.costs)]

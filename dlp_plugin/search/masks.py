@@ -1,0 +1,141 @@
+"""Which weights of a Linear go at a sparsity, from what the stage that prunes it ranks by.
+
+Wanda's mask follows at any sparsity from the weight and the norms of its input channels (arXiv
+2306.11695): in each row the weights with the smallest ``|W| * norm`` go, or in each M consecutive
+weights of a row. Magnitude's follows from the weight alone: of the whole matrix the smallest go.
+What is kept is one threshold per row (or matrix) and sparsity, or for groups of M each weight's
+place in its group (a byte), not a second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from compressed_tensors.utils import get_execution_device
+
+from dlp_plugin.planning.structure import MaskStructure
+
+__all__ = ["REMEMBERED", "Masks"]
+
+# Rows of a weight whose groups are sorted together, which takes 16 bytes a weight.
+_ROWS = 256
+# Sparsities per Linear whose thresholds are kept.
+REMEMBERED = 16
+
+
+class Masks:
+    """Masks of many Linears at any sparsity.
+
+    :param linears: full name to Linear, those that are to be pruned
+    :param norms: full name to the l2 norms of the Linear's input channels, float32 ``[in]``
+    :param by_magnitude: full names of the Linears that magnitude prunes; the others go by
+        Wanda's scores
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, torch.nn.Linear],
+        norms: Mapping[str, torch.Tensor],
+        by_magnitude: Collection[str] = (),
+    ) -> None:
+        self.linears = linears
+        self.norms = norms
+        self._by_magnitude = frozenset(by_magnitude)
+        self._thresholds: dict[tuple[str, int], torch.Tensor] = {}
+        self._places: dict[str, torch.Tensor] = {}
+        self._grouped = 0
+
+    @property
+    def bytes_kept(self) -> int:
+        """Memory that thresholds and places take."""
+        kept = [*self._thresholds.values(), *self._places.values()]
+        return sum(tensor.nbytes for tensor in kept)
+
+    def count(self, name: str, sparsity: float, structure: MaskStructure) -> int:
+        """How many weights of each group, row or matrix go, as the stage counts them."""
+        if structure:
+            return structure.number(sparsity)
+        return int(self._ranked_together(name) * sparsity)
+
+    def kept(
+        self, name: str, count: int, structure: MaskStructure, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Which weights stay.
+
+        :param count: as :meth:`count` gives it
+        :param weight: the Linear's, ``[out, in]``, on the device to compute on
+        :return: bool ``[out, in]``
+        """
+        if structure:
+            return (self._place(name, structure.m).to(weight.device) >= count).view(weight.shape)
+        threshold = self._threshold(name, count).to(weight.device)
+        return (self._scores(name, weight) > threshold).view(weight.shape)
+
+    def near(
+        self,
+        name: str,
+        count: int,
+        structure: MaskStructure,
+        weight: torch.Tensor,
+        share: float,
+    ) -> torch.Tensor:
+        """Which weights lie at the threshold: the last that go and the first that stay.
+
+        :param share: of those that are ranked together, on either side; with N:M one
+        :return: bool ``[out, in]``, at least one of each row
+        """
+        if structure:
+            places = self._place(name, structure.m).to(weight.device)
+            last = min(max(count, 1), structure.m - 1)
+            return ((places == last) | (places == last - 1)).view(weight.shape)
+        width = max(1, int(share * self._ranked_together(name)))
+        scores = self._scores(name, weight)
+        low = self._threshold(name, count - width).to(weight.device)
+        high = self._threshold(name, count + width).to(weight.device)
+        return ((scores > low) & (scores <= high)).view(weight.shape)
+
+    def _ranked_together(self, name: str) -> int:
+        linear = self.linears[name]
+        rows = linear.out_features if name in self._by_magnitude else 1
+        return rows * linear.in_features
+
+    def _scores(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What the stage ranks by, float32, in rows of what is ranked together."""
+        if name in self._by_magnitude:
+            return weight.abs().float().view(1, -1)
+        return weight.abs().float() * self.norms[name].to(weight.device)
+
+    def _weight(self, name: str) -> torch.Tensor:
+        linear = self.linears[name]
+        return linear.weight.detach().to(get_execution_device(linear))
+
+    @torch.no_grad()
+    def _place(self, name: str, m: int) -> torch.Tensor:
+        """Each weight's place in its group by score, from 0, uint8 ``[out, groups, m]``."""
+        if self._grouped != m:
+            self._places.clear()  # a byte a weight, for one structure at a time
+            self._grouped = m
+        if name not in self._places:
+            weight = self._weight(name)
+            places, number = [], torch.uint8 if m <= 256 else torch.int32
+            for rows in self._scores(name, weight).view(weight.shape).split(_ROWS):
+                order = rows.unflatten(1, (-1, m)).argsort(dim=2, stable=True)
+                places.append(order.argsort(dim=2).to(number))
+            self._places[name] = torch.cat(places)
+        return self._places[name]
+
+    @torch.no_grad()
+    def _threshold(self, name: str, count: int) -> torch.Tensor:
+        """The score up to which ``count`` weights go, float32 ``[rows, 1]``."""
+        count = min(max(count, 0), self._ranked_together(name))
+        if (name, count) not in self._thresholds:
+            scores = self._scores(name, self._weight(name))
+            if count:
+                found = scores.kthvalue(count, dim=1, keepdim=True).values
+            else:
+                found = scores.new_full((len(scores), 1), -1.0)
+            if len(self._thresholds) >= REMEMBERED * len(self.linears):
+                del self._thresholds[next(iter(self._thresholds))]  # the oldest
+            self._thresholds[name, count] = found
+        return self._thresholds[name, count]

@@ -1,0 +1,82 @@
+"""What a model predicts, kept small, and how far another model's predictions lie from it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+
+from dlp_plugin.precision import wide_enough, widest
+from dlp_plugin.scoring.calibration import Batch
+
+__all__ = ["LIKELIEST", "WIDE", "Predictions", "divergences", "keep", "logits_of"]
+
+# Tokens whose logits are widened to float32 together.
+WIDE = 256
+# Tokens of the vocabulary that the dense model's predictions are kept for, the likeliest
+# ones; the others are one class.
+LIKELIEST = 512
+
+
+class Predictions(NamedTuple):
+    """A model's predictions for ``n`` tokens."""
+
+    places: torch.Tensor  # int32 [n, likeliest]
+    logs: torch.Tensor  # float32 [n, likeliest + 1], the last of all other tokens
+
+
+def logits_of(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Logits of a causal language model for a batch, ``[samples, tokens, vocabulary]``."""
+    known = inspect.signature(type(model).forward).parameters
+    inputs: dict[str, Any] = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+        if key in known and key != "labels"
+    }
+    with wide_enough(model, device):
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+@torch.no_grad()
+def keep(logits: torch.Tensor) -> Predictions:
+    """Keep the likeliest tokens one by one, and what is left as one class.
+
+    :param logits: ``[n, vocabulary]``
+    """
+    likeliest = min(LIKELIEST, logits.shape[1])
+    places, logs = [], []
+    for few in logits.split(WIDE):
+        every = few.float().log_softmax(-1)
+        top = every.topk(likeliest)
+        places.append(top.indices.int().cpu())
+        logs.append(torch.cat([top.values, _rest(top.values)], dim=1).cpu())
+    return Predictions(torch.cat(places), torch.cat(logs))
+
+
+def divergences(logits: torch.Tensor, kept: Predictions) -> torch.Tensor:
+    """Kullback-Leibler divergences from what was kept, summed over a few tokens at a time.
+
+    A lower bound of the divergences over the whole vocabulary.
+
+    :param logits: ``[n, vocabulary]``
+    :return: one sum per ``WIDE`` tokens, as wide as the device can; differentiable
+    """
+    sums = []
+    for few, places, logs in zip(
+        logits.split(WIDE), kept.places.split(WIDE), kept.logs.split(WIDE), strict=True
+    ):
+        every = few.float().log_softmax(-1)
+        top = every.gather(1, places.long().to(every.device))
+        other = torch.cat([top, _rest(top)], dim=1)
+        logs = logs.to(every.device)
+        differences = logs.exp() * (logs - other)
+        sums.append(differences.to(widest(logs.device)).sum())
+    return torch.stack(sums)
+
+
+def _rest(logs: torch.Tensor) -> torch.Tensor:
+    """Logarithm of what probabilities leave, ``[n, 1]``."""
+    left = 1 - logs.to(widest(logs.device)).exp().sum(1, keepdim=True)
+    return left.clamp_min(1e-12).log().float()

@@ -1,0 +1,222 @@
+"""How the pruned model's divergence changes with every Linear's sparsity, by one backward pass.
+
+A Linear's sparsity is a threshold in what its weights are ranked by, so the derivative of the
+divergence with respect to it can be read off the weights that lie at the threshold: with ``G``
+the gradient with respect to the masked weight (at masked weights too), pruning one weight more
+costs about the mean of ``- W_ij G_ij`` over them. ``G`` lives while its own Linear's backward
+runs; what is left is one number per Linear, the gradient of a probe that the Linear's forward
+carries along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.utils import patch_attr
+from llmcompressor.utils.dev import get_main_device
+from torch import distributed as dist
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
+from dlp_plugin.precision import wide_enough, widest
+from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.scoring.calibration import Batch
+from dlp_plugin.search.masks import Masks
+from dlp_plugin.search.predictions import divergences, keep, logits_of
+
+__all__ = ["Slopes"]
+
+# Of the weights that are ranked together, the share on either side of the threshold that a
+# slope is read off. Half of it is noisier, and twice as much no better.
+BAND = 0.06
+
+
+class Slopes:
+    """Slopes of the divergence from the dense model, at any sparsities.
+
+    One sample is run at a time, and of its activations one block's are in memory: blocks are
+    run again in the backward pass. No weight needs a gradient, and none is kept.
+
+    :param model: a causal language model of transformers
+    :param blocks: the model's blocks, with the Linears that are to be pruned
+    :param masks: of these Linears
+    :param batches: token ids to run, as
+        :func:`dlp_plugin.scoring.calibration.scoring_batches` makes them
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        blocks: Sequence[Block],
+        masks: Masks,
+        batches: Sequence[Batch],
+    ) -> None:
+        self._model = model
+        self._blocks = [model.get_submodule(block.name) for block in blocks]
+        self._masks = masks
+        self._batches = batches
+        self._device = get_main_device()
+
+    def portion(self, number: int, tokens: int) -> list[int]:
+        """The numbers of the batches of a step: at least so many tokens, those of before last."""
+        found: list[int] = []
+        place = 0
+        for _ in range(number + 1):
+            found, run = [], 0
+            while run < tokens and len(found) < len(self._batches):
+                found.append(place % len(self._batches))
+                run += self._batches[place % len(self._batches)]["input_ids"].numel()
+                place += 1
+        return found
+
+    def at(
+        self,
+        sparsities: Mapping[str, float],
+        portion: Sequence[int],
+        structure: MaskStructure = UNSTRUCTURED,
+    ) -> tuple[dict[str, float], int]:
+        """Cost of one more pruned weight in every Linear, in nats per token.
+
+        :param sparsities: full name to sparsity of every Linear
+        :param portion: numbers of the batches to run
+        :param structure: as :meth:`dlp_plugin.search.judge.Judge.loss` takes it
+        :return: full name to cost, 0 for a Linear that saw no token, and the number of tokens
+            on all processes
+        :raises ValueError: if the divergence has no gradient
+        """
+        costs = torch.zeros(len(sparsities), dtype=widest(self._device), device=self._device)
+        tokens = 0
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            for place in portion:
+                more, run = self._of(self._batches[place], sparsities, structure)
+                costs += more
+                tokens += run
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+                raise
+            raise MemoryError(
+                "there is no room for the activations of a sample's backward pass: take shorter "
+                "samples (max_seq_length), or search: evolution"
+            ) from error
+        finally:
+            self._model.train(was_training)
+        if is_distributed():
+            counted = torch.tensor(tokens, device=self._device)
+            dist.all_reduce(costs)
+            dist.all_reduce(counted)
+            tokens = int(counted)
+        return dict(zip(sparsities, (costs / tokens).tolist(), strict=True)), tokens
+
+    def _of(
+        self, batch: Batch, sparsities: Mapping[str, float], structure: MaskStructure
+    ) -> tuple[torch.Tensor, int]:
+        """Costs of a batch, summed over its tokens, and their number."""
+        with torch.no_grad():
+            dense = keep(logits_of(self._model, batch, self._device).flatten(0, 1))
+        probes = [torch.zeros((), device=self._device, requires_grad=True) for _ in sparsities]
+        by_name = dict(zip(sparsities, probes, strict=True))
+        with (
+            self._probed(by_name, sparsities, structure),
+            torch.enable_grad(),
+            wide_enough(self._model, self._device),
+        ):
+            logits = logits_of(self._model, batch, self._device).flatten(0, 1)
+            total = divergences(logits, dense).sum()
+            if not total.requires_grad:
+                raise ValueError(
+                    f"{type(self._model).__name__} has no gradient with respect to its Linears' "
+                    "weights: take search: evolution"
+                )
+            found = torch.autograd.grad(total, probes, allow_unused=True)  # no other's is kept
+        costs = [
+            torch.zeros_like(p) if cost is None else cost
+            for p, cost in zip(probes, found, strict=True)
+        ]
+        return torch.stack(costs), len(logits)
+
+    @contextmanager
+    def _probed(
+        self,
+        probes: Mapping[str, torch.Tensor],
+        sparsities: Mapping[str, float],
+        structure: MaskStructure,
+    ) -> Iterator[None]:
+        """Have Linears compute with masked weights and carry probes, and blocks run again."""
+        with ExitStack() as stack:
+            for name, sparsity in sparsities.items():
+                linear = self._masks.linears[name]
+                count = self._masks.count(name, sparsity, structure)
+                masked = _Masked(linear, self._masks, name, count, structure)
+                forward = partial(_probe, masked, probes[name])
+                stack.enter_context(patch_attr(linear, "forward", forward))
+            for block in self._blocks:
+                run = partial(checkpoint, block.forward, use_reentrant=False)
+                stack.enter_context(patch_attr(block, "forward", run))
+            yield
+
+
+class _Masked:
+    """A Linear with some weights at zero, and the weights at the threshold."""
+
+    def __init__(
+        self,
+        linear: torch.nn.Linear,
+        masks: Masks,
+        name: str,
+        count: int,
+        structure: MaskStructure,
+    ) -> None:
+        self.linear = linear
+        self._masks = masks
+        self._at = name, count, structure
+
+    def weight(self, like: torch.Tensor) -> torch.Tensor:
+        """The masked weight ``[out, in]`` where and as wide as what it is multiplied with."""
+        weight = self.linear.weight.to(like.device)
+        kept = self._masks.kept(*self._at, weight)
+        return (weight * kept).to(like.dtype)
+
+    def cost(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Cost of one more pruned weight, from the gradient ``[out, in]`` of the weight."""
+        weight = self.linear.weight.to(gradient.device)
+        near = self._masks.near(*self._at, weight, BAND)
+        return -(weight.to(gradient.dtype) * gradient)[near].mean()
+
+
+def _probe(masked: _Masked, probe: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    outputs: torch.Tensor = _MaskedLinear.apply(inputs, probe, masked)  # type: ignore[no-untyped-call]
+    bias = masked.linear.bias
+    return outputs if bias is None else outputs + bias.to(outputs)
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """``x @ (W * mask)^T``, whose backward gives a probe the cost of one more pruned weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: torch.Tensor, probe: torch.Tensor, masked: _Masked
+    ) -> torch.Tensor:
+        """Multiply."""
+        ctx.save_for_backward(inputs)
+        ctx.masked = masked
+        return functional.linear(inputs, masked.weight(inputs))
+
+    @staticmethod
+    def backward(
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
+        """Gradients of the inputs, and the probe's."""
+        (inputs,), (outputs,) = ctx.saved_tensors, gradients
+        masked: _Masked = ctx.masked
+        passed = outputs @ masked.weight(outputs) if ctx.needs_input_grad[0] else None
+        rows = outputs.flatten(0, -2).float()
+        gradient = rows.T @ inputs.flatten(0, -2).float()
+        return passed, masked.cost(gradient), None

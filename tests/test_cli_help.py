@@ -1,0 +1,72 @@
+"""What the terminal says of itself, and what it loads to say it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import command
+
+from dlp_plugin.planning.methods.dlp import DLP
+from dlp_plugin.planning.plan import Plan
+
+HELP = {
+    "oneshot": ["--recipe", "--output MODEL-pruned", "Calibration samples", "[default: 128]"],
+    "score": [
+        "--strength,--alpha",
+        "dlp, owl, alpha-pruning, linear",
+        "dlp 0.15, owl 0.08, alpha-pruning 0.3, linear auto",
+        "DLPModifier: {from_plan: plan.json}",
+    ],
+    "show": ["--strength,--alpha", "--plot", "at another target it is another plan"],
+    "inspect": ["--against", "how many of its zeros are lost in FOLDER?", "Packed 4-bit weights"],
+    "ppl": ["Windows do not overlap", "--batch-size", "[default: 8]"],
+    "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
+    "compare": ["uniform, dlp, owl, alpha-pruning, linear", "dlp-refined", "--write-recipe"],
+    "merge": ["pip install 'dlp_plugin[lora]'", "--allow-dense", "keeping every zero"],
+    "export-gptq": ["in the GPTQ format", "W4A16 or W8A16"],
+}
+
+
+def help_text(*arguments: str) -> str:
+    """In one line, without the frames."""
+    return " ".join(command(*arguments, "--help").output.replace("│", " ").split())
+
+
+def test_commands_stand_in_the_order_of_the_work() -> None:
+    rows = re.findall(r"^│ ([a-z]\S*) ", command("--help").output, re.MULTILINE)
+    assert rows == list(HELP)
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_teaches(name: str) -> None:
+    said = help_text(name)
+    for words in (f"{name} [OPTIONS]", *HELP[name]):
+        assert words in said
+
+
+@pytest.mark.parametrize("module", ["dlp_plugin", "dlp_plugin.cli"])
+def test_it_runs_as_a_module(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"python -m {module} [OPTIONS] COMMAND" in done.stdout
+    assert "Prune (and quantize) a model by a recipe and save it." in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["show", "PLAN"]])
+def test_what_needs_no_model_loads_neither_torch_nor_the_host(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    rows = [("model.layers.0", 8, 1.0), ("model.layers.1", 8, 2.0)]
+    Plan.make(rows, model="m", method=DLP(alpha=0.1), target=0.5).save(plan)
+    code = (
+        "import sys\nfrom dlp_plugin.cli import app\n"
+        f"app({[str(plan) if word == 'PLAN' else word for word in arguments]}, "
+        "standalone_mode=False)\n"
+        "print({'torch', 'transformers', 'llmcompressor'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"

@@ -1,0 +1,92 @@
+"""Names of what is compared, and which of what was measured is the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dlp_plugin.comparison.names import contender_named
+from dlp_plugin.comparison.results import Cell, Comparison
+from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, Linear
+
+
+class TestMethodNames:
+    @pytest.mark.parametrize(
+        ("text", "name", "kind", "strength"),
+        [
+            ("uniform", "uniform", DLP, 0.0),
+            ("dlp", "dlp:0.15", DLP, 0.15),
+            (" dlp:0.1 ", "dlp:0.1", DLP, 0.1),
+            ("dlp-auto", "dlp:auto", DLP, "auto"),
+            ("owl:auto", "owl:auto", OWL, "auto"),
+            ("alpha-pruning:0.2", "alpha-pruning:0.2", AlphaPruning, 0.2),
+            ("alpha_pruning:auto", "alpha-pruning:auto", AlphaPruning, "auto"),
+            ("linear", "linear:auto", Linear, "auto"),
+            ("dlp-auto-refined", "dlp:auto refined 5", DLP, "auto"),
+            ("owl-refined:0.1", "owl:0.1 refined 5", OWL, 0.1),
+            ("uniform-evolved", "uniform evolved 9", DLP, 0.0),
+        ],
+    )
+    def test_a_name_with_and_without_a_strength(
+        self, text: str, name: str, kind: type, strength: float | str
+    ) -> None:
+        found = contender_named(text, 5, 9)
+        assert (found.name, type(found.method), found.method.strength) == (name, kind, strength)
+        searched = {"refined": (5, "gradient"), "evolved": (9, "evolution")}
+        expected = next((searched[way] for way in searched if way in text), (0, "gradient"))
+        assert (found.refine, found.search) == expected
+        assert found.judges == (expected[0] > 0 or strength == "auto")
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("dpl", "there is no 'dpl'"),
+            ("", "there is no ''"),
+            ("dlp:much", "could not convert"),
+            ("dlp:-1", "alpha must be finite and at least 0"),
+            ("uniform:0.1", "uniform has no strength"),
+            ("alpha-pruning:1.5", "epsilon must be at most 1"),
+            ("uniform-refined:0.1", "uniform has no strength"),
+        ],
+    )
+    def test_a_bad_one_is_named_with_what_there_is(self, text: str, problem: str) -> None:
+        with pytest.raises(ValueError, match=rf"method '{text}': .*{problem}.* owl, alpha-pruning"):
+            contender_named(text)
+
+
+def cell(method: str, sparsity: float, pruner: str, value: float) -> Cell:
+    return Cell(
+        method=method, target=str(sparsity), pruner=pruner, perplexity=value, achieved=0, seconds=0
+    )
+
+
+class TestTheBest:
+    found = Comparison(
+        subject={"model": "m"},
+        dense=2.0,
+        cells=[
+            cell("a", 0.5, "wanda", 4.0),
+            cell("b", 0.5, "wanda", 3.0),
+            cell("a", 0.7, "wanda", 8.0),
+            cell("b", 0.7, "wanda", float("nan")),
+            cell("a", 0.7, "sparsegpt", 9.0),
+            cell("b", 0.7, "sparsegpt", 7.0),
+        ],
+    )
+
+    def test_it_is_over_pruners_at_the_highest_sparsity_or_the_given(self) -> None:
+        assert self.found.best() == self.found.cells[5]
+        assert self.found.best("0.5") == self.found.cells[1]
+        assert self.found.best(pruner="wanda") == self.found.cells[2]
+        with pytest.raises(ValueError, match=r"measured at 0.6; there are 0.5, 0.7"):
+            self.found.best("0.6")
+
+    def test_an_undefined_perplexity_survives_the_file(self, tmp_path: Path) -> None:
+        self.found.save(tmp_path / "r.json")
+        text = (tmp_path / "r.json").read_text()
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert math.isnan(Comparison.model_validate_json(text).cells[3].perplexity)
+        assert str(Comparison.model_validate_json(text)) == str(self.found)

@@ -1,0 +1,196 @@
+"""The cost of one more pruned weight: read off one backward pass, against a naive twin."""
+
+import pytest
+import torch
+from helpers import MakeModel, random_samples
+
+from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
+from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.search import slopes as module
+from dlp_plugin.search.masks import Masks
+from dlp_plugin.search.slopes import Slopes
+
+
+def batches(samples: int = 3, length: int = 16) -> list[dict[str, torch.Tensor]]:
+    return [
+        {"input_ids": torch.tensor([ids])} for ids in random_samples(samples, length)["input_ids"]
+    ]
+
+
+def blocks_of(model: torch.nn.Module) -> list[Block]:
+    return [
+        Block(
+            f"model.layers.{i}",
+            {
+                f"model.layers.{i}.{name}": linear
+                for name, linear in layer.named_modules()
+                if isinstance(linear, torch.nn.Linear)
+            },
+        )
+        for i, layer in enumerate(model.model.layers)
+    ]
+
+
+def masks_of(blocks: list[Block], by_magnitude: tuple[str, ...] = ()) -> Masks:
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    generator = torch.Generator().manual_seed(1)
+    norms = {n: torch.rand(m.in_features, generator=generator) + 0.1 for n, m in linears.items()}
+    return Masks(linears, norms, by_magnitude)
+
+
+def naive_costs(
+    model: torch.nn.Module,
+    masks: Masks,
+    sparsities: dict[str, float],
+    structure: MaskStructure = UNSTRUCTURED,
+    by_magnitude: tuple[str, ...] = (),
+) -> dict[str, float]:
+    """As the formula stands: ranks of all weights, all gradients at once, the whole vocabulary."""
+    dense = [model(**batch).logits[0].log_softmax(-1).detach() for batch in batches()]
+    ranks, before = {}, {}
+    for name, sparsity in sparsities.items():
+        linear = masks.linears[name]
+        before[name] = linear.weight.detach().clone()
+        if name in by_magnitude and not structure:
+            scores = before[name].abs().view(1, -1)
+        else:
+            norms = torch.ones(linear.in_features) if name in by_magnitude else masks.norms[name]
+            scores = before[name].abs() * norms
+        if structure:
+            scores = scores.unflatten(1, (-1, structure.m))
+        rank = scores.argsort(-1).argsort(-1)
+        count = int(rank.shape[-1] * sparsity)
+        width = 1 if structure else max(1, int(module.BAND * rank.shape[-1]))
+        ranks[name] = ((rank >= count - width) & (rank < count + width)).view(linear.weight.shape)
+        linear.weight.data *= (rank >= count).view(linear.weight.shape)
+    tokens = 0
+    model.zero_grad()
+    for batch, logs in zip(batches(), dense, strict=True):
+        pruned = model(**batch).logits[0].log_softmax(-1)
+        (logs.exp() * (logs - pruned)).sum().backward()
+        tokens += len(logs)
+    costs = {}
+    for name, near in ranks.items():
+        linear = masks.linears[name]
+        costs[name] = -(before[name] * linear.weight.grad)[near].mean().item() / tokens
+        linear.weight.data = before[name]
+    model.zero_grad()
+    return costs
+
+
+@pytest.mark.parametrize("structure", [UNSTRUCTURED, MaskStructure(4, 8)])
+@pytest.mark.parametrize("magnitude", [(), ("model.layers.1.mlp.up_proj",)])
+def test_costs_are_those_of_the_formula(
+    make_model: MakeModel, structure: MaskStructure, magnitude: tuple[str, ...]
+) -> None:
+    model = make_model().eval()
+    blocks = blocks_of(model)
+    masks = masks_of(blocks, magnitude)
+    sparsities = {name: (2 + i % 4) / 8 for i, name in enumerate(masks.linears)}
+    expected = naive_costs(model, masks, sparsities, structure, magnitude)
+    found, tokens = Slopes(model, blocks, masks, batches()).at(sparsities, [0, 1, 2], structure)
+    assert tokens == 48
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    assert len(set(found.values())) == len(found)
+
+
+def is_its_own(model: torch.nn.Module) -> bool:
+    """Whether every module's forward is that of its class."""
+    return all(m.forward.__func__ is type(m).forward for m in model.modules())
+
+
+def test_nothing_is_left_behind(make_model: MakeModel) -> None:
+    """No gradient of a weight, no changed weight, no forward of ours, and the mode as it was."""
+    model = make_model().train()
+    blocks = blocks_of(model)
+    masks = masks_of(blocks)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Slopes(model, blocks, masks, batches()).at(dict.fromkeys(masks.linears, 0.5), [0])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert is_its_own(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_frozen_weights_are_enough(make_model: MakeModel) -> None:
+    model = make_model()
+    blocks = blocks_of(model)
+    masks = masks_of(blocks)
+    sparsities = dict.fromkeys(masks.linears, 0.5)
+    free = Slopes(model, blocks, masks, batches()).at(sparsities, [0])
+    model.requires_grad_(False)
+    assert Slopes(model, blocks, masks, batches()).at(sparsities, [0]) == free
+
+
+def test_weights_at_either_end(make_model: MakeModel) -> None:
+    """A Linear that is dense, or empty, has a threshold too."""
+    model = make_model()
+    blocks = blocks_of(model)
+    masks = masks_of(blocks)
+    for structure in (UNSTRUCTURED, MaskStructure(2, 4)):
+        for sparsity in (0.0, 1.0):
+            costs, _ = Slopes(model, blocks, masks, batches()).at(
+                dict.fromkeys(masks.linears, sparsity), [0], structure
+            )
+            assert all(cost == cost for cost in costs.values())
+
+
+def test_steps_go_through_the_samples_one_portion_after_the_other(make_model: MakeModel) -> None:
+    model = make_model()
+    blocks = blocks_of(model)
+    slopes = Slopes(model, blocks, masks_of(blocks), batches(5, 16))
+    assert [slopes.portion(step, 32) for step in range(4)] == [[0, 1], [2, 3], [4, 0], [1, 2]]
+    assert slopes.portion(0, 1) == [0]
+    assert slopes.portion(3, 1000) == [0, 1, 2, 3, 4]  # all there is, each once
+
+
+def peak_bytes(model: torch.nn.Module, tokens: int) -> int:
+    """Most memory that one backward pass takes beyond what was there."""
+    blocks = blocks_of(model)
+    masks = masks_of(blocks)
+    slopes = Slopes(model, blocks, masks, batches(1, tokens))
+    sparsities = dict.fromkeys(masks.linears, 0.5)
+    slopes.at(sparsities, [0])  # thresholds are there from now on
+    with torch.profiler.profile(profile_memory=True) as profile:
+        slopes.at(sparsities, [0])
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def test_memory_grows_by_one_tensor_a_block(make_model: MakeModel) -> None:
+    """Of every block its input is kept; its activations are made again, block by block."""
+    tokens, hidden = 128, 64
+    few, many = (peak_bytes(make_model(num_hidden_layers=blocks), tokens) for blocks in (2, 10))
+    inputs = 4 * tokens * hidden
+    assert many - few < 8 * 2 * inputs
+    # what a block's backward would hold besides: inputs and outputs of seven Linears
+    assert 8 * 4 * tokens * (7 * hidden + 4 * 128) > 4 * (many - few)
+
+
+def test_no_room_is_told_with_the_remedy(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = make_model()
+    blocks = blocks_of(model)
+    masks = masks_of(blocks)
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(MemoryError, match=r"take shorter samples \(max_seq_length\), or search: e"):
+        Slopes(model, blocks, masks, batches()).at(dict.fromkeys(masks.linears, 0.5), [0])
+    assert is_its_own(model)
+
+
+def test_a_model_without_gradients_is_told(make_model: MakeModel) -> None:
+    model = make_model()
+    blocks = blocks_of(model)
+    masks = masks_of(blocks)
+    model.model.forward = torch.no_grad()(model.model.forward)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no gradient.*take search: evol"):
+        Slopes(model, blocks, masks, batches()).at(dict.fromkeys(masks.linears, 0.5), [0])
