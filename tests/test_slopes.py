@@ -47,22 +47,32 @@ def naive_costs(
 ) -> dict[str, float]:
     """As the formula stands: ranks of all weights, all gradients at once, the whole vocabulary."""
     dense = [model(**batch).logits[0].log_softmax(-1).detach() for batch in batches()]
-    ranks, before = {}, {}
+    seen, before = {}, {}
     for name, sparsity in sparsities.items():
         linear = masks.linears[name]
-        before[name] = linear.weight.detach().clone()
-        if name in by_magnitude and not structure:
-            scores = before[name].abs().view(1, -1)
-        else:
-            norms = torch.ones(linear.in_features) if name in by_magnitude else masks.norms[name]
-            scores = before[name].abs() * norms
-        if structure:
-            scores = scores.unflatten(1, (-1, structure.m))
-        rank = scores.argsort(-1).argsort(-1)
+        weight = before[name] = linear.weight.detach().clone()
+        whole = name in by_magnitude and not structure
+        norms = torch.ones(weight.shape[1]) if name in by_magnitude else masks.norms[name]
+
+        def rank_of(rows: torch.Tensor, whole: bool = whole, norms: object = norms) -> torch.Tensor:
+            """Places among what is ranked together: a matrix, groups, or rows."""
+            scores = rows.abs() * norms
+            if whole:
+                scores = scores.view(1, -1)
+            elif structure:
+                scores = scores.unflatten(1, (-1, structure.m))
+            return scores.argsort(-1).argsort(-1)
+
+        rank = rank_of(weight)
         count = int(rank.shape[-1] * sparsity)
+        linear.weight.data *= (rank >= count).view(weight.shape)
+        rows = slice(None, None, max(1, len(weight) // module.ROWS))
+        rank = rank_of(weight[rows])
+        if whole:
+            count = count * rank.numel() // weight.numel()
         width = 1 if structure else max(1, int(module.BAND * rank.shape[-1]))
-        ranks[name] = ((rank >= count - width) & (rank < count + width)).view(linear.weight.shape)
-        linear.weight.data *= (rank >= count).view(linear.weight.shape)
+        near = (rank >= count - width) & (rank < count + width)
+        seen[name] = rows, near.view(weight[rows].shape)
     tokens = 0
     model.zero_grad()
     for batch, logs in zip(batches(), dense, strict=True):
@@ -70,9 +80,10 @@ def naive_costs(
         (logs.exp() * (logs - pruned)).sum().backward()
         tokens += len(logs)
     costs = {}
-    for name, near in ranks.items():
+    for name, (rows, near) in seen.items():
         linear = masks.linears[name]
-        costs[name] = -(before[name] * linear.weight.grad)[near].mean().item() / tokens
+        cost = -(before[name] * linear.weight.grad)[rows][near].mean()
+        costs[name] = cost.item() / tokens
         linear.weight.data = before[name]
     model.zero_grad()
     return costs
@@ -80,15 +91,22 @@ def naive_costs(
 
 @pytest.mark.parametrize("structure", [UNSTRUCTURED, MaskStructure(4, 8)])
 @pytest.mark.parametrize("magnitude", [(), ("model.layers.1.mlp.up_proj",)])
+@pytest.mark.parametrize("rows", [256, 16])
 def test_costs_are_those_of_the_formula(
-    make_model: MakeModel, structure: MaskStructure, magnitude: tuple[str, ...]
+    make_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    structure: MaskStructure,
+    magnitude: tuple[str, ...],
+    rows: int,
 ) -> None:
+    """Read off all rows, or off sixteen of them."""
+    monkeypatch.setattr(module, "ROWS", rows)
     model = make_model().eval()
     blocks = blocks_of(model)
     masks = masks_of(blocks, magnitude)
     sparsities = {name: (2 + i % 4) / 8 for i, name in enumerate(masks.linears)}
     expected = naive_costs(model, masks, sparsities, structure, magnitude)
-    found, tokens = Slopes(model, blocks, masks, batches()).at(sparsities, [0, 1, 2], structure)
+    found, tokens = Slopes(model, blocks, masks, batches()).at(sparsities, [0], structure)
     assert tokens == 48
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-9)
     assert len(set(found.values())) == len(found)
@@ -135,7 +153,10 @@ def test_weights_at_either_end(make_model: MakeModel) -> None:
             assert all(cost == cost for cost in costs.values())
 
 
-def test_steps_go_through_the_samples_one_portion_after_the_other(make_model: MakeModel) -> None:
+def test_steps_go_through_the_samples_one_portion_after_the_other(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOGETHER", 16)
     model = make_model()
     blocks = blocks_of(model)
     slopes = Slopes(model, blocks, masks_of(blocks), batches(5, 16))

@@ -8,9 +8,10 @@ two things that those of 0.14 do not:
 - on several processes they sum their statistics, as the host's GPTQ does, where the stock
   ones prune by their own share of the data and the last writer wins.
 
-What they rely on, held by ``tests/test_pruning_structures.py`` and ``tests/test_distributed.py``: a stage
-keeps a mean over samples per module (row scalars or Hessian) and the number of samples, and
-``compress_modules`` prunes the modules that have both, each with the stage's N and M.
+What they rely on, held by ``tests/test_pruning_structures.py`` and
+``tests/test_distributed.py``: a stage keeps a mean over samples per module (row scalars or
+Hessian) and the number of samples, and ``compress_modules`` prunes the modules that have both,
+each with the stage's N and M.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -12,7 +12,7 @@ from compressed_tensors.distributed import is_distributed
 from loguru import logger
 from torch import distributed as dist
 
-__all__ = ["scoring_batches", "split"]
+__all__ = ["Batch", "scoring_batches", "split", "together"]
 
 Batch = dict[str, Any]
 
@@ -171,3 +171,29 @@ def _keep_real(sample: Batch, mask: torch.Tensor, prefix: str) -> None:
             and value.shape[:2] == mask.shape
         ):
             sample[key] = value[:, mask[0]]
+
+
+def together(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Join neighbouring batches that hold nothing but tensors of one shape per token.
+
+    :param tokens: how many a joined batch has at most
+    """
+    joined: list[Batch] = []
+    for batch in batches:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.keys() == batch.keys()
+            and all(_per_token(one) for one in (last, batch))
+            and last["input_ids"].shape[1:] == batch["input_ids"].shape[1:]
+            and last["input_ids"].numel() + batch["input_ids"].numel() <= tokens
+        ):
+            joined[-1] = {key: torch.cat([last[key], batch[key]]) for key in batch}
+        else:
+            joined.append(batch)
+    return joined
+
+
+def _per_token(batch: Batch) -> bool:
+    shape = batch["input_ids"].shape
+    return all(isinstance(v, torch.Tensor) and v.shape == shape for v in batch.values())

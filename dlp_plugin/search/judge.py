@@ -20,14 +20,14 @@ from torch.nn import functional
 
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.precision import widest
-from dlp_plugin.scoring.calibration import Batch
+from dlp_plugin.scoring.calibration import Batch, together
 from dlp_plugin.search.masks import Masks
 from dlp_plugin.search.predictions import WIDE, Predictions, divergences, keep, logits_of
 
 __all__ = ["Judge"]
 
 # Tokens that are run together.
-_TOGETHER = 2048
+TOGETHER = 2048
 
 
 class Judge:
@@ -50,7 +50,7 @@ class Judge:
     ) -> None:
         self._model = model
         self._masks = masks
-        self._batches = _together(batches)
+        self._batches = together(batches, TOGETHER)
         self._device = get_main_device()
         self._kept: list[Predictions] = []
 
@@ -173,29 +173,6 @@ class _Masked:
         linear, kept = self._parts
         weight = linear.weight.to(inputs.device)
         return functional.linear(inputs, weight * kept(weight), linear.bias)
-
-
-def _together(batches: Sequence[Batch]) -> list[Batch]:
-    """Join neighbouring batches that hold nothing but tensors of one shape per token."""
-    joined: list[Batch] = []
-    for batch in batches:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.keys() == batch.keys()
-            and all(_per_token(one) for one in (last, batch))
-            and last["input_ids"].shape[1:] == batch["input_ids"].shape[1:]
-            and last["input_ids"].numel() + batch["input_ids"].numel() <= _TOGETHER
-        ):
-            joined[-1] = {key: torch.cat([last[key], batch[key]]) for key in batch}
-        else:
-            joined.append(batch)
-    return joined
-
-
-def _per_token(batch: Batch) -> bool:
-    shape = batch["input_ids"].shape
-    return all(isinstance(v, torch.Tensor) and v.shape == shape for v in batch.values())
 
 
 def _mean(total: float, count: int, device: torch.device) -> float:

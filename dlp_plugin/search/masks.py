@@ -77,22 +77,26 @@ class Masks:
         name: str,
         count: int,
         structure: MaskStructure,
+        rows: slice,
         weight: torch.Tensor,
         share: float,
     ) -> torch.Tensor:
         """Which weights lie at the threshold: the last that go and the first that stay.
 
+        :param rows: those to look at
+        :param weight: these rows ``[n, in]`` of the Linear's
         :param share: of those that are ranked together, on either side; with N:M one
-        :return: bool ``[out, in]``, at least one of each row
+        :return: bool ``[n, in]``, at least one of each row (or of the matrix)
         """
         if structure:
-            places = self._place(name, structure.m).to(weight.device)
+            places = self._place(name, structure.m)[rows].to(weight.device)
             last = min(max(count, 1), structure.m - 1)
             return ((places == last) | (places == last - 1)).view(weight.shape)
-        width = max(1, int(share * self._ranked_together(name)))
         scores = self._scores(name, weight)
-        low = self._threshold(name, count - width).to(weight.device)
-        high = self._threshold(name, count + width).to(weight.device)
+        together = scores.shape[1]
+        count = count * together // self._ranked_together(name)  # of a matrix, in these rows
+        width = max(1, int(share * together))
+        low, high = (_smallest(scores, count + side) for side in (-width, width))
         return ((scores > low) & (scores <= high)).view(weight.shape)
 
     def _ranked_together(self, name: str) -> int:
@@ -128,14 +132,16 @@ class Masks:
     @torch.no_grad()
     def _threshold(self, name: str, count: int) -> torch.Tensor:
         """The score up to which ``count`` weights go, float32 ``[rows, 1]``."""
-        count = min(max(count, 0), self._ranked_together(name))
         if (name, count) not in self._thresholds:
-            scores = self._scores(name, self._weight(name))
-            if count:
-                found = scores.kthvalue(count, dim=1, keepdim=True).values
-            else:
-                found = scores.new_full((len(scores), 1), -1.0)
+            found = _smallest(self._scores(name, self._weight(name)), count)
             if len(self._thresholds) >= REMEMBERED * len(self.linears):
                 del self._thresholds[next(iter(self._thresholds))]  # the oldest
             self._thresholds[name, count] = found
         return self._thresholds[name, count]
+
+
+def _smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The score in each row up to which ``count`` lie, ``[rows, 1]``; below all for none."""
+    if count <= 0:
+        return scores.new_full((len(scores), 1), -1.0)
+    return scores.kthvalue(min(count, scores.shape[1]), dim=1, keepdim=True).values

@@ -26,12 +26,17 @@ from torch.utils.checkpoint import checkpoint
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.precision import wide_enough, widest
 from dlp_plugin.scoring.blocks import Block
-from dlp_plugin.scoring.calibration import Batch
+from dlp_plugin.scoring.calibration import Batch, together
 from dlp_plugin.search.masks import Masks
 from dlp_plugin.search.predictions import divergences, keep, logits_of
 
 __all__ = ["Slopes"]
 
+# Tokens that are run together, unless a sample is longer.
+TOGETHER = 1024
+# Rows of a weight that a slope is read off, evenly spread: they hold thousands of weights at the
+# threshold, and the samples of a step make more noise.
+ROWS = 256
 # Of the weights that are ranked together, the share on either side of the threshold that a
 # slope is read off. Half of it is noisier, and twice as much no better.
 BAND = 0.06
@@ -40,8 +45,8 @@ BAND = 0.06
 class Slopes:
     """Slopes of the divergence from the dense model, at any sparsities.
 
-    One sample is run at a time, and of its activations one block's are in memory: blocks are
-    run again in the backward pass. No weight needs a gradient, and none is kept.
+    About a thousand tokens are run together, and of their activations one block's are in memory:
+    blocks are run again in the backward pass. No weight needs a gradient, and none is kept.
 
     :param model: a causal language model of transformers
     :param blocks: the model's blocks, with the Linears that are to be pruned
@@ -60,7 +65,7 @@ class Slopes:
         self._model = model
         self._blocks = [model.get_submodule(block.name) for block in blocks]
         self._masks = masks
-        self._batches = batches
+        self._batches = together(batches, TOGETHER)
         self._device = get_main_device()
 
     def portion(self, number: int, tokens: int) -> list[int]:
@@ -184,10 +189,18 @@ class _Masked:
         kept = self._masks.kept(*self._at, weight)
         return (weight * kept).to(like.dtype)
 
+    @property
+    def rows(self) -> slice:
+        """The rows to read the slope off."""
+        return slice(None, None, max(1, self.linear.out_features // ROWS))
+
     def cost(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Cost of one more pruned weight, from the gradient ``[out, in]`` of the weight."""
-        weight = self.linear.weight.to(gradient.device)
-        near = self._masks.near(*self._at, weight, BAND)
+        """Cost of one more pruned weight.
+
+        :param gradient: of :attr:`rows` of the weight, float32 ``[n, in]``
+        """
+        weight = self.linear.weight[self.rows].to(gradient.device)
+        near = self._masks.near(*self._at, self.rows, weight, BAND)
         return -(weight.to(gradient.dtype) * gradient)[near].mean()
 
 
@@ -205,18 +218,19 @@ class _MaskedLinear(torch.autograd.Function):
         ctx: Any, inputs: torch.Tensor, probe: torch.Tensor, masked: _Masked
     ) -> torch.Tensor:
         """Multiply."""
-        ctx.save_for_backward(inputs)
+        weight = masked.weight(inputs)
+        ctx.save_for_backward(inputs, weight)  # which live while their block is run backward
         ctx.masked = masked
-        return functional.linear(inputs, masked.weight(inputs))
+        return functional.linear(inputs, weight)
 
     @staticmethod
     def backward(
         ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         """Gradients of the inputs, and the probe's."""
-        (inputs,), (outputs,) = ctx.saved_tensors, gradients
+        (inputs, weight), (outputs,) = ctx.saved_tensors, gradients
         masked: _Masked = ctx.masked
-        passed = outputs @ masked.weight(outputs) if ctx.needs_input_grad[0] else None
-        rows = outputs.flatten(0, -2).float()
+        passed = outputs @ weight if ctx.needs_input_grad[0] else None
+        rows = outputs.flatten(0, -2)[:, masked.rows].float()
         gradient = rows.T @ inputs.flatten(0, -2).float()
         return passed, masked.cost(gradient), None
