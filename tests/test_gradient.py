@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EVERY, MakeModel, assert_same, prune, weights_of
+from compressed_tensors.offload import load_offloaded_model
+from families import FAMILIES, make
+from helpers import EVERY, MakeModel, assert_same, prune, weights_of, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from dlp_plugin import (
     DLPModifier,
@@ -239,3 +242,39 @@ class TestInRecipes:
         assert len(seen[Judge]) == 2
         assert len(seen[Slopes]) == 6
         assert not any(sample in seen[Slopes] for sample in seen[Judge])
+
+    def test_a_model_on_disk_gives_the_plan_of_one_in_memory(
+        self, make_model: MakeModel, tmp_path: Path
+    ) -> None:
+        """Blocks come and go, forward and backward, and nothing of them is kept."""
+        make_model().save_pretrained(tmp_path)
+        word_tokenizer().save_pretrained(tmp_path)
+        with load_offloaded_model():
+            on_disk = AutoModelForCausalLM.from_pretrained(
+                tmp_path,
+                device_map="auto_offload",
+                max_memory={"cpu": 1 << 10},
+                offload_folder=tmp_path / "offload",
+                attn_implementation="eager",
+            )
+        plans = []
+        for model in (on_disk, make_model()):
+            modifier = DLPModifier(refine=2, sparsity=0.6, plan_path=str(tmp_path / "plan.json"))
+            prune(model, modifier)
+            plans.append(modifier.plan)
+        assert plans[0].blocks == plans[1].blocks
+
+    def test_every_expert_gets_a_sparsity_of_its_own(self, tmp_path: Path) -> None:
+        family = FAMILIES["qwen3_moe"]
+        modifier = DLPModifier(refine=3)
+        prune(make(family.config(), tmp_path, family.kind), modifier, WandaPruningModifier(**STAGE))
+        plan = modifier.plan
+        assert plan.sparsity == pytest.approx(0.6)
+        experts = {
+            name: sparsity
+            for block in plan.blocks
+            for name, sparsity in block.linears.items()
+            if ".experts." in name
+        }
+        assert len(experts) > 4
+        assert len(set(experts.values())) > len(experts) / 2

@@ -1,6 +1,8 @@
 """DLP's peers through the real ``oneshot()``, each against its paper's formula."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -31,8 +33,18 @@ from dlp_plugin import (
     Plan,
     last_plans,
 )
+from dlp_plugin.comparison.names import contender_named
+from dlp_plugin.comparison.results import recipe_of
+from dlp_plugin.modifiers.base import AllocationModifier
 from dlp_plugin.planning.allocation import allocate
-from dlp_plugin.planning.methods import METHODS, AlphaPruning, Method
+from dlp_plugin.planning.methods import (
+    METHODS,
+    AlphaPruning,
+    Method,
+    Strength,
+    method_of,
+    options,
+)
 
 
 class TestFormulas:
@@ -282,3 +294,46 @@ class TestBadInput:
         prune(make_model(), owl, stages[0], dlp, stages[1])
         assert owl.plan.blocks[0].weights == dlp.plan.blocks[0].weights == 64 * 128
         assert [plan.method for plan in last_plans()] == ["owl", "dlp"]
+
+
+class Alternating(Method):
+    """A method of one's own: every other block is pruned harder."""
+
+    swing: Strength = 0.1
+    first: float = 0.0
+
+    name: ClassVar[str] = "by_turns"
+    title: ClassVar[str] = "By turns"
+    modifier: ClassVar[str] = "AlternatingModifier"
+    strength_field: ClassVar[str] = "swing"
+    sees_activations: ClassVar[bool] = False
+
+    @property
+    def score_name(self) -> str:
+        return "whether the block is even"
+
+    def score(self, depth: int, parts: Mapping[str, object]) -> float:
+        return (self.first + depth) % 2
+
+
+class AlternatingModifier(Alternating, AllocationModifier):
+    """The same, as recipes name it."""
+
+
+def test_a_method_is_one_class_and_a_line_of_the_registry(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(METHODS, Alternating.name, Alternating)
+    assert "by-turns" in options()
+    assert method_of("by-turns") is Alternating
+    contender = contender_named("by-turns-refined:0.2")
+    assert (contender.name, contender.method.swing) == ("by-turns:0.2 refined 16", 0.2)
+    modifier = AlternatingModifier(first=1, plan_path=str(tmp_path / "plan.json"))
+    prune(make_model(), modifier, WandaPruningModifier(sparsity=0.7, **EVERY))
+    plan = Plan.load(tmp_path / "plan.json")
+    # the first and third block of three: k = 0, 0.2 and 0, their mean 0.0667
+    assert [b.sparsity for b in plan.blocks] == pytest.approx([0.7667, 0.5667, 0.7667], abs=1e-4)
+    assert (plan.method, plan.settings, plan.strength) == ("by_turns", {"first": 1.0}, 0.1)
+    again = plan.at(strength=0.0)
+    assert [b.sparsity for b in again.blocks] == [0.7] * 3
+    assert "AlternatingModifier" in recipe_of(plan, "wanda")
