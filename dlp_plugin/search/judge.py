@@ -61,8 +61,8 @@ class Judge:
 
     @property
     def fingerprint(self) -> str:
-        """Tells apart what losses are measured with: samples and norms."""
-        digest = hashlib.sha256()
+        """Tells apart what losses are measured with: samples, norms, and what ranks weights."""
+        digest = hashlib.sha256(str(sorted(self._masks.by_magnitude)).encode())
         for batch in self._batches:
             digest.update(str(batch["input_ids"].tolist()).encode())
         for name, norms in self._masks.norms.items():

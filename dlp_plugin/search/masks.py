@@ -41,7 +41,7 @@ class Masks:
     ) -> None:
         self.linears = linears
         self.norms = norms
-        self._by_magnitude = frozenset(by_magnitude)
+        self.by_magnitude = frozenset(by_magnitude)
         self._thresholds: dict[tuple[str, int], torch.Tensor] = {}
         self._places: dict[str, torch.Tensor] = {}
         self._grouped = 0
@@ -101,12 +101,12 @@ class Masks:
 
     def _ranked_together(self, name: str) -> int:
         linear = self.linears[name]
-        rows = linear.out_features if name in self._by_magnitude else 1
+        rows = linear.out_features if name in self.by_magnitude else 1
         return rows * linear.in_features
 
     def _scores(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """What the stage ranks by, float32, in rows of what is ranked together."""
-        if name in self._by_magnitude:
+        if name in self.by_magnitude:
             return weight.abs().float().view(1, -1)
         return weight.abs().float() * self.norms[name].to(weight.device)
 
