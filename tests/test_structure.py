@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlp_plugin.planning.allocation import allocate
-from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure, whole_numbers
+from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure, balanced, whole_numbers
 
 allocated = st.integers(1, 6).flatmap(
     lambda n: st.tuples(
@@ -76,6 +76,24 @@ class TestWholeNumbers:
         assert off_target(numbers, weights, 4) <= max(weights) / 2
         assert is_ordered(exact, numbers)
         assert len(set(numbers)) > 2
+
+
+class TestBalanced:
+    def test_worked_example(self) -> None:
+        # 2 * 60 wanted, 90 given: 30 too few, the largest makes it 10 too many, a small one hits
+        assert balanced([1, 3, 2], [40, 10, 10], MaskStructure(2, 4)) == [2, 2, 2]
+
+    def test_what_hits_stays(self) -> None:
+        assert balanced([1, 3], [10, 10], MaskStructure(2, 4)) == [1, 3]
+
+    @given(allocated)
+    def test_it_comes_within_half_of_the_smallest_or_as_near_as_it_was(self, drawn: tuple) -> None:
+        scores, weights, alpha, (n, m) = drawn
+        structure = MaskStructure(n, m)
+        rounded = whole_numbers(allocate(scores, weights, n / m, alpha), weights, structure)
+        found = balanced(rounded, weights, structure)
+        assert off_target(found, weights, n) <= off_target(rounded, weights, n)
+        assert all(abs(a - b) <= 1 and 0 <= a <= m for a, b in zip(found, rounded, strict=True))
 
 
 def neighbours(exact: Sequence[float], m: int) -> list[set[int]]:

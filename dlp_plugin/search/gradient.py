@@ -18,7 +18,7 @@ from loguru import logger
 from pydantic import Field, FiniteFloat
 
 from dlp_plugin.planning.plan import Plan, SearchStep
-from dlp_plugin.planning.structure import whole_numbers
+from dlp_plugin.planning.structure import balanced, whole_numbers
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.search.judge import Judge
 from dlp_plugin.search.linears import refined, sparsities_of
@@ -157,8 +157,8 @@ class _Descent:
         if not structure:
             return self._latent
         sizes = list(self._weights.values())
-        latent = list(self._latent.values())
-        numbers = whole_numbers(latent, sizes, structure, ordered=False)
+        numbers = whole_numbers(list(self._latent.values()), sizes, structure)
+        numbers = balanced(numbers, sizes, structure)
         return {name: n / structure.m for name, n in zip(self._latent, numbers, strict=True)}
 
     def _measured(self, step: int = 0) -> float:

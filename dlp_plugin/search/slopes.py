@@ -34,9 +34,9 @@ __all__ = ["Slopes"]
 
 # Tokens that are run together, unless a sample is longer.
 TOGETHER = 1024
-# Rows of a weight that a slope is read off, evenly spread: they hold thousands of weights at the
-# threshold, and the samples of a step make more noise.
-ROWS = 256
+# Rows of a weight that a slope is read off, evenly spread. With 256 on SmolLM2 (half of its rows) a
+# step took three quarters of the time, and sixteen steps led less far.
+ROWS = 1024
 # Of the weights that are ranked together, the share on either side of the threshold that a
 # slope is read off. Half of it is noisier, and twice as much no better.
 BAND = 0.06
