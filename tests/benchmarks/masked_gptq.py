@@ -6,9 +6,6 @@ time and memory against the stock modifier, side by side in this one run.
 
 import argparse
 import itertools
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from common import SHIPPED, TEST_TEXT, Stamp, peak, reset_peak, samples
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -23,25 +21,18 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
+from record import add, here
 from rich.console import Console
 from rich.table import Table
-from run import Stamp, peak, reset_peak
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dlp_plugin import MaskedGPTQModifier
 from dlp_plugin.evaluation.perplexity import perplexity
-from dlp_plugin.evaluation.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.text import read_tokens, token_windows
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-MODEL = EXAMPLES / "small_model"
-TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
+TOKENIZER = AutoTokenizer.from_pretrained(SHIPPED)
 KINDS = {"stock": GPTQModifier, "masked": MaskedGPTQModifier}
 ROUNDS = 5
-
-
-def samples(count: int) -> Dataset:
-    text = EXAMPLES / "text" / "calibration.txt"
-    return calibration_set(read_tokens(text, TOKENIZER), 256, count)
 
 
 def run(model: torch.nn.Module, recipe: list[Modifier], dataset: Dataset) -> torch.nn.Module:
@@ -56,7 +47,7 @@ def run(model: torch.nn.Module, recipe: list[Modifier], dataset: Dataset) -> tor
 
 
 def load(weights: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype="auto")
     if weights is not None:
         model.load_state_dict(weights)
     return model
@@ -86,7 +77,7 @@ def quantizer(kind: type, bits: int, symmetric: bool, group: int | None, actorde
 
 
 def zeros_lost() -> list[dict]:
-    dataset = samples(16)
+    dataset = samples(16, 256)
     schemes = {
         "W4 group 128": (4, True, 128),
         "W4 group 128 asymmetric": (4, False, 128),
@@ -120,8 +111,8 @@ def zeros_lost() -> list[dict]:
 
 
 def perplexities() -> list[dict]:
-    dataset = samples(128)
-    tokens = read_tokens(EXAMPLES / "text" / "test.txt", TOKENIZER)
+    dataset = samples(128, 256)
+    tokens = read_tokens(TEST_TEXT, TOKENIZER)
     windows = token_windows(tokens, 256)
     rows = [{"pruner": "", "sparsity": 0.0, "pruned": perplexity(load(), windows)}]
     for pruner, sparsity in itertools.product(
@@ -165,7 +156,7 @@ def one_epoch(kind: type, folder: str) -> tuple[float, float]:
         for linear in linears(model).values():
             linear.weight[torch.rand(linear.weight.shape) < 0.7] = 0
     start, end = Stamp(), Stamp()
-    dataset = samples(16)
+    dataset = samples(16, 256)
     reset_peak()
     run(model, [start, quantizer(kind, 4, True, 128, "static"), end], dataset)
     return end._time - start._time, peak()
@@ -188,10 +179,41 @@ def cost() -> dict[str, dict[str, float]]:
     }
 
 
+def show_zeros(rows: list[dict]) -> Table:
+    keys = ["pruner", "structure", "scheme", "ordering"]
+    table = Table(*keys, *KINDS, title="pruned weights that came back")
+    for row in rows:
+        table.add_row(*(row[key] for key in keys), *(f"{row[name]:.2%}" for name in KINDS))
+    return table
+
+
+def show_perplexities(rows: list[dict]) -> Table:
+    columns = ["pruned", "stock", "stock, masked again", "masked"]
+    table = Table("pruner", "sparsity", *columns, title="perplexity, W4A16 group 128")
+    for row in rows:
+        values = [f"{row[name]:.2f}" if name in row else "" for name in columns]
+        table.add_row(row["pruner"], f"{row['sparsity']:.0%}", *values)
+    return table
+
+
+def show_cost(rows: dict[str, dict[str, float]]) -> Table:
+    table = Table("", "seconds", "peak MB", title="one epoch, two blocks of width 1,024")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['seconds']:.2f}", f"{row['peak_megabytes']:.0f}")
+    return table
+
+
+PARTS = {
+    "perplexity": (perplexities, show_perplexities),
+    "cost": (cost, show_cost),
+    "zeros": (zeros_lost, show_zeros),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="file to write the results to")
-    parser.add_argument("--only", choices=["zeros", "perplexity", "cost"])
+    parser.add_argument("--json", type=Path, help="file to add the results to")
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--epoch", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logger.remove()
@@ -200,34 +222,12 @@ def main() -> None:
             print(*one_epoch(KINDS[arguments.epoch], folder))
         return
     console = Console(width=110)
-    results: dict = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    }
-    if arguments.only in (None, "perplexity"):
-        results["perplexity"] = perplexities()
-        columns = ["pruned", "stock", "stock, masked again", "masked"]
-        table = Table("pruner", "sparsity", *columns, title="perplexity, W4A16 group 128")
-        for row in results["perplexity"]:
-            values = [f"{row[name]:.2f}" if name in row else "" for name in columns]
-            table.add_row(row["pruner"], f"{row['sparsity']:.0%}", *values)
-        console.print(table)
-    if arguments.only in (None, "cost"):
-        results["cost"] = cost()
-        table = Table("", "seconds", "peak MB", title="one epoch, two blocks of width 1,024")
-        for name, row in results["cost"].items():
-            table.add_row(name, f"{row['seconds']:.2f}", f"{row['peak_megabytes']:.0f}")
-        console.print(table)
-    if arguments.only in (None, "zeros"):
-        results["zeros_lost"] = zeros_lost()
-        keys = ["pruner", "structure", "scheme", "ordering"]
-        table = Table(*keys, "stock", "masked", title="pruned weights that came back")
-        for row in results["zeros_lost"]:
-            shares = [f"{row[name]:.2%}" for name in KINDS]
-            table.add_row(*(row[key] for key in keys), *shares)
-        console.print(table)
-    console.print(results["machine"])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    for part in [arguments.only] if arguments.only else PARTS:
+        measure, show = PARTS[part]
+        facts, results = here(), measure()
+        console.print(show(results))
+        if arguments.json:
+            add(arguments.json, {f"4 bits: {part}": {**facts, "results": results}})
 
 
 if __name__ == "__main__":

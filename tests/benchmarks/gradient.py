@@ -1,0 +1,130 @@
+"""What a step of the gradient costs, and what its constants are worth.
+
+No part of the plans depends on time; the seconds are those of one thread beside nothing else.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from common import ROUNDS, peak, reset_peak
+from plans import plan
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+
+from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.search import gradient, slopes
+from dlp_plugin.search.masks import Masks
+from dlp_plugin.search.slopes import Slopes
+
+STEPS = 16
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+# One row a variant: constant to value, everything else as it is
+VARIANTS: dict[str, dict[str, float]] = {
+    "as it is": {},
+    "band 1.5 %": {"BAND": 0.015},
+    "band 3 %": {"BAND": 0.03},
+    "band 12 %": {"BAND": 0.12},
+    "rate 0.02": {"RATE": 0.02},
+    "rate 0.08": {"RATE": 0.08},
+    "no momentum": {"MOMENTUM": 0.0, "RATE": 0.12},
+    "momentum 0.85": {"MOMENTUM": 0.85, "RATE": 0.02},
+    "512 tokens a step": {"TOKENS": 512, "TOGETHER": 512},
+    "2048 tokens a step": {"TOKENS": 2048},
+    "8 steps": {"STEPS": 8},
+    "48 steps": {"STEPS": 48},
+    "from DLP's plan, alpha 0.15": {"alpha": 0.15},
+}
+
+
+@contextmanager
+def constants(values: Mapping[str, float]) -> Iterator[None]:
+    """The search with other constants."""
+    before = []
+    for name, value in values.items():
+        for module in (gradient, slopes):
+            if hasattr(module, name):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def tuning() -> dict[str, dict[str, float]]:
+    """Divergence on the samples kept for it, and tokens run, on the shipped model at 70 %."""
+    results = {}
+    for variant, values in VARIANTS.items():
+        with constants(values):
+            steps = int(values.get("STEPS", STEPS))
+            found = plan(alpha=values.get("alpha", 0.0), refine=steps).search
+        results[variant] = {"divergence": found[-1].divergence, "tokens": found[-1].tokens}
+    return results
+
+
+def step_costs() -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of a step, with the number of Linears and of weights."""
+    llama = {**SIZES, "intermediate_size": 1536}
+    experts = {**SIZES, "moe_intermediate_size": 192, "num_experts_per_tok": 2}
+    cases = {
+        "dense": (LlamaConfig(**llama), 1024),
+        "dense, 512 tokens": (LlamaConfig(**llama), 512),
+        "dense, twice the blocks": (LlamaConfig(**llama | {"num_hidden_layers": 8}), 1024),
+        "8 experts": (Qwen3MoeConfig(**experts, num_experts=8), 1024),
+        "32 experts, a quarter as wide": (
+            Qwen3MoeConfig(**experts | {"moe_intermediate_size": 48}, num_experts=32),
+            1024,
+        ),
+        "32 experts": (Qwen3MoeConfig(**experts, num_experts=32), 1024),
+        "128 experts": (Qwen3MoeConfig(**experts, num_experts=128), 1024),
+    }
+    return {name: measured(config, tokens) for name, (config, tokens) in cases.items()}
+
+
+def measured(config: LlamaConfig | Qwen3MoeConfig, tokens: int) -> dict[str, float]:
+    """One configuration with random weights."""
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    linearize_moe(model)
+    blocks = [
+        Block(
+            f"model.layers.{place}",
+            {
+                f"model.layers.{place}.{name}": module
+                for name, module in layer.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            },
+        )
+        for place, layer in enumerate(model.model.layers)
+    ]
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    masks = Masks(linears, {name: torch.ones(m.in_features) for name, m in linears.items()})
+    ids = torch.randint(config.vocab_size, (tokens // 256, 256))
+    step = Slopes(model, blocks, masks, [{"input_ids": ids}])
+    seconds, peaks = [], []
+    for number in range(ROUNDS + 1):  # the first one warms up
+        before = reset_peak()
+        started = time.perf_counter()
+        step.at(dict.fromkeys(linears, 0.5 + 0.01 * number), [0])
+        seconds.append(time.perf_counter() - started)
+        peaks.append(peak() - before)
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "Linears": len(linears),
+        "million weights": weights / 1e6,
+        "megabytes of the model": sum(p.numel() * p.itemsize for p in model.parameters()) / 2**20,
+        "peak megabytes beyond it": max(peaks),
+    }

@@ -1,0 +1,143 @@
+"""Where a figure was measured, and the files that keep figures.
+
+A file in ``results/`` holds parts, each with its figures and what they hold for; ``page.py``
+makes README.md of them. What ``dlp-plugin compare`` wrote becomes a part by
+
+    python tests/benchmarks/record.py methods FOLDER/results.json --commit COMMIT \
+        --command 'dlp-plugin compare ...'
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "peft")
+# Instructions that decide how fast a model's products are, as the page names them
+INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_bf16": "AMX"}
+
+
+def here(command: str | None = None, threads: int | None = None) -> dict[str, Any]:
+    """What a measurement that is made now holds for.
+
+    :param command: by default that of this process
+    """
+    import torch
+
+    device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {
+        "command": command or " ".join(["python", shlex.join(_without_json(sys.argv))]),
+        "processor": processor(),
+        "instruction_sets": instruction_sets(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads or torch.get_num_threads(),
+        **device,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+    }
+
+
+def _without_json(arguments: list[str]) -> list[str]:
+    """A command line without the file that the results go to, its paths from the root."""
+    kept = [str(Path(arguments[0]).resolve().relative_to(ROOT)), *arguments[1:]]
+    if "--json" in kept:
+        place = kept.index("--json")
+        kept[place : place + 2] = []
+    return kept
+
+
+def processor() -> str:
+    """The processor's name (Linux)."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return names[0] if names else platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    flags = re.search(r"flags\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    found = flags.group(1).split() if flags else []
+    return [name for flag, name in INSTRUCTIONS.items() if flag in found]
+
+
+def commit() -> str | None:
+    """The commit that is measured, with a mark where the package was changed since."""
+    try:
+        name = _git("rev-parse", "--short=7", "HEAD")
+        return name + (" and changes" if _git("status", "--porcelain", "dlp_plugin") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def add(path: Path, parts: dict[str, dict[str, Any]]) -> None:
+    """Write parts to a file, in the place of those of the same name in it and beside it."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    beside = path.parent.glob("*.json") if path.resolve().parent == RESULTS.resolve() else ()
+    for other in beside:
+        kept = json.loads(other.read_text())
+        if other.resolve() != path.resolve() and kept.keys() & parts.keys():
+            left = {name: part for name, part in kept.items() if name not in parts}
+            other.write_text(json.dumps(left, indent=1) + "\n")
+    path.write_text(json.dumps(known | parts, indent=1) + "\n")
+
+
+def slimmed(comparison: dict[str, Any]) -> dict[str, Any]:
+    """What ``dlp-plugin compare`` wrote; of its plans strengths, paths of search and times."""
+    strengths = {
+        method: {target: plan.get("strength", plan.get("alpha")) for target, plan in plans.items()}
+        for method, plans in comparison["plans"].items()
+    }
+    searches = {
+        method: {
+            target: [[step["tokens"], step["divergence"]] for step in plan["search"]]
+            for target, plan in plans.items()
+        }
+        for method, plans in comparison["plans"].items()
+        if any(plan["search"] for plan in plans.values())
+    }
+    kept = {key: comparison[key] for key in ("subject", "dense", "cells")}
+    decided = comparison.get("decided", {})
+    return kept | {"strengths": strengths, "searches": searches, "decided": decided}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", help="name of the part, and of the file that keeps it")
+    parser.add_argument("comparison", type=Path, help="results.json of dlp-plugin compare")
+    parser.add_argument("--command", required=True, help="that made it")
+    parser.add_argument("--commit", help="that was measured; by default this one")
+    parser.add_argument("--threads", type=int, default=1, help="that it ran on")
+    arguments = parser.parse_args()
+    found = here(arguments.command, arguments.threads)
+    found["commit"] = arguments.commit or found["commit"]
+    found["results"] = slimmed(json.loads(arguments.comparison.read_text()))
+    add(RESULTS / f"{arguments.part.replace(' ', '_')}.json", {arguments.part: found})
+
+
+if __name__ == "__main__":
+    main()

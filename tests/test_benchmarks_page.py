@@ -1,0 +1,122 @@
+"""The benchmarks' page against what was measured: no figure on it is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from helpers import ROOT
+
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+ANEW = "run .venv/bin/python tests/benchmarks/page.py"
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import page
+
+    return page
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import record
+
+    return record
+
+
+def test_the_page_is_what_was_measured(page: ModuleType) -> None:
+    parts = page.Parts(BENCHMARKS / "results")
+    assert (BENCHMARKS / "README.md").read_text() == page.page(parts), ANEW
+
+
+def test_so_is_the_main_table_of_the_readme(page: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text()
+    parts = page.Parts(BENCHMARKS / "results")
+    assert page.figures.main_table(parts) in readme, ANEW
+    assert page.with_main_table(readme, parts) == readme, ANEW
+
+
+def test_every_part_says_what_it_holds_for(page: ModuleType) -> None:
+    for name, part in page.Parts(BENCHMARKS / "results").items():
+        assert part["processor"], name
+        assert part["commit"], name
+        assert part["date"], name
+        assert part["results"], name
+        if not part.get("transcribed"):
+            for key in ("command", "instruction_sets", "cores", "threads", "versions"):
+                assert part[key], f"{name}: {key}"
+
+
+def test_what_is_measured_and_not_shown_is_an_error(page: ModuleType) -> None:
+    parts = page.Parts(BENCHMARKS / "results")
+    parts["another"] = parts["samples"]
+    with pytest.raises(ValueError, match="not on the page: another, from another"):
+        page.page(parts)
+
+
+def test_a_part_in_two_files_is_an_error(page: ModuleType, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"training": {}}))
+    with pytest.raises(ValueError, match=r"training stands in two\.json and in another"):
+        page.Parts(tmp_path)
+
+
+def test_a_part_is_added_beside_others_or_in_the_place_of_its_own(
+    record: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    file, other = tmp_path / "run.json", tmp_path / "transcribed.json"
+    record.add(other, {"training": {"results": 0}, "recovery": {"results": 4}})
+    record.add(file, {"training": {"results": 1}})
+    record.add(file, {"growth": {"results": 2}})
+    record.add(file, {"training": {"results": 3}})
+    assert json.loads(file.read_text()) == {"training": {"results": 3}, "growth": {"results": 2}}
+    assert json.loads(other.read_text()) == {"recovery": {"results": 4}}
+
+
+def test_a_comparison_is_slimmed(record: ModuleType) -> None:
+    cells = [{"method": "dlp:0.15", "target": "0.5", "pruner": "wanda", "perplexity": 24.0}]
+    plans = {"dlp:0.15": {"0.5": {"strength": 0.15, "blocks": [1, 2]}}, "uniform": {}}
+    found = record.slimmed(
+        {"subject": {"model": "m"}, "dense": 20.0, "plans": plans, "cells": cells}
+    )
+    assert found == {
+        "subject": {"model": "m"},
+        "dense": 20.0,
+        "cells": cells,
+        "strengths": {"dlp:0.15": {"0.5": 0.15}, "uniform": {}},
+    }
+
+
+def test_where_it_is_measured_is_recorded(
+    record: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = str(BENCHMARKS / "run.py")
+    arguments = [script, "--json", "results.json", "--only", "training"]
+    monkeypatch.setattr(record.sys, "argv", arguments)
+    found = record.here()
+    assert found["command"] == "python tests/benchmarks/run.py --only training"
+    assert found["versions"]["torch"]
+    assert found["cores"] >= 1
+    assert record.here("other", threads=3)["command"] == "other"
+
+
+def test_the_main_commands_output_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import main_command
+
+    assert main_command.job().endswith("examples/prune_and_compare.py")
+    rows = [f"│ {name} │ 0.6961 │ 35.168 │ 1.701 │ 9.5 │" for name in main_command.ROWS]
+    sizes = [f"│ {name} │ 6.97 │ 2.86 │ 3.21 │" for name in main_command.SIZES]
+    output = "\n".join([*rows, *sizes, "pruned weights that came back with 4 bits: 0"])
+    found = main_command.results(output, output.replace("35.168", "35.300"), {"here": 9})
+    assert found["rows"][3]["name"] == "DLP, alpha auto, refined"
+    assert found["rows"][3]["perplexity"] == 35.168
+    assert found["rows"][3]["float32"] == 35.3
+    assert found["megabytes"]["at 4 bits"] == {"written": 6.97, "zstd": 2.86, "sparse": 3.21}
+    assert found["came back"] == 0

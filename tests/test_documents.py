@@ -1,0 +1,151 @@
+"""The documents against the code: links, fields, recipes, commands, versions."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from helpers import ROOT
+from llmcompressor.modifiers import Modifier
+
+import dlp_plugin
+from dlp_plugin.cli import app
+
+sys.path.append(str(ROOT / "tests" / "engines"))
+import environments
+
+FOLDERS = ("dlp_plugin", "examples", "recipes", "tests")
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.md"))),
+]
+README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "recipes" / "README.md").read_text()
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+PATH = re.compile(rf"\b(?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|yaml|md|txt|json)\b")
+
+documents = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=[str(file.relative_to(ROOT)) for file in DOCUMENTS]
+)
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return [code for _, kind, code in FENCE.findall(document.read_text()) if kind == language]
+
+
+def anchors(document: Path) -> set[str]:
+    """Where GitHub puts a document's titles."""
+    titles = re.findall(r"^#+ +(.*)$", FENCE.sub("", document.read_text()), re.M)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles]
+    return {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in plain}
+
+
+@documents
+def test_every_link_and_anchor_exists(document: Path) -> None:
+    links = LINK.findall(FENCE.sub("", document.read_text()))
+    for link in links:
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), f"{link}: there is no {path}"
+        if anchor:
+            assert anchor in anchors(target), f"{link}: no such title in {target.name}"
+
+
+@documents
+def test_every_path_from_the_root_exists(document: Path) -> None:
+    text = LINK.sub("", document.read_text())
+    for path in PATH.findall(text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"\btest_\w+\.py\b", text):
+        assert list((ROOT / "tests").rglob(name)), name
+
+
+@documents
+def test_code_can_be_read(document: Path) -> None:
+    for code in blocks(document, "python"):
+        ast.parse(code)
+    for code in blocks(document, "yaml"):
+        yaml.safe_load(code)
+
+
+@documents
+def test_every_command_and_option_of_the_terminal_exists(document: Path) -> None:
+    group = typer.main.get_command(app)
+    for code in blocks(document, "bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if not words or words[0] != "dlp-plugin":
+                continue
+            command = group.commands.get(words[1])
+            assert command, line
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+    features, _, _ = README.partition("<!-- written by")
+    assert 1 <= len(re.findall(r"^- ", features, re.M)) <= 7
+    assert README.count("| perplexity |") == 1  # one table of figures
+
+
+def test_the_readme_has_the_two_commands() -> None:
+    job, tests = blocks(ROOT / "README.md", "bash")
+    assert job == (
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[plot]' && "
+        ".venv/bin/python examples/prune_and_compare.py\n"
+    )
+    assert tests == "bash tests/run\n"
+    assert "`bash tests/run --engines`" in README
+
+
+def test_every_example_has_its_walk_through() -> None:
+    text = (ROOT / "examples" / "README.md").read_text()
+    scripts = [file.name for file in (ROOT / "examples").glob("*.py")]
+    assert [name for name in scripts if f"[{name}]({name})" not in text] == []
+
+
+def test_every_recipe_is_in_the_catalogue() -> None:
+    catalogue = RECIPES.partition("## Catalogue")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| \[(.*?)\]\(\1\)", catalogue, re.M)
+    assert sorted(listed) == sorted(file.name for file in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in dlp_plugin.__all__ if "Modifier" in name])
+def test_every_field_of_every_modifier_is_described(name: str) -> None:
+    assert name in RECIPES
+    rows = re.findall(r"^\| (`.*?) \|", RECIPES, re.M)
+    described = {field for row in rows for field in re.findall(r"`(\w+)`", row)}
+    fields = set(getattr(dlp_plugin, name).model_fields) - set(Modifier.model_fields)
+    assert fields
+    assert fields <= described
+
+
+def test_every_room_is_in_the_picture() -> None:
+    text = (ROOT / "dlp_plugin" / "README.md").read_text()
+    picture = text.partition("## Rooms")[2].partition("\n## ")[0]
+    rooms = [file for file in (ROOT / "dlp_plugin").iterdir() if not file.name.startswith("_")]
+    rooms = [file.name for file in rooms if file.suffix == ".py" or (file / "__init__.py").exists()]
+    assert [room for room in rooms if room not in picture] == []
+
+
+def test_the_releases_are_those_that_are_asked_for() -> None:
+    table = README.partition("## Releases that work together")[2]
+    asked = dict(re.findall(r"^\| ([\w-]+) +\| `(.*?)` ", table, re.M))
+    project = (ROOT / "pyproject.toml").read_text()
+    pins = {
+        environments.VLLM,
+        *environments.AUTO_GPTQ,
+        *re.findall(r'"([\w-]+[<>=][^"]*)"', project),
+    }
+    assert len(asked) == 8
+    assert {name + numbers for name, numbers in asked.items()} <= pins
