@@ -81,15 +81,22 @@ def test_a_part_is_added_beside_others_or_in_the_place_of_its_own(
 
 def test_a_comparison_is_slimmed(record: ModuleType) -> None:
     cells = [{"method": "dlp:0.15", "target": "0.5", "pruner": "wanda", "perplexity": 24.0}]
-    plans = {"dlp:0.15": {"0.5": {"strength": 0.15, "blocks": [1, 2]}}, "uniform": {}}
-    found = record.slimmed(
-        {"subject": {"model": "m"}, "dense": 20.0, "plans": plans, "cells": cells}
-    )
-    assert found == {
+    path = [{"generation": 1, "tokens": 9, "evaluations": 1, "divergence": 0.5}]
+    plans = {
+        "dlp:0.15": {"0.5": {"strength": 0.15, "blocks": [1, 2], "search": []}},
+        "dlp:0.1 refined 1": {"0.5": {"strength": 0.1, "blocks": [1, 2], "search": path}},
+        "uniform": {},
+    }
+    kept = {
         "subject": {"model": "m"},
         "dense": 20.0,
         "cells": cells,
-        "strengths": {"dlp:0.15": {"0.5": 0.15}, "uniform": {}},
+        "decided": {"dlp:0.1 refined 1": {"0.5": 7.0}},
+    }
+    assert record.slimmed({**kept, "plans": plans}) == {
+        **kept,
+        "strengths": {"dlp:0.15": {"0.5": 0.15}, "dlp:0.1 refined 1": {"0.5": 0.1}, "uniform": {}},
+        "searches": {"dlp:0.1 refined 1": {"0.5": [[9, 0.5]]}},
     }
 
 

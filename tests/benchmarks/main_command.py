@@ -79,9 +79,7 @@ def results(native: str, imitated: str, seconds: dict[str, float]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--json", type=Path, help="file to add to, e.g. tests/benchmarks/results/run.json"
-    )
+    parser.add_argument("--json", type=Path, help="file in results/ to add to")
     arguments = parser.parse_args()
     facts = here(job())
     with TemporaryDirectory() as folder:
