@@ -13,7 +13,7 @@ import torch
 import yaml
 from helpers import CALIBRATION_TEXT, EVERY, SHIPPED, TEST_TEXT
 from llmcompressor import oneshot
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from dlp_plugin import (
     AlphaPruningModifier,
@@ -23,6 +23,7 @@ from dlp_plugin import (
     SparseGPTModifier,
     WandaPruningModifier,
 )
+from dlp_plugin.checkpoints.loading import apply_recipe, load_model
 from dlp_plugin.comparison import view
 from dlp_plugin.comparison.results import Cell, Comparison, recipe_of
 from dlp_plugin.comparison.run import compare
@@ -122,7 +123,7 @@ class TestFigures:
     def test_the_dense_perplexity_is_the_model_s(
         self, finished: tuple[Path, Comparison], windows: list[torch.Tensor]
     ) -> None:
-        model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype="auto")
+        model = load_model(SHIPPED)
         assert finished[1].dense == perplexity(model, windows)
 
     def test_every_cell_is_what_its_recipe_gives(
@@ -147,7 +148,7 @@ class TestFigures:
         for cell, modifier in zip(found.cells, alone, strict=True):
             stage = WandaPruningModifier(sparsity=0.6, **EVERY)
             recipe = [stage] if modifier is None else [modifier, stage]
-            model = oneshot(model=str(SHIPPED), recipe=recipe, **calibration)
+            model = apply_recipe(SHIPPED, recipe, **calibration)
             assert cell.perplexity == perplexity(model, windows), cell.method
             if modifier is not None:
                 assert modifier.plan.blocks == found.plans[cell.method]["0.6"].blocks
@@ -168,12 +169,12 @@ class TestFigures:
         assert "| magnitude | 4:8 | uniform |" in text
         wanda = found.cell("dlp:0.15 refined 1", "4:8", "wanda")
         stage = WandaPruningModifier(mask_structure="4:8", **EVERY)
-        model = oneshot(model=str(SHIPPED), recipe=[DLPModifier(refine=1), stage], **calibration)
+        model = apply_recipe(SHIPPED, [DLPModifier(refine=1), stage], **calibration)
         assert wanda.perplexity == perplexity(model, windows)
         assert compared(tmp_path, "uniform,dlp:auto,dlp-refined", 0.5, "4:8", **settings) == found
         (tmp_path / "recipe.yaml").write_text(found.recipe("4:8"))
         best = found.best("4:8")
-        model = oneshot(model=str(SHIPPED), recipe=str(tmp_path / "recipe.yaml"), **calibration)
+        model = apply_recipe(SHIPPED, str(tmp_path / "recipe.yaml"), **calibration)
         assert perplexity(model, windows) == best.perplexity
 
     def test_weights_of_measured_models_are_let_go(
@@ -275,7 +276,7 @@ class TestWhatIsWritten:
         file.write_text(found.recipe())
         best = min(found.cells[2:], key=lambda cell: cell.perplexity)
         assert file.read_text().startswith(f"# {SHIPPED}, {best.method} at 0.7, wanda: perplexity")
-        model = oneshot(model=str(SHIPPED), recipe=str(file), **calibration)
+        model = apply_recipe(SHIPPED, str(file), **calibration)
         assert perplexity(model, windows) == best.perplexity
 
     @pytest.mark.parametrize("pruner", STAGES)

@@ -201,7 +201,10 @@ def test_the_example_of_the_readme(example: Callable[..., str], tmp_path: Path) 
     assert rows["dense"][0] == "0.0000"
     refined, packed = rows["DLP, alpha auto, refined"], rows["the same + W4A16"]
     assert refined == rows["the same, loaded"]
-    assert packed == rows["the same + W4A16, loaded"]
+    loaded = rows["the same + W4A16, loaded"]
+    assert packed[0] == loaded[0]
+    # where the processor has no bfloat16, scales were float32 until they were saved
+    assert float(packed[1]) == pytest.approx(float(loaded[1]), rel=1e-3)
     assert packed[0] >= refined[0] >= "0.69"
     assert float(refined[1]) < float(rows["uniform"][1])
 
