@@ -13,11 +13,13 @@ from dlp_plugin import DLPModifier, WandaPruningModifier, precision
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.precision import is_native, narrow, wide_enough, widen, widest
+from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.scoring.norms import ChannelNorms
 from dlp_plugin.scoring.scores import block_score
 from dlp_plugin.scoring.spectra import block_exponent
 from dlp_plugin.search.judge import Judge
 from dlp_plugin.search.masks import Masks
+from dlp_plugin.search.slopes import Slopes
 
 IDS = torch.arange(48).view(2, 24) * 5 % 256
 
@@ -57,6 +59,23 @@ class TestWhatAProcessorHas:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
         monkeypatch.setattr("platform.machine", lambda: "x86_64")
         assert is_native(torch.bfloat16) is expected
+
+
+def test_slopes_of_a_narrow_model_are_those_of_its_wide_twin(
+    make_model: MakeModel, without_bf16: None
+) -> None:
+    """Blocks that are run again in the backward pass compute as they did before."""
+    narrow = make_model(torch.bfloat16)
+    wide = make_model()
+    wide.load_state_dict(narrow.state_dict())
+    found = []
+    for model in (narrow, wide):
+        linears = {n: m for n, m in model.named_modules() if n.endswith("_proj")}
+        masks = Masks(linears, {n: torch.ones(m.in_features) for n, m in linears.items()})
+        blocks = [Block(f"model.layers.{i}", {}) for i in range(3)]
+        slopes = Slopes(model, blocks, masks, [{"input_ids": IDS}])
+        found.append(slopes.at(dict.fromkeys(linears, 0.5), [0])[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 class TestADeviceWithoutFloat64:

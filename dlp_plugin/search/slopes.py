@@ -10,7 +10,7 @@ carries along.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -131,7 +131,6 @@ class Slopes:
         with (
             self._probed(by_name, sparsities, structure),
             torch.enable_grad(),
-            wide_enough(self._model, self._device),
         ):
             logits = logits_of(self._model, batch, self._device).flatten(0, 1)
             total = divergences(logits, dense).sum()
@@ -163,9 +162,18 @@ class Slopes:
                 forward = partial(_probe, masked, probes[name])
                 stack.enter_context(patch_attr(linear, "forward", forward))
             for block in self._blocks:
-                run = partial(checkpoint, block.forward, use_reentrant=False)
+                run = partial(checkpoint, self._wide(block.forward), use_reentrant=False)
                 stack.enter_context(patch_attr(block, "forward", run))
             yield
+
+    def _wide(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Have a block compute as wide when it is run again, within a backward pass."""
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            with wide_enough(self._model, self._device):
+                return forward(*arguments, **named)
+
+        return run
 
 
 class _Masked:
