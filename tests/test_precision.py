@@ -75,7 +75,7 @@ def test_slopes_of_a_narrow_model_are_those_of_its_wide_twin(
         blocks = [Block(f"model.layers.{i}", {}) for i in range(3)]
         slopes = Slopes(model, blocks, masks, [{"input_ids": IDS}])
         found.append(slopes.at(dict.fromkeys(linears, 0.5), [0])[0])
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-9)
 
 
 class TestADeviceWithoutFloat64:
