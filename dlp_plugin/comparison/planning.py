@@ -34,32 +34,27 @@ class PlanningModifier(Modifier):
     Contenders that judge pruned models score on three quarters of the samples, the others on
     all: so the samples go through in two portions, and every plan is the one that a recipe
     with the method's own modifier makes.
+
+    :param wanted: contenders, the names of their targets, and whether pruned models are
+        judged by magnitude's masks instead of Wanda's
+    :param keep: called with the plan's name (:meth:`Contender.plan_name`), the target, the
+        plan, and the seconds that deciding took after scoring
+    :param progress_path: file for how far a search is
     """
 
     requires_calibration_data: bool = False  # as in the modifiers of the methods
 
-    _wanted: Wanted = PrivateAttr(default_factory=list)
+    _wanted: Wanted = PrivateAttr()
     _keep: Callable[[str, str, Plan, float], None] = PrivateAttr()
     _progress_path: Path = PrivateAttr()
     _blocks: list[Block] = PrivateAttr(default_factory=list)
     _pass: ScoringPass = PrivateAttr()
 
-    @classmethod
-    def making(
-        cls, wanted: Wanted, keep: Callable[[str, str, Plan, float], None], progress_path: Path
-    ) -> PlanningModifier:
-        """The modifier that makes plans.
-
-        :param wanted: contenders, the names of their targets, and whether pruned models are
-            judged by magnitude's masks instead of Wanda's
-        :param keep: called with the plan's name (:meth:`Contender.plan_name`), the target, the
-            plan, and the seconds that deciding took after scoring
-        :param progress_path: file for how far a search is
-        """
-        modifier = cls()
-        modifier._wanted, modifier._keep = wanted, keep
-        modifier._progress_path = progress_path
-        return modifier
+    def __init__(
+        self, wanted: Wanted, keep: Callable[[str, str, Plan, float], None], progress_path: Path
+    ) -> None:
+        super().__init__()
+        self._wanted, self._keep, self._progress_path = wanted, keep, progress_path
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the blocks, and in them the Linears that a stage on all Linears prunes.
@@ -102,8 +97,10 @@ class PlanningModifier(Modifier):
         self._pass.run(self, model, batches, [contender.method for contender, _, _ in wanted])
         blocks = self._pass.blocks
         every = [name for block in blocks for name in block.linears]
-        masks = {False: self._pass.masks(), True: self._pass.masks(by_magnitude=every)}
+        ways = {by_magnitude for contender, _, by_magnitude in wanted if contender.judges}
+        masks = {way: self._pass.masks(every if way else ()) for way in sorted(ways)}
         judges = {way: Judge(model, masks[way], judging) for way in masks}
+        slopes = {way: Slopes(model, blocks, masks[way], batches) for way in masks}
         for contender, target, by_magnitude in wanted:
             sparsity, structure = target_of(target)
             started = time.perf_counter()
@@ -112,7 +109,7 @@ class PlanningModifier(Modifier):
                 blocks,
                 self._pass.scores(contender.method),
                 judges[by_magnitude] if contender.judges else None,
-                Slopes(model, blocks, masks[by_magnitude], batches),
+                slopes[by_magnitude] if contender.judges else None,
                 model=getattr(model, "name_or_path", "") or type(model).__name__,
                 target=sparsity,
                 structure=structure,

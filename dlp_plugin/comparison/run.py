@@ -11,8 +11,6 @@ look at weights alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
@@ -33,6 +31,7 @@ from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.planning.plan import Plan, package_versions
 from dlp_plugin.precision import is_native
 from dlp_plugin.scoring.blocks import outer_block
+from dlp_plugin.search.progress import digest
 
 __all__ = ["compare"]
 
@@ -97,7 +96,7 @@ def compare(
         each for (name, target), each in wanted.items() if target not in found.plans.get(name, {})
     ]
     if missing:
-        planning = PlanningModifier.making(missing, keep, path.with_name("search.json"))
+        planning = PlanningModifier(missing, keep, path.with_name("search.json"))
         _let_go(apply_recipe(model, planning, **calibration))
 
     for pruner, target, method in product(dict.fromkeys(pruners), targets, contenders):
@@ -159,10 +158,6 @@ def _subject(
     model: str, calibration: Mapping[str, Any], windows: Sequence[torch.Tensor]
 ) -> dict[str, str]:
     """All that a figure depends on but method, target and pruner."""
-
-    def digest(content: object) -> str:
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
     config = load_config(model)
     folder = Path(model)
     safe = any(folder.glob("*.safetensors"))

@@ -259,14 +259,18 @@ class AllocationModifier(Modifier, Method):
                 self.score_name,
             )
         blocks = self._pass.blocks
-        magnitude = [name for fed in self._stages if fed.by_magnitude for name in fed.inside]
-        masks = self._pass.masks(magnitude)
+        judge = slopes = None
+        if self.judges:
+            magnitude = [name for fed in self._stages if fed.by_magnitude for name in fed.inside]
+            masks = self._pass.masks(magnitude)
+            judge = Judge(model, masks, judging)
+            slopes = Slopes(model, blocks, masks, batches)
         return decide(
             self.method,
             blocks,
             scores,
-            Judge(model, masks, judging) if self.judges else None,
-            Slopes(model, blocks, masks, batches) if self.refine else None,
+            judge,
+            slopes,
             model=getattr(model, "name_or_path", "") or type(model).__name__,
             target=self._target,
             structure=self._structure,

@@ -79,6 +79,7 @@ class _Descent:
         self._slopes = slopes
         self._plan = plan
         self._steps = steps
+        self._measurements = min(MEASURED, steps)
         self._weights = {name: size for block in blocks for name, size in block.sizes.items()}
         self._latent = sparsities_of(plan, blocks)  # before rounding to whole N
         self._velocity = dict.fromkeys(self._latent, 0.0)
@@ -97,7 +98,7 @@ class _Descent:
             "Refining: {} steps of about {} tokens, measured {} times on {}",
             self._steps,
             TOKENS,
-            min(MEASURED, self._steps),
+            self._measurements,
             self._judge.tokens,
         )
         if not math.isfinite(self._measured()):
@@ -141,7 +142,7 @@ class _Descent:
             self._latent[name] -= rate * self._velocity[name]
         self._latent = project(self._latent, self._weights, self._plan.target)
         self.done = step
-        if step * min(MEASURED, self._steps) % self._steps < min(MEASURED, self._steps):
+        if step * self._measurements % self._steps < self._measurements:
             self._measured(step)
             logger.info(
                 "step {} of {}: divergence {:.4f}, {} tokens run",

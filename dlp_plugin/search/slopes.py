@@ -69,7 +69,10 @@ class Slopes:
         self._device = get_main_device()
 
     def portion(self, number: int, tokens: int) -> list[int]:
-        """The numbers of the batches of a step: at least so many tokens, those of before last."""
+        """The numbers of a step's batches: at least so many tokens, after those of the step before.
+
+        :param number: of the step, from 0
+        """
         found: list[int] = []
         place = 0
         for _ in range(number + 1):
@@ -94,6 +97,7 @@ class Slopes:
         :return: full name to cost, 0 for a Linear that saw no token, and the number of tokens
             on all processes
         :raises ValueError: if the divergence has no gradient
+        :raises MemoryError: if there is no room for the activations
         """
         costs = torch.zeros(len(sparsities), dtype=widest(self._device), device=self._device)
         tokens = 0
