@@ -126,12 +126,10 @@ def gradient(parts: Parts) -> dict[str, str]:
             f"{found['Linears']}",
             f"{found['million weights']:.1f}",
             f"{found['seconds']:.2f}",
-            f"{found['megabytes of the model']:.0f} MB",
-            f"{found['peak megabytes beyond it']:.0f} MB",
         ]
         for name, found in parts.results("steps").items()
     ]
-    columns = ["", "Linears", "million weights in them", "seconds", "model", "beyond it"]
+    columns = ["", "Linears", "million weights in them", "seconds"]
     return {
         "tuning table": table(["", "divergence", "tokens"], rows),
         "steps table": table(columns, steps),

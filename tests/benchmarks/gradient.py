@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from common import ROUNDS, peak, reset_peak
+from common import ROUNDS
 from plans import plan
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
@@ -73,7 +73,7 @@ def tuning() -> dict[str, dict[str, float]]:
 
 
 def step_costs() -> dict[str, dict[str, float]]:
-    """Seconds and peak memory of a step, with the number of Linears and of weights."""
+    """Seconds of a step, with the number of Linears and of weights."""
     llama = {**SIZES, "intermediate_size": 1536}
     experts = {**SIZES, "moe_intermediate_size": 192, "num_experts_per_tok": 2}
     cases = {
@@ -113,18 +113,14 @@ def measured(config: LlamaConfig | Qwen3MoeConfig, tokens: int) -> dict[str, flo
     masks = Masks(linears, {name: torch.ones(m.in_features) for name, m in linears.items()})
     ids = torch.randint(config.vocab_size, (tokens // 256, 256))
     step = Slopes(model, blocks, masks, [{"input_ids": ids}])
-    seconds, peaks = [], []
+    seconds = []
     for number in range(ROUNDS + 1):  # the first one warms up
-        before = reset_peak()
         started = time.perf_counter()
         step.at(dict.fromkeys(linears, 0.5 + 0.01 * number), [0])
         seconds.append(time.perf_counter() - started)
-        peaks.append(peak() - before)
     weights = sum(linear.weight.numel() for linear in linears.values())
     return {
         "seconds": statistics.median(seconds[1:]),
         "Linears": len(linears),
         "million weights": weights / 1e6,
-        "megabytes of the model": sum(p.numel() * p.itemsize for p in model.parameters()) / 2**20,
-        "peak megabytes beyond it": max(peaks),
     }
