@@ -2,11 +2,15 @@
 
 ``import dlp_plugin`` makes ``DLPModifier``, ``OWLModifier``,
 ``AlphaPruningModifier``, ``LinearSparsityModifier`` and ``MaskedGPTQModifier`` known to
-recipes, adds ``OneShotMagnitudeModifier``, and has SparseGPT and Wanda stages take an N of N:M
-for every block and agree over several processes.
+recipes, adds ``ADMMPruningModifier`` and ``OneShotMagnitudeModifier``, and has SparseGPT and
+Wanda stages take an N of N:M for every block, agree over several processes, and repair what
+they prune.
+
+It makes packed folders (:func:`pack`) known to transformers, too.
 
 The import itself is light: torch and llm-compressor are loaded when a name is first used, and
-the modifiers are made known when llm-compressor is loaded, before or after this package.
+the modifiers are made known when llm-compressor is loaded, before or after this package; so are
+packed folders when transformers is.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from dlp_plugin.registration import register_with_host
+from dlp_plugin.registration import register_with_host, register_with_transformers
 
 if TYPE_CHECKING:
+    from dlp_plugin.checkpoints.packing import pack, unpack
     from dlp_plugin.modifiers.base import last_plans
     from dlp_plugin.modifiers.methods import (
         AlphaPruningModifier,
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
         OWLModifier,
     )
     from dlp_plugin.planning.plan import BlockPlan, Plan
+    from dlp_plugin.pruning.admm import ADMMPruningModifier
     from dlp_plugin.pruning.calibrated import SparseGPTModifier, WandaPruningModifier
     from dlp_plugin.pruning.magnitude import OneShotMagnitudeModifier
     from dlp_plugin.pruning.masked_gptq import MaskedGPTQModifier
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ADMMPruningModifier",
     "AlphaPruningModifier",
     "BlockPlan",
     "DLPModifier",
@@ -45,9 +52,12 @@ __all__ = [
     "WandaPruningModifier",
     "__version__",
     "last_plans",
+    "pack",
+    "unpack",
 ]
 
 _MODIFIERS = {
+    "ADMMPruningModifier": "pruning.admm",
     "AlphaPruningModifier": "modifiers.methods",
     "DLPModifier": "modifiers.methods",
     "LinearSparsityModifier": "modifiers.methods",
@@ -62,6 +72,8 @@ _HOMES = {
     "BlockPlan": "planning.plan",
     "Plan": "planning.plan",
     "last_plans": "modifiers.base",
+    "pack": "checkpoints.packing",
+    "unpack": "checkpoints.packing",
 }
 
 
@@ -78,3 +90,4 @@ def __dir__() -> list[str]:
 
 
 register_with_host({name: f"{__name__}.{home}" for name, home in _MODIFIERS.items()})
+register_with_transformers(f"{__name__}.engines.transformers")

@@ -1,14 +1,15 @@
-"""Making modifiers known to llm-compressor's recipes, whichever is imported first.
+"""Making modifiers known to recipes and packed folders to transformers, whatever is first.
 
-llm-compressor has no entry points, and importing it takes seconds, which a command that only
-shows a plan should not have to wait for. So where it is not loaded yet, its own import is
-waited for.
+llm-compressor has no entry points, nor has transformers, and importing either takes seconds,
+which a command that only shows a plan should not have to wait for. So where one is not loaded
+yet, its own import is waited for.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -16,9 +17,10 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["register_with_host"]
+__all__ = ["register_with_host", "register_with_transformers"]
 
 _HOST = "llmcompressor"
+_QUANTIZERS = "transformers.quantizers.auto"
 
 
 def register_with_host(homes: Mapping[str, str]) -> None:
@@ -29,21 +31,41 @@ def register_with_host(homes: Mapping[str, str]) -> None:
     :param homes: name of a modifier to the module that holds it, which is imported when a
         recipe first asks for it
     """
-    if _HOST in sys.modules:
-        _register(homes)
+    _when_loaded(_HOST, lambda: _register(homes))
+
+
+def register_with_transformers(home: str) -> None:
+    """Register the quantizer of packed folders with transformers, now or once it is imported.
+
+    Without transformers nothing happens, nor with one that is too old for it.
+
+    :param home: the module that registers it when it is imported
+    """
+
+    def register() -> None:
+        with suppress(ImportError):
+            import_module(home)
+
+    _when_loaded(_QUANTIZERS, register)
+
+
+def _when_loaded(module: str, action: Callable[[], None]) -> None:
+    if module in sys.modules:
+        action()
     else:
-        sys.meta_path.insert(0, _HostWatcher(homes))
+        sys.meta_path.insert(0, _Watcher(module, action))
 
 
-class _HostWatcher(MetaPathFinder):
-    """Sees llm-compressor being imported; it finds nothing itself."""
+class _Watcher(MetaPathFinder):
+    """Sees a module being imported; it finds nothing itself."""
 
-    def __init__(self, homes: Mapping[str, str]) -> None:
-        self._homes = homes
+    def __init__(self, module: str, action: Callable[[], None]) -> None:
+        self._module = module
+        self._action = action
         self._asking = False
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != _HOST or self._asking:
+        if name != self._module or self._asking:
             return None
         self._asking = True  # the other finders, by way of this one too
         try:
@@ -54,13 +76,13 @@ class _HostWatcher(MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _register(self._homes)
+            self._action()
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
 
 

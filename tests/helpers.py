@@ -96,7 +96,7 @@ def run(model: torch.nn.Module, recipe: object, dataset: Dataset | None, **argum
     """The real ``oneshot()`` with every choice that could differ between runs made."""
     return oneshot(
         model=model,
-        recipe=yaml.safe_dump(recipe) if isinstance(recipe, dict) else recipe,
+        recipe=yaml.safe_dump(recipe, sort_keys=False) if isinstance(recipe, dict) else recipe,
         dataset=dataset,
         tokenizer=arguments.pop("tokenizer", None) or word_tokenizer(),
         shuffle_calibration_samples=False,

@@ -25,6 +25,8 @@ HELP = {
     "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
     "compare": ["uniform, dlp, owl, alpha-pruning, linear", "dlp-refined", "--write-recipe"],
     "merge": ["pip install 'dlp_plugin[lora]'", "--allow-dense", "keeping every zero"],
+    "pack": ["Nothing is lost", "dense, W4A16 or W8A16", "import dlp_plugin"],
+    "unpack": ["A folder that dlp-plugin pack wrote", "that a packed one was packed from"],
     "export-gptq": ["in the GPTQ format", "W4A16 or W8A16"],
 }
 

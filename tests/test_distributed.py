@@ -29,7 +29,7 @@ from dlp_plugin import DLPModifier, Plan, last_plans
 
 
 def text(pruner: str = "WandaPruningModifier", **dlp: object) -> str:
-    return yaml.safe_dump(recipe(dlp, pruner, sparsity=0.6))
+    return yaml.safe_dump(recipe(dlp, pruner, sparsity=0.6), sort_keys=False)
 
 
 def torchrun(*words: object) -> str:
@@ -128,6 +128,26 @@ def test_two_processes_prune_like_one(make_model: MakeModel, saved: str, tmp_pat
         assert [b.sparsity for b in first_plan.blocks] == [b.sparsity for b in plan.blocks]
         assert_same(first, weights)
         assert_same(second, weights)
+
+
+def test_two_processes_repair_like_one(make_model: MakeModel, saved: str, tmp_path: Path) -> None:
+    """Gram matrices are summed; gradients are averaged, so that steps are of two samples."""
+    kinds = ["WandaPruningModifier", "OneShotMagnitudeModifier"]
+    recipes = [yaml.safe_dump(recipe({}, kind, sparsity=0.6, polish=True)) for kind in kinds]
+    recipes.append(text("ADMMPruningModifier"))
+    recipes.append(
+        yaml.safe_dump(
+            recipe({}, "ADMMPruningModifier", sparsity=0.6, reconstruct=2), sort_keys=False
+        )
+    )
+    results, _ = in_two_processes(tmp_path, *recipes, model=saved, rows=random_samples(8).to_list())
+    for each, ((_, first), (_, second)) in zip(recipes, results, strict=True):
+        assert_same(first, second)
+        _, weights = alone(make_model, each)
+        for name, weight in weights.items():
+            assert (first[name] == 0).sum() == (weight == 0).sum(), name
+            if "reconstruct" not in each and "layers.0." in name:  # later ones amplify rounding
+                assert (first[name] - weight).norm() < 0.01 * weight.norm(), name
 
 
 def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(

@@ -20,7 +20,7 @@ FLOORS = [
     {"planning", "host"},
     {"experts", "search"},
     {"pruning", "checkpoints"},
-    {"modifiers", "recovery"},
+    {"modifiers", "recovery", "engines"},
     {"comparison"},
     {"cli"},
 ]

@@ -66,7 +66,7 @@ class TestBadInput:
         stage = WandaPruningModifier(sparsity=0.7, targets=["Linear"])
         refuses(
             make_model(),
-            "no SparseGPTModifier, WandaPruningModifier or OneShot",
+            "no SparseGPTModifier, WandaPruningModifier, ADMMPruningModifier or OneShot",
             stage,
             DLPModifier(sparsity=0.7),
         )

@@ -19,10 +19,12 @@ if TYPE_CHECKING:  # torch and compressed-tensors take seconds, which only quant
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
     from numpy.typing import NDArray
 
+    from dlp_plugin.checkpoints.stored import Stored
+
     Array = NDArray[Any] | torch.Tensor
     Mask = NDArray[np.bool_]
 
-__all__ = ["Checkpoint", "Zeros", "inspect_checkpoint", "zeros_lost", "zstd_bytes"]
+__all__ = ["Checkpoint", "Zeros", "block_of", "inspect_checkpoint", "zeros_lost", "zstd_bytes"]
 
 # safetensors looks for these among numpy's own attributes, where ml_dtypes puts none.
 _BY_TORCH = ("F8", "F6", "F4")
@@ -62,7 +64,7 @@ class Checkpoint:
     :param folder: where it lies
     :param linears: full name of every weight matrix to its zeros, in name order; of fused
         experts full name of all experts' weights
-    :param quantization: format of the quantized weights; None if there are none
+    :param quantization: format of the quantized or packed weights; None if there are none
     :param bytes_on_disk: size of its safetensors files
     :param bytes_if_sparse: what the blocks' weights would take in an engine that stores
         one bit for every weight and the values that are not zero, with everything else
@@ -80,7 +82,7 @@ class Checkpoint:
         """Zeros of every block, in depth order."""
         blocks: dict[str, Zeros] = {}
         for name, zeros in self.linears.items():
-            block = _block_of(name)
+            block = block_of(name)
             if block is not None:
                 blocks[block] = blocks[block] + zeros if block in blocks else zeros
         return blocks
@@ -88,7 +90,7 @@ class Checkpoint:
     @property
     def outside(self) -> dict[str, Zeros]:
         """Zeros of the matrices outside every block: embeddings and head."""
-        return {n: zeros for n, zeros in self.linears.items() if _block_of(n) is None}
+        return {n: zeros for n, zeros in self.linears.items() if block_of(n) is None}
 
 
 def inspect_checkpoint(
@@ -96,20 +98,20 @@ def inspect_checkpoint(
 ) -> Checkpoint:
     """Count the zeros of every weight matrix in a checkpoint's safetensors files.
 
-    The model is not built; one matrix is in memory at a time. Quantized weights count
-    as what they stand for: a packed 4-bit weight is zero if it dequantizes to zero.
+    The model is not built; one matrix is in memory at a time. Quantized and packed weights count
+    as what they stand for: a 4-bit weight is zero if it dequantizes to zero.
 
     :param folder: a checkpoint as transformers or llm-compressor saves it
     :param advance: called with the fraction of matrices done by each step
     :param group: M of a pattern N:M that is to be looked for in every row; 0 for none
     :raises FileNotFoundError: if the folder holds no safetensors file, or lacks one that its
         index names
-    :raises ValueError: if a file is damaged, or a quantized weight has no scheme in
-        ``config.json``
+    :raises ValueError: if a file is damaged, or ``config.json`` does not tell how a quantized or
+        packed weight is stored
     """
     folder = Path(folder)
     tensors = _tensors_by_module(folder)
-    quantization = _quantization_config(folder)
+    quantization = _quantization(folder)
     linears: dict[str, Zeros] = {}
     sparse_bits = 0
     for module, files in tensors.items():
@@ -118,10 +120,8 @@ def inspect_checkpoint(
         if zero is not None and zero.ndim == 2:
             zeros = _zeros(zero, group)
             linears[module] = zeros
-            if _block_of(module) is not None:
-                stored = state.pop("weight_packed", None)
-                stored = state.pop("weight") if stored is None else stored
-                bits = 8 * stored.nbytes // zeros.weights
+            if block_of(module) is not None:
+                bits = _take_bits(module, state, quantization, zeros.weights)
                 sparse_bits += zeros.weights + bits * (zeros.weights - zeros.zeros)
         for local in _fused(module, state):
             stored = state.pop(local)
@@ -132,7 +132,7 @@ def inspect_checkpoint(
     return Checkpoint(
         folder,
         linears,
-        None if quantization is None else quantization.format,
+        quantization.format,
         sum(file.stat().st_size for file in shards(folder)),
         sparse_bits // 8,
     )
@@ -150,10 +150,10 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
     """
     pruned, other = Path(pruned), Path(other)
     before, after = _tensors_by_module(pruned), _tensors_by_module(other)
-    config_before, config_after = _quantization_config(pruned), _quantization_config(other)
+    config_before, config_after = _quantization(pruned), _quantization(other)
     lost = {}
     for module, files in before.items():
-        if _block_of(module) is None:
+        if block_of(module) is None:
             continue
         state_before = _read(module, files)
         state_after = _read(module, after.get(module, {}))
@@ -180,10 +180,24 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
 
 def _fused(module: str, state: Mapping[str, Array]) -> list[str]:
     """Local names of the weights ``[experts, ...]`` of a block's fused experts."""
-    if _block_of(module) is None:
+    if block_of(module) is None:
         return []
     others = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
     return [n for n, x in state.items() if x.ndim == 3 and n not in others and "_bias" not in n]
+
+
+def _take_bits(
+    module: str, state: dict[str, Array], quantization: _Quantization, weights: int
+) -> int:
+    """Take a matrix's own tensors out of its module's; how many bits has a weight of it?"""
+    stored = quantization.packed.get(module)
+    if stored is not None:
+        for part in set(stored.part_shapes()) - {"weight_scale", "weight_zero_point"}:
+            del state[part]
+        return stored.bits or 8 * stored.dtype.itemsize
+    matrix = state.pop("weight_packed", None)
+    matrix = state.pop("weight") if matrix is None else matrix
+    return 8 * matrix.nbytes // weights
 
 
 def _is_zero(weights: Array) -> Mask:
@@ -248,7 +262,7 @@ def _is_quantized(locals_: Container[str]) -> bool:
     return "weight_packed" in locals_ or "weight_scale" in locals_
 
 
-def _block_of(module: str) -> str | None:
+def block_of(module: str) -> str | None:
     """A block's name ends in the first number of a full name: ``model.layers.3``.
 
     As :func:`dlp_plugin.scoring.blocks.find_blocks` finds them where there is a model.
@@ -263,21 +277,47 @@ def _depth_order(module: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in module.split(".")]
 
 
-def _quantization_config(folder: Path) -> QuantizationConfig | None:
-    config = (read_config(folder) or {}).get("quantization_config")
-    if config is None or config.get("quant_method") != "compressed-tensors":
-        return None
-    from compressed_tensors.quantization import QuantizationConfig
+@dataclass(frozen=True)
+class _Quantization:
+    """How ``config.json`` says that quantized and packed modules are stored.
 
-    return QuantizationConfig.model_validate(config)
+    :param compressed: what compressed-tensors reads; None if it is not its
+    :param packed: full name of every packed Linear to how it is stored
+    :param format: as :class:`Checkpoint` tells it
+    """
+
+    compressed: QuantizationConfig | None
+    packed: Mapping[str, Stored]
+    format: str | None
 
 
-def _zero_weights(
-    module: str, state: dict[str, Array], config: QuantizationConfig | None
-) -> Mask | None:
+def _quantization(folder: Path) -> _Quantization:
+    config = (read_config(folder) or {}).get("quantization_config") or {}
+    if config.get("quant_method") == "compressed-tensors":
+        from compressed_tensors.quantization import QuantizationConfig
+
+        compressed = QuantizationConfig.model_validate(config)
+        return _Quantization(compressed, {}, compressed.format)
+    if not config:
+        return _Quantization(None, {}, None)
+    from dlp_plugin.checkpoints.packed import packed_linears
+
+    packed = packed_linears(folder)
+    source = (config.get("source") or {}).get("format")
+    known = [config["quant_method"], *([source] if source else [])] if packed else []
+    return _Quantization(None, packed, ", ".join(known) or None)
+
+
+def _zero_weights(module: str, state: dict[str, Array], quantization: _Quantization) -> Mask | None:
     """Which of a module's weights stand for zero; None if it has none."""
+    if module in quantization.packed:
+        from dlp_plugin.checkpoints.sparse_format import decode
+
+        parts: Any = state
+        return _is_zero(decode(quantization.packed[module], parts, name=module))
     if not _is_quantized(state):
         return _is_zero(state["weight"]) if "weight" in state else None
+    config = quantization.compressed
     scheme = None if config is None else _scheme(module, config)
     if config is None or scheme is None:
         raise ValueError(

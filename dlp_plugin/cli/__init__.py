@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dlp_plugin.cli.checkpoints import export_gptq, inspect
+from dlp_plugin.cli.checkpoints import export_gptq, inspect, pack, unpack
 from dlp_plugin.cli.common import app
 from dlp_plugin.cli.measure import compare, ppl, zero_shot
 from dlp_plugin.cli.plans import score, show
@@ -22,6 +22,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     zero_shot,
     compare,
     merge,
+    pack,
+    unpack,
     export_gptq,
 )
 

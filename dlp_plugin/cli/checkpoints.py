@@ -1,4 +1,4 @@
-"""Commands on what is on disk: ``inspect``, ``export-gptq``; and the table of zeros."""
+"""Commands on what is on disk: ``inspect``, ``pack`` and ``export-gptq``; and tables of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from dlp_plugin.cli.common import console, progress_bar, reporting_errors
 
 if TYPE_CHECKING:
     from dlp_plugin.checkpoints.inspect import Checkpoint
+    from dlp_plugin.checkpoints.packing import Packed
 
-__all__ = ["export_gptq", "inspect", "show_zeros"]
+__all__ = ["export_gptq", "inspect", "pack", "show_zeros", "unpack"]
 
 
 def inspect(
@@ -32,7 +33,7 @@ def inspect(
     """Count the zeros that a checkpoint really holds, block by block.
 
     Reads the safetensors files and builds no model. Packed 4-bit weights count as
-    what they dequantize to.
+    what they dequantize to, folders of `dlp-plugin pack` as what they were packed from.
     """
     with reporting_errors(host=False):
         from dlp_plugin.checkpoints.inspect import zeros_lost
@@ -58,6 +59,36 @@ def export_gptq(
         from dlp_plugin.checkpoints.gptq_format import export_gptq as export
 
         export(folder, output)
+        console.print("written:", str(output), markup=False)
+
+
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A pruned checkpoint: dense, W4A16 or W8A16.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+) -> None:
+    """Write a pruned checkpoint small: a bit for every weight, and those that are not zero.
+
+    Nothing is lost: transformers (after `import dlp_plugin`) and vLLM load it as what it was,
+    bit for bit, and `dlp-plugin unpack` writes that again.
+    """
+    with reporting_errors(host=False):
+        from dlp_plugin.checkpoints.packing import pack as write
+
+        with progress_bar("Packing", 1) as advance:
+            packed = write(folder, output, advance)
+        console.print(_sizes_table(folder, output, packed))
+
+
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="A folder that `dlp-plugin pack` wrote.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+) -> None:
+    """Write the checkpoint that a packed one was packed from, for what reads no packed ones."""
+    with reporting_errors(host=False):
+        from dlp_plugin.checkpoints.packing import unpack as write
+
+        with progress_bar("Unpacking", 1) as advance:
+            write(folder, output, advance)
         console.print("written:", str(output), markup=False)
 
 
@@ -105,6 +136,24 @@ def _zeros_table(found: Checkpoint, linears: bool, group: int) -> Table:
         f"{_megabytes(zstd_bytes(found.folder))} under zstd, "
         f"{_megabytes(found.bytes_if_sparse)} if an engine stored 1 bit a weight and the values"
     )
+    return table
+
+
+def _sizes_table(source: Path, output: Path, packed: Packed) -> Table:
+    from dlp_plugin.checkpoints.files import shards
+    from dlp_plugin.checkpoints.inspect import zstd_bytes
+
+    before, after = (sum(file.stat().st_size for file in shards(f)) for f in (source, output))
+    compressed = zstd_bytes(source)
+    table = Table(title=f"{escape(str(source))} packed")
+    for column in ("", "before", "under zstd", "packed"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    table.add_row("files", *(_megabytes(size) for size in (before, compressed, after)))
+    parts = (f"{size / before:.3f}" for size in (before, compressed, after))
+    table.add_row("of what they were", *parts)
+    one, other = (8 * size / packed.weights for size in (packed.bytes_before, packed.bytes_after))
+    table.add_row("bits a weight of packed Linears", f"{one:.2f}", "", f"{other:.2f}")
+    table.caption = f"{len(packed.linears)} Linears of blocks packed, {packed.dense} left dense"
     return table
 
 

@@ -143,7 +143,11 @@ def compare(
         str, typer.Option(help="With commas; `4:8` is 4 of every 8 weights on average.")
     ] = "0.5,0.6,0.7",
     pruners: Annotated[
-        str, typer.Option(help="With commas: `wanda`, `sparsegpt`, `magnitude`.")
+        str,
+        typer.Option(
+            help="With commas: `wanda`, `sparsegpt`, `admm`, `magnitude`; each also repaired, "
+            "`wanda-polished`, `admm-reconstructed`, `sparsegpt-polished-reconstructed`."
+        ),
     ] = "wanda",
     refine: Annotated[int, typer.Option(min=1, help="Steps, for `-refined`.")] = 16,
     evolve: Annotated[int, typer.Option(min=1, help="Generations, for `-evolved`.")] = 40,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,13 +14,62 @@ from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.search.decide import Search
 
-__all__ = ["PRUNERS", "Contender", "contender_named", "target_named", "target_of"]
+__all__ = [
+    "PRUNERS",
+    "Contender",
+    "Pruner",
+    "contender_named",
+    "pruner_named",
+    "target_named",
+    "target_of",
+]
 
 PRUNERS = {
     "wanda": "WandaPruningModifier",
     "sparsegpt": "SparseGPTModifier",
+    "admm": "ADMMPruningModifier",
     "magnitude": "OneShotMagnitudeModifier",
 }
+# What a pruner's name may end in, to the fields that it stands for.
+_REPAIRS: dict[str, dict[str, Any]] = {
+    "-polished": {"polish": True},
+    "-reconstructed": {"reconstruct": 5},
+}
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A pruning stage that takes part.
+
+    :param modifier: its class
+    :param fields: those that differ from their defaults
+    """
+
+    modifier: str
+    fields: Mapping[str, Any]
+
+    @property
+    def by_magnitude(self) -> bool:
+        """Whether it ranks weights by magnitude, and not about as Wanda does."""
+        return self.modifier == PRUNERS["magnitude"]
+
+
+def pruner_named(text: str) -> Pruner:
+    """A pruner as it is written, ``name[-polished][-reconstructed]``, e.g. ``wanda-polished``.
+
+    :raises ValueError: naming ``text`` and what there is
+    """
+    name, fields = text, dict[str, Any]()
+    for ending in reversed(_REPAIRS):
+        if name.endswith(ending):
+            name = name.removesuffix(ending)
+            fields |= _REPAIRS[ending]
+    if name not in PRUNERS:
+        raise ValueError(
+            f"there is no pruner {text!r}; there are {', '.join(PRUNERS)}, each also with "
+            f"{' or '.join(_REPAIRS)} behind it"
+        )
+    return Pruner(PRUNERS[name], fields)
 
 
 @dataclass(frozen=True)

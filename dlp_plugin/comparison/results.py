@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field
 
-from dlp_plugin.comparison.names import PRUNERS, target_of
+from dlp_plugin.comparison.names import pruner_named, target_of
 from dlp_plugin.files import replacing
 from dlp_plugin.planning.methods import METHODS
 from dlp_plugin.planning.plan import Plan
@@ -22,17 +22,19 @@ __all__ = ["Cell", "Comparison", "recipe_of"]
 def recipe_of(plan: Plan, pruner: str) -> str:
     """The YAML recipe that prunes by a plan, which it holds.
 
-    :param pruner: ``wanda``, ``sparsegpt`` or ``magnitude``
+    :param pruner: as :func:`~dlp_plugin.comparison.names.pruner_named` takes it
     """
+    chosen = pruner_named(pruner)
     stage: dict[str, Any] = {
         "sparsity": plan.target,
         "targets": ["Linear"],
         "ignore": ["re:.*lm_head"],
+        **chosen.fields,
     }
     if plan.mask_structure:
         stage["mask_structure"] = str(plan.mask_structure)
     given = {"from_plan": plan.model_dump(mode="json", exclude_none=True)}
-    modifiers = {METHODS[plan.method].modifier: given, PRUNERS[pruner]: stage}
+    modifiers = {METHODS[plan.method].modifier: given, chosen.modifier: stage}
     recipe = {"pruning_stage": {"pruning_modifiers": modifiers}}
     return str(yaml.safe_dump(recipe, sort_keys=False, width=100))
 
@@ -96,7 +98,7 @@ class Comparison(BaseModel):
     def plan_name(self, method: str, pruner: str) -> str:
         """What it is kept under: of those that were judged, magnitude's is one of its own."""
         own = f"{method}, by magnitude"
-        return own if pruner == "magnitude" and own in self.plans else method
+        return own if pruner_named(pruner).by_magnitude and own in self.plans else method
 
     def only(
         self, methods: Iterable[str], targets: Iterable[str], pruners: Iterable[str]

@@ -23,7 +23,12 @@ from llmcompressor.utils.dev import get_main_device
 
 from dlp_plugin.checkpoints.files import shards
 from dlp_plugin.checkpoints.loading import apply_recipe, load_config, load_model
-from dlp_plugin.comparison.names import PRUNERS, contender_named, target_named, target_of
+from dlp_plugin.comparison.names import (
+    contender_named,
+    pruner_named,
+    target_named,
+    target_of,
+)
 from dlp_plugin.comparison.planning import PlanningModifier
 from dlp_plugin.comparison.results import Cell, Comparison, recipe_of
 from dlp_plugin.evaluation.causal import check_causal
@@ -61,6 +66,7 @@ def compare(
         :func:`dlp_plugin.evaluation.text.token_windows` cuts it
     :param methods: as :func:`~dlp_plugin.comparison.names.contender_named` takes them
     :param sparsities: targets as :func:`~dlp_plugin.comparison.names.target_named` takes them
+    :param pruners: as :func:`~dlp_plugin.comparison.names.pruner_named` takes them
     :param refine: steps of the gradient, for the methods that are refined
     :param evolve: generations of the evolution, for those that are evolved
     :param report: called with every cell that is measured now
@@ -71,8 +77,7 @@ def compare(
     asked = [contender_named(text, refine, evolve) for text in methods]
     contenders = {contender.name: contender for contender in asked}
     targets = _targets(sparsities)
-    if unknown := [pruner for pruner in pruners if pruner not in PRUNERS]:
-        raise ValueError(f"there is no pruner {unknown[0]!r}; there are {', '.join(PRUNERS)}")
+    ways = {pruner_named(pruner).by_magnitude for pruner in pruners}
     path = Path(folder) / "results.json"
     found = _taken_up(path, _subject(model, calibration, windows))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +92,6 @@ def compare(
         found.decided.setdefault(method, {})[target] = seconds
         found.save(path)
 
-    ways = {pruner == "magnitude" for pruner in pruners}
     wanted = {
         (contender.plan_name(way), target): (contender, target, way)
         for contender, target, way in product(contenders.values(), targets, sorted(ways))

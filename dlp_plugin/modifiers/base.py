@@ -34,7 +34,7 @@ __all__ = ["AllocationModifier", "last_plans"]
 
 
 class AllocationModifier(Modifier, Method):
-    """Give every block its own sparsity before SparseGPT, Wanda or magnitude prunes it.
+    """Give every block its own sparsity before SparseGPT, Wanda, ADMM or magnitude prunes it.
 
     A method (:mod:`dlp_plugin.planning.methods`) in the host's life cycle. It
     feeds every pruning stage that follows, up to the next modifier of this kind; together
@@ -144,8 +144,9 @@ class AllocationModifier(Modifier, Method):
             check_stage(stage, own)
         if not stages and self.plan_path is None:
             raise ValueError(
-                f"no SparseGPTModifier, WandaPruningModifier or OneShotMagnitudeModifier follows "
-                f"{own} in the recipe: add one, or set plan_path to only write the plan"
+                f"no SparseGPTModifier, WandaPruningModifier, ADMMPruningModifier or "
+                f"OneShotMagnitudeModifier follows {own} in the recipe: add one, or set plan_path "
+                "to only write the plan"
             )
         if self.plan_path is not None:
             try:

@@ -12,7 +12,7 @@ __all__ = ["AlphaPruningModifier", "DLPModifier", "LinearSparsityModifier", "OWL
 
 
 class DLPModifier(DLP, AllocationModifier):
-    """Give every block its own sparsity before SparseGPT, Wanda or magnitude prunes it.
+    """Give every block its own sparsity before SparseGPT, Wanda, ADMM or magnitude prunes it.
 
     Dynamic Layerwise Pruning (arXiv 2505.23807): the blocks whose weights matter less
     on the calibration data are pruned harder, with the same total. Put it in front of

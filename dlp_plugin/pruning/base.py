@@ -1,17 +1,23 @@
-"""What the pruning stages here have in common: an N for every module, where there is an M."""
+"""What the pruning stages here have in common: an N for every module, polish, reconstruction."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_distributed
 from llmcompressor.core import Event, State
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
+from torch import distributed as dist
 
 from dlp_plugin.experts import save_under_source_names
-from dlp_plugin.host import StockStage, heed_ignore, stage_targets
+from dlp_plugin.host import StockStage, block_names, heed_ignore, stage_targets
 from dlp_plugin.planning.structure import MaskStructure
-from dlp_plugin.scoring.blocks import check_columns
+from dlp_plugin.pruning.grams import Grams, polishing
+from dlp_plugin.pruning.reconstruction import Reconstruction
+from dlp_plugin.scoring.blocks import check_columns, outer_block
 
 __all__ = ["PruningStage"]
 
@@ -21,9 +27,17 @@ class PruningStage(StockStage):
 
     :param sparsity: of all targets, or one per match of ``targets``; with an N:M structure it
         may be left out, or be a list of N / M
+    :param polish: move the weights that stay to the least-squares optimum for their masks
+    :param reconstruct: epochs that every block is trained for, masks held, to return what the
+        dense model's does; 0 for none
     """
 
+    polish: bool = False
+    reconstruct: int = Field(default=0, ge=0)
+
     _heeded: list[str] = PrivateAttr(default_factory=list)
+    _grams: Grams = PrivateAttr(default_factory=Grams)
+    _reconstruction: Reconstruction | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +89,8 @@ class PruningStage(StockStage):
             )
         if self.structure:
             self.check_structure(targets)
+        if self.repairs:
+            self._check_repairs(state, targets)
         save_under_source_names(state.model)
         self._heeded = heed_ignore(state.model, self)
         return bool(super().on_initialize(state, **kwargs))
@@ -94,6 +110,36 @@ class PruningStage(StockStage):
         for modules in targets.values():
             check_columns(modules, self.structure.m, f"add them to {type(self).__name__}.ignore")
 
+    @property
+    def repairs(self) -> bool:
+        """Whether something is done for the weights that stay."""
+        return self.polish or self.reconstruct > 0
+
+    def _check_repairs(self, state: State, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
+        """Make sure that there is what polish and reconstruction need.
+
+        :raises ValueError: naming the field or module
+        """
+        kind = type(self).__name__
+        field = f"{kind}.polish" if self.polish else f"{kind}.reconstruct"
+        if not state.data.calib:
+            raise ValueError(
+                f"{field} takes calibration samples, and there are none: pass dataset=... to "
+                "oneshot(), or leave it out"
+            )
+        if self.reconstruct and len(state.data.calib) < 2:
+            raise ValueError(
+                f"{kind}.reconstruct keeps one of eight batches to measure on, and there is one "
+                "batch only: give more samples, or leave it out"
+            )
+        for modules in targets.values():
+            for name, module in modules.items():
+                if not isinstance(module, torch.nn.Linear):
+                    raise ValueError(
+                        f"{name} is a {type(module).__name__}, and {field} knows Linears only: "
+                        f"add it to {kind}.ignore"
+                    )
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Begin to collect statistics.
 
@@ -102,6 +148,49 @@ class PruningStage(StockStage):
         if self.sparsity is None and not self.structure:
             raise ValueError(f"{type(self).__name__}.sparsity is not stated: set it, e.g. 0.7")
         super().on_calibration_start(state, event, **kwargs)
+        if self.polish:
+            self.watch_inputs()
+        if self.reconstruct:
+            names = block_names(state.model, list(self._sequential_targets))
+            held = {outer_block(name.strip("."), names) for name in self._module_names.values()}
+            blocks = {name: state.model.get_submodule(name) for name in names if name in held}
+            self._reconstruction = Reconstruction(blocks, self.reconstruct)
+            record: Any = self._reconstruction.record
+            for block in blocks.values():
+                self.register_hook(block, record, "forward", with_kwargs=True)
+
+    def watch_inputs(self) -> None:
+        """Have the Gram matrices summed that polish takes."""
+        add: Any = self._grams.add
+        for module in self._module_names:
+            self.register_hook(module, add, "forward")
+
+    def on_sequential_epoch_end(
+        self,
+        state: State,
+        event: Event,
+        modules: Collection[torch.nn.Module] = (),
+        **kwargs: Any,
+    ) -> None:
+        """Prune the part of the model that is through, and repair it."""
+        with ExitStack() as repairs:
+            if self._reconstruction is not None:
+                repairs.enter_context(
+                    self._reconstruction.around(modules, self._module_names.keys())
+                )
+            if self.polish:
+                repairs.enter_context(self.polishing(modules))
+            if self.repairs and is_distributed():
+                dist.barrier()  # all have looked at dense weights, which processes may share
+            super().on_sequential_epoch_end(state, event, **kwargs)
+
+    def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
+        """Polish what is pruned within this context.
+
+        :param modules: the part of the model that is through
+        """
+        names = {m: n for m, n in self._module_names.items() if m in modules}
+        return polishing(self._grams, names)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Read as it was written again."""

@@ -16,7 +16,8 @@ each with the stage's N and M.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,6 +96,15 @@ class SparseGPTModifier(_Calibrated, pruning.SparseGPTModifier):
 
     def _empty_statistic(self) -> Callable[..., torch.Tensor]:
         return make_empty_hessian
+
+    def watch_inputs(self) -> None:
+        """Nothing more: Gram matrices are what it sums anyway."""
+
+    def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
+        """Polish by copies of the matrices, which pruning uses up."""
+        self._grams.matrices = {m: matrix.clone() for m, matrix in self._hessians.items()}
+        self._grams.samples = dict(self._num_samples)
+        return super().polishing(modules)
 
     def check_structure(self, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
         """Make sure that an N:M structure fits this stage's blocks of columns too.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from compressed_tensors.utils import align_module_device, update_offload_parameter
-from llmcompressor.core import State
+from llmcompressor.core import Event, State
 from loguru import logger
+from pydantic import PrivateAttr, model_validator
 
 from dlp_plugin.pruning.base import PruningStage
 from dlp_plugin.scoring.scores import smallest_score
@@ -39,6 +41,13 @@ class OneShotMagnitudeModifier(PruningStage):
 
     requires_calibration_data: bool = False
 
+    _through: Collection[torch.nn.Module] = PrivateAttr(default=())
+
+    @model_validator(mode="after")
+    def _see_data(self) -> OneShotMagnitudeModifier:
+        self.requires_calibration_data = self.repairs
+        return self
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check the settings.
 
@@ -55,15 +64,28 @@ class OneShotMagnitudeModifier(PruningStage):
     ) -> None:
         """Nothing is learned from data."""
 
+    def on_sequential_epoch_end(
+        self,
+        state: State,
+        event: Event,
+        modules: Collection[torch.nn.Module] = (),
+        **kwargs: Any,
+    ) -> None:
+        """Prune the part of the model that is through: all of it, if nothing is repaired."""
+        self._through = modules
+        super().on_sequential_epoch_end(state, event, modules, **kwargs)
+
     def compress_modules(self) -> None:
         """Prune the targets, with one matrix at a time on its device."""
+        through = set(self._through)
         for module, name in self._module_names.items():
+            if module not in through:
+                continue
             logger.info("Sparsifying {}", name)
             with torch.no_grad(), align_module_device(module):
                 weight = module.get_parameter("weight").detach().clone()
                 weight.masked_fill_(self._least(name, module, weight), 0)
             update_offload_parameter(module, "weight", weight)
-        self._module_names.clear()
 
     def _least(self, name: str, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Which weights of a matrix go."""
@@ -78,6 +100,7 @@ class OneShotMagnitudeModifier(PruningStage):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Let go of the model."""
         self._target_layers.clear()
+        self._module_names.clear()
         self._module_sparsities.clear()
         return super().on_finalize(state, **kwargs)
 

@@ -1,0 +1,75 @@
+"""Packed checkpoints as they lie on disk: what config.json says, held against the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from dlp_plugin.checkpoints.files import read_config, weight_files
+from dlp_plugin.checkpoints.stored import PARTS, QUANT_METHOD, Stored, read_stored
+
+__all__ = ["check_parts", "packed_linears"]
+
+_DTYPES = {
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def packed_linears(folder: Path) -> dict[str, Stored]:
+    """Every Linear that a checkpoint holds packed; none if it is not packed.
+
+    :raises FileNotFoundError: if it lacks a file that its index names
+    :raises ValueError: as :func:`check_parts` does, and if a file is damaged, or it is packed by
+        a newer version
+    """
+    quantization = (read_config(folder) or {}).get("quantization_config") or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        return {}
+    linears = read_stored(quantization, str(folder))
+    check_parts(linears, weight_files(folder))
+    return linears
+
+
+def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path]) -> None:
+    """Make sure from the files' headers that every part of every packed Linear is there.
+
+    :param linears: as config.json has them
+    :param places: full name of every tensor to its file
+    :raises ValueError: naming tensor and file, if one is missing, is none of config.json's
+        Linears', or has another shape or dtype
+    """
+    again = "fetch it or pack the checkpoint again"
+    for key, place in places.items():
+        name, _, part = key.rpartition(".")
+        if part in PARTS and name not in linears:
+            raise ValueError(f"{place} holds {key}, of which config.json does not tell: {again}")
+    with ExitStack() as stack:
+        opened: dict[str | Path, Any] = {}
+        for name, stored in linears.items():
+            dtypes = stored.part_dtypes()
+            held = [places[key] for part in dtypes if (key := f"{name}.{part}") in places]
+            for part, shape in stored.part_shapes().items():
+                key = f"{name}.{part}"
+                if key not in places:
+                    where = f"{held[0]} lacks" if held else "no file holds"
+                    raise ValueError(f"{where} {key}, of which config.json tells: {again}")
+                file = places[key]
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                found = opened[file].get_slice(key)
+                dtype = _DTYPES.get(found.get_dtype())
+                if tuple(found.get_shape()) != shape or dtype != dtypes[part]:
+                    raise ValueError(
+                        f"{key} of {file} is {found.get_dtype()} {found.get_shape()}, and by "
+                        f"config.json {dtypes[part]} {list(shape)}: {again}"
+                    )

@@ -1,0 +1,188 @@
+"""How a Linear of a packed checkpoint is stored, as ``config.json`` says it.
+
+What the tensors mean: :mod:`dlp_plugin.checkpoints.sparse_format`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dlp_plugin.checkpoints.bits import words_for
+
+__all__ = ["FLOATS", "PARTS", "QUANT_METHOD", "TABLE", "VERSION", "Stored", "read_stored"]
+
+QUANT_METHOD = "dlp-sparse"
+"""What ``quant_method`` in ``config.json`` is."""
+VERSION = 1
+PARTS = (
+    "weight_packed",
+    "weight_fractions",
+    "weight_exponents",
+    "weight_table",
+    "weight_values",
+    "weight_integers",
+    "weight_scale",
+    "weight_zero_point",
+)
+"""Local names of every tensor that a stored Linear may have."""
+
+FLOATS = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
+TABLE = 16  # exponents that four bits tell apart
+# Kind to what its entry holds besides
+_FIELDS = {
+    "planes": ("exponents",),
+    "values": (),
+    "integers": ("bits", "group_size", "symmetric", "masked"),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a Linear's weight is stored, as ``config.json`` says it.
+
+    :param kind: ``planes``, ``values`` or ``integers``
+    :param shape: ``[out, in]``
+    :param dtype: of the decoded weight; of integers that of their scales
+    :param kept: how many weights are stored
+    :param exponents: of planes, how many different ones there are
+    :param bits: of integers, 4 or 8
+    :param group_size: of integers, columns that share a scale; -1 for one scale per row
+    :param symmetric: of integers, whether there are no zero points
+    :param masked: whether there is a mask; only integers may have none
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    kept: int
+    bits: int = 0
+    group_size: int = 0
+    symmetric: bool = True
+    masked: bool = True
+    exponents: int = 0
+
+    @classmethod
+    def from_config(cls, name: str, config: Mapping[str, Any]) -> Stored:
+        """What stands in ``config.json`` for one Linear.
+
+        :param name: its full name, for errors
+        :raises ValueError: if something is missing or cannot be
+        """
+        try:
+            rows, columns = config["shape"]
+            stored = cls(
+                config["kind"],
+                (rows, columns),
+                FLOATS[config["dtype"]],
+                config["kept"],
+                **{field: config[field] for field in _FIELDS[config["kind"]]},
+            )
+            sound = _is_sound(stored)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} has a damaged entry in quantization_config "
+                f"({type(error).__name__}: {error}): pack the checkpoint again"
+            ) from None
+        if not sound:
+            raise ValueError(
+                f"{name} has an entry in quantization_config that cannot be ({dict(config)}): "
+                "pack the checkpoint again"
+            )
+        return stored
+
+    def to_config(self) -> dict[str, Any]:
+        """What :meth:`from_config` reads; JSON can hold it."""
+        return {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "kept": self.kept,
+            **{field: getattr(self, field) for field in _FIELDS[self.kind]},
+        }
+
+    def part_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Local name of every tensor that the Linear consists of to its shape."""
+        rows, columns = self.shape
+        pairs = (self.kept + 1) // 2
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.masked:
+            shapes["weight_packed"] = (rows, (columns + 7) // 8)
+        if self.kind == "planes":
+            shapes["weight_fractions"] = (self.kept,)
+            shapes["weight_exponents"] = (pairs,)
+            shapes["weight_table"] = (self.exponents,)
+        elif self.kind == "values":
+            shapes["weight_values"] = (self.kept,)
+        else:
+            groups = self.groups
+            shapes["weight_integers"] = (pairs if self.bits == 4 else self.kept,)
+            shapes["weight_scale"] = (rows, groups)
+            if not self.symmetric:
+                shapes["weight_zero_point"] = (words_for(rows, self.bits), groups)
+        return shapes
+
+    def part_dtypes(self) -> dict[str, torch.dtype]:
+        """Local name of every tensor that the Linear consists of to its dtype."""
+        others = {
+            "weight_values": self.dtype,
+            "weight_scale": self.dtype,
+            "weight_zero_point": torch.int32,
+        }
+        return {part: others.get(part, torch.uint8) for part in self.part_shapes()}
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row of integers."""
+        return 1 if self.group_size == -1 else self.shape[1] // self.group_size
+
+    @property
+    def weights(self) -> int:
+        """How many weights the Linear has."""
+        return self.shape[0] * self.shape[1]
+
+
+def _is_sound(stored: Stored) -> bool:
+    numbers = (*stored.shape, stored.kept, stored.bits, stored.group_size, stored.exponents)
+    if any(type(number) is not int for number in numbers):
+        return False
+    if type(stored.symmetric) is not bool or type(stored.masked) is not bool:
+        return False
+    if min(stored.shape) < 0 or not 0 <= stored.kept <= stored.weights:
+        return False
+    if stored.kind == "integers":
+        size = stored.group_size
+        grouped = size == -1 or (size > 0 and stored.shape[1] % size == 0)
+        whole = stored.masked or stored.kept == stored.weights
+        return stored.bits in (4, 8) and grouped and whole
+    planes = stored.dtype == torch.bfloat16 and 0 <= stored.exponents <= TABLE
+    return planes or stored.kind == "values"
+
+
+def read_stored(config: Mapping[str, Any], where: str) -> dict[str, Stored]:
+    """Every Linear that is stored sparsely, by its full name, from a ``quantization_config``.
+
+    :param config: as ``config.json`` has it
+    :param where: the file or folder it is from, for errors
+    :raises ValueError: if it is none of this format, of a newer version of it, or damaged
+    """
+    method, version, linears = (config.get(key) for key in ("quant_method", "version", "linears"))
+    if method != QUANT_METHOD:
+        raise ValueError(f"{where} is not packed: its quant_method is {method}, not {QUANT_METHOD}")
+    if type(version) is int and version > VERSION:
+        raise ValueError(
+            f"{where} is of version {version} of {QUANT_METHOD}, and this dlp_plugin reads "
+            f"version {VERSION}: update dlp_plugin"
+        )
+    if version != VERSION or not isinstance(linears, Mapping):
+        raise ValueError(
+            f"{where} has a damaged quantization_config (version {version}): pack the checkpoint "
+            "again"
+        )
+    return {name: Stored.from_config(f"{name} of {where}", one) for name, one in linears.items()}

@@ -1,0 +1,1 @@
+"""What makes packed checkpoints known to what runs models: transformers, and vLLM."""

@@ -1,0 +1,240 @@
+"""vLLM loads packed checkpoints: its entry point ``vllm.general_plugins`` calls :func:`register`.
+
+A Linear's parts are gathered as vLLM reads them, and decoded once all are there into the dense
+weight that vLLM has made; from then on the Linear is an ordinary one. What a process needs of a
+weight is chosen by vLLM's own loaders, which narrow it before it is decoded: rows of
+column-parallel layers, columns of row-parallel ones, heads that several processes share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakMethod, ref
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, read_stored
+from dlp_plugin.engines.slices import LazyWeight
+
+__all__ = ["SparseConfig", "SparseLinearMethod", "register"]
+
+_PACK = "fetch it or pack the checkpoint again"
+_UNPACK = "unpack the checkpoint first (dlp-plugin unpack)"
+_REARRANGED = ("bloom", "falcon", "k2_horizon", "llama4", "llama4_text")
+"""Types of models whose rows vLLM moves about as it reads them, whatever they are the rows of."""
+_SHARDS = ("q", "k", "v", "index_q", "index_k")
+"""vLLM's names of the shards of a fused attention projection, in order."""
+
+Loader = Callable[..., None]
+ShardId = str | int | tuple[int, ...] | None
+Shard = tuple[str, Stored | None]
+"""A Linear of the checkpoint: its full name, and how it is stored if it is packed."""
+
+
+def register() -> None:
+    """Make the format known to vLLM; calling it again changes nothing."""
+    register_quantization_config(QUANT_METHOD)(SparseConfig)
+
+
+class SparseConfig(QuantizationConfig):  # type: ignore[misc]
+    """What ``quantization_config`` of a packed checkpoint says."""
+
+    def __init__(self, linears: dict[str, Stored]) -> None:
+        super().__init__()
+        self._shards: dict[str, Shard] = {name: (name, one) for name, one in linears.items()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SparseConfig:
+        """Read ``quantization_config``.
+
+        :raises ValueError: if it is damaged or of a newer version
+        """
+        return cls(read_stored(config, "config.json"))
+
+    @classmethod
+    def get_name(cls) -> str:
+        """What ``quant_method`` is."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """What weights can be decoded to."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any GPU: there is no kernel."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None besides ``config.json``."""
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Call the Linears as the model in vLLM does."""
+        ending = f".{PARTS[0]}"  # mappers are for names of tensors
+        renamed = {
+            hf_to_vllm_mapper.map_name(name + ending): shard for name, shard in self._shards.items()
+        }
+        self._shards = {name.removesuffix(ending): one for name, one in renamed.items() if name}
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Refuse models whose weights are not loaded as they are.
+
+        :raises ValueError: for such a model
+        """
+        kind = getattr(hf_config, "model_type", None)
+        if kind in _REARRANGED:
+            raise ValueError(
+                f"{model_name} is packed, and vLLM moves the rows of a {kind} model's weights "
+                f"about as it reads them, which it cannot do with packed ones: {_UNPACK}"
+            )
+
+    def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
+        """How a layer's weights are loaded and applied.
+
+        :raises ValueError: if there are packed weights in a layer that is no Linear, such as
+            experts or an output layer
+        """
+        if isinstance(layer, LinearBase):
+            shards = self._shards_of(prefix)
+            if any(stored for _, stored in shards):
+                return SparseLinearMethod(shards)
+            return UnquantizedLinearMethod()
+        for name, (of_checkpoint, _) in self._shards.items():
+            if f"{name}.".startswith(f"{prefix}."):
+                raise ValueError(
+                    f"{of_checkpoint} is packed, and vLLM's {type(layer).__name__} takes dense "
+                    f"weights only: {_UNPACK}"
+                )
+        return None
+
+    def _shards_of(self, prefix: str) -> list[Shard]:
+        """The Linears of the checkpoint that one of vLLM's consists of, in order."""
+        if prefix in self._shards:
+            return [self._shards[prefix]]
+        above, dot, last = prefix.rpartition(".")
+        names = [above + dot + name for name in self.packed_modules_mapping.get(last, [last])]
+        return [self._shards.get(name, (name, None)) for name in names]
+
+
+@register_weight_loader_v2_supported_method  # it has the dense method's weight
+class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    """A Linear of which at least one shard is packed; the others are dense.
+
+    :param shards: the Linears of the checkpoint that it consists of, in order
+    """
+
+    supports_pre_processed_weights = False  # they would never be seen to arrive
+
+    def __init__(self, shards: list[Shard]) -> None:
+        super().__init__()
+        self._shards = shards
+        self._parts: list[dict[str, Tensor]] = [{} for _ in shards]
+        self._arrived: set[int] = set()
+
+    def create_weights(self, layer: Any, *args: Any, **attributes: Any) -> None:
+        """Make the dense weight, and an empty parameter per part, whose loader gathers."""
+        super().create_weights(layer, *args, **attributes)
+        layer.weight.weight_loader = self._dense_loader(layer.weight.weight_loader)
+        dtypes = {
+            part: dtype
+            for _, stored in self._shards
+            if stored
+            for part, dtype in stored.part_dtypes().items()
+        }
+        for part, dtype in dtypes.items():
+            parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            set_weight_attrs(parameter, {"weight_loader": self._part_loader(layer, part)})
+            layer.register_parameter(part, parameter)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that everything has come, then be as a dense Linear.
+
+        :raises ValueError: naming the tensors that have not
+        """
+        missing = [
+            f"{name}.{part}"
+            for index, (name, stored) in enumerate(self._shards)
+            if index not in self._arrived
+            for part in (stored.part_shapes() if stored else ["weight"])
+            if part not in self._parts[index]
+        ]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(missing)}: {_PACK}")
+        for part in PARTS:
+            if hasattr(layer, part):
+                delattr(layer, part)
+        super().process_weights_after_loading(layer)
+
+    # What a loader refers to lives as long as vLLM's process: it must not be the layer.
+
+    def _part_loader(self, layer: Any, part: str) -> Loader:
+        """A loader that keeps a part, and has the weight loaded once it is the last."""
+        layer = ref(layer)
+
+        def load(parameter: Parameter, tensor: Tensor, loaded_shard_id: ShardId = None) -> None:
+            index = self._index_of(loaded_shard_id)
+            name, stored = self._shards[index]
+            parts = self._parts[index]
+            if stored is None or part not in stored.part_shapes():
+                raise ValueError(
+                    f"{name}.{part} is there, and config.json does not say so: {_PACK}"
+                )
+            weight = layer().weight
+            parts[part] = tensor.to(weight.device)
+            if parts.keys() == stored.part_shapes().keys():
+                self._parts[index] = {}
+                whole = LazyWeight.of(stored, parts, weight.dtype, name)
+                weight.weight_loader(weight, whole, *_given(loaded_shard_id))
+                self._arrived.add(index)
+
+        return load
+
+    def _dense_loader(self, loader: Loader) -> Loader:
+        """The loader of the weight: dense shards come to it, and packed ones in the end."""
+        method = WeakMethod(loader)
+
+        def load(weight: Parameter, tensor: Tensor, loaded_shard_id: ShardId = None) -> None:
+            index = self._index_of(loaded_shard_id)
+            name, stored = self._shards[index]
+            if stored and not isinstance(tensor, LazyWeight):
+                raise ValueError(f"{name}.weight is dense, and config.json says packed: {_PACK}")
+            of_vllm: Any = method()
+            of_vllm(weight, tensor, *_given(loaded_shard_id))
+            self._arrived.add(index)
+
+        return load
+
+    def _index_of(self, shard: ShardId) -> int:
+        """The Linear of the checkpoint that vLLM's name of a shard means.
+
+        A number may count parts of a shard before it, of which a tuple names several at once; a
+        mistake would show as shapes that do not fit.
+        """
+        if isinstance(shard, str):
+            return _SHARDS.index(shard)
+        first = shard[0] if isinstance(shard, tuple) else shard or 0
+        return min(first, len(self._shards) - 1)
+
+
+def _given(shard: ShardId) -> tuple[Any, ...]:
+    """What a loader is called with besides: those of layers without shards take no name."""
+    return () if shard is None else (shard,)

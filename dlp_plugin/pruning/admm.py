@@ -1,0 +1,92 @@
+"""Pruning by the alternating direction method of multipliers (ADMM)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from compressed_tensors.utils import align_module_device, update_offload_parameter
+from llmcompressor.core import State
+from loguru import logger
+from pydantic import Field
+
+from dlp_plugin.pruning.base import PruningStage
+from dlp_plugin.pruning.grams import DAMPENING, Grams, least_squares
+from dlp_plugin.pruning.least_squares import POLISHING
+
+__all__ = ["ADMMPruningModifier"]
+
+
+class ADMMPruningModifier(PruningStage):
+    """Find masks and weights together, so that every Linear's outputs change least.
+
+    Masks grow gradually while the weights that stay make up for those that went (arXiv
+    2401.02938); then conjugate gradients bring these to the least-squares optimum for the masks
+    (ALPS, arXiv 2406.07831). A stage like SparseGPT and Wanda, fed like them, and better at
+    the same sparsity than either.
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        DLPModifier: {}
+        ADMMPruningModifier:
+          sparsity: 0.7
+          targets: [Linear]
+          ignore: ["re:.*lm_head"]
+    ```
+
+    The fields are those of the host's pruning stages: ``sparsity`` (one, or one per match of
+    ``targets``; of each row as many weights go), ``mask_structure``, ``targets``, ``ignore``;
+    :class:`~dlp_plugin.pruning.base.PruningStage`'s ``polish``, here on by default, and
+    ``reconstruct``; and
+
+    :param dampening_frac: added to the diagonal of the Gram matrix of inputs that are scaled to
+        norm 1
+    :param offload_hessians: keep Gram matrices on the CPU between samples: less memory, more time
+    """
+
+    polish: bool = True
+    dampening_frac: float = Field(default=DAMPENING, gt=0)
+    offload_hessians: bool = False
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check the settings.
+
+        :raises ValueError: naming the field or module
+        """
+        self._grams = Grams(self.offload_hessians)
+        return super().on_initialize(state, **kwargs)
+
+    def calibrate_module(
+        self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor
+    ) -> None:
+        """Take in a sample's inputs."""
+        self._grams.add(module, args)
+
+    def compress_modules(self) -> None:
+        """Prune what has been calibrated; of several processes each some modules."""
+        with self._grams.shared(self._module_names) as grams:
+            for module in list(grams):
+                sparsity = self._sparsity_of(module)
+                if not sparsity:
+                    continue
+                name = self._module_names[module].strip(".")
+                logger.info("Sparsifying {}", name)
+                problem = least_squares(module, name, grams.pop(module), self.dampening_frac)
+                with align_module_device(module):
+                    dense = module.get_parameter("weight").detach()
+                    weight = problem.pruned(dense, sparsity, self.structure)
+                    if self.polish:
+                        weight = problem.polished(dense, weight, POLISHING)
+                update_offload_parameter(module, "weight", weight.to(dense.dtype))
+
+    def _sparsity_of(self, module: torch.nn.Module) -> float:
+        if self.structure:
+            return self.number(module) / self.structure.m
+        return float(self._module_sparsities[module])
+
+    def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
+        """Nothing more, as it is done with the Gram matrices that pruning takes."""
+        return nullcontext()

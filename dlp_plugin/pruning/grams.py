@@ -1,0 +1,113 @@
+"""Gram matrices of what a stage prunes, and the polish that they allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.utils import (
+    align_module_device,
+    get_execution_device,
+    update_offload_parameter,
+)
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
+    accumulate_hessian,
+    make_empty_hessian,
+)
+
+from dlp_plugin.pruning.distributed import gather, spread
+from dlp_plugin.pruning.least_squares import POLISHING, LeastSquares
+
+__all__ = ["DAMPENING", "Grams", "least_squares", "polishing"]
+
+Module = torch.nn.Module
+
+# What the host's SparseGPT takes by default too.
+DAMPENING = 0.01
+
+
+class Grams:
+    """Twice the Gram matrix of each Linear's inputs, mean over samples, as SparseGPT sums it.
+
+    :param offload: keep matrices on the CPU between samples
+    """
+
+    def __init__(self, offload: bool = False) -> None:
+        self.matrices: dict[Module, torch.Tensor] = {}
+        self.samples: dict[Module, int] = {}
+        self._offload = offload
+
+    def add(self, module: Module, args: tuple[torch.Tensor, ...], _output: object = None) -> None:
+        """Take in a sample; a forward hook.
+
+        :param args: the module's inputs ``[..., in]`` first
+        """
+        device = torch.device(get_execution_device(module))
+        if module not in self.samples:
+            self.matrices[module] = make_empty_hessian(module, device=device)
+            self.samples[module] = 0
+        matrix, self.samples[module] = accumulate_hessian(
+            args[0], module, self.matrices[module].to(device), self.samples[module]
+        )
+        self.matrices[module] = matrix.cpu() if self._offload else matrix
+
+    @contextmanager
+    def shared(self, names: Mapping[Module, str]) -> Iterator[dict[Module, torch.Tensor]]:
+        """The matrices over all processes' samples, to each process those of some modules.
+
+        On leaving, every process gets the weights that the others have made, and the matrices
+        are forgotten.
+
+        :param names: of all modules that a process may have calibrated
+        """
+        if is_distributed():
+            ranks = gather(self.matrices, self.samples, names, make_empty_hessian)
+        yield self.matrices
+        if is_distributed():
+            spread(ranks)
+        self.matrices.clear()
+        self.samples.clear()
+
+
+def least_squares(
+    module: Module, name: str, gram: torch.Tensor, dampening: float = DAMPENING
+) -> LeastSquares:
+    """A module's problem, on the device that it computes on.
+
+    :param name: what an error calls the module
+    :raises ValueError: if the inputs were not finite
+    """
+    gram = gram.to(get_execution_device(module))
+    if not gram.isfinite().all():
+        raise ValueError(
+            f"the inputs of {name} were not finite, so no least squares can be solved on them: "
+            "load the model in a wider dtype, or leave the module out by ignore"
+        )
+    return LeastSquares(gram, dampening)
+
+
+@contextmanager
+def polishing(grams: Grams, names: Mapping[Module, str]) -> Iterator[None]:
+    """Move what is left of the modules pruned within to the optimum for their masks.
+
+    :param grams: of the modules that samples reached
+    :param names: of all modules that may be pruned within; their dense weights are in memory
+        meanwhile
+    """
+    dense = {module: _weight(module) for module in names}
+    yield
+    with grams.shared(names) as matrices:
+        for module, gram in matrices.items():
+            pruned = _weight(module)
+            if torch.equal(dense[module], pruned):
+                continue
+            problem = least_squares(module, names[module], gram)
+            weight = problem.polished(dense.pop(module), pruned, POLISHING)
+            update_offload_parameter(module, "weight", weight.to(pruned.dtype))
+
+
+def _weight(module: Module) -> torch.Tensor:
+    with align_module_device(module):
+        return module.get_parameter("weight").detach().clone()

@@ -1,0 +1,145 @@
+"""What weights a Linear should keep, and what they should be: least squares on its inputs.
+
+    W  [out, in]   the dense weight
+    G  [in, in]    Gram matrix X^T X of the inputs X [tokens, in], or any multiple of it
+    M  [out, in]   which weights are kept
+    Z  [out, in]   what they become:  min trace((Z - W) G (Z - W)^T),  Z = 0 where M is 0
+
+Inputs are brought to norm 1 first, with n = sqrt(diag G): G becomes G / (n n^T) + dampening * I,
+and W becomes W * n.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dlp_plugin.planning.structure import MaskStructure
+
+__all__ = ["LeastSquares"]
+
+# Weights that are polished at a time (rows are independent of each other), in six copies.
+_WEIGHTS = 1 << 24
+# ADMM: steps, those in which weights still go, and the penalty on what differs from the mask.
+STEPS, PRUNING = 20, 15
+PENALTY = 1.0
+# Conjugate gradients: steps at which nothing is left to gain on any Linear that was measured.
+POLISHING = 20
+
+
+class LeastSquares:
+    """The problem of one Linear, in inputs of norm 1.
+
+    :param gram: float32 ``[in, in]``
+    :param dampening: added to the diagonal, as a fraction of it
+    """
+
+    def __init__(self, gram: torch.Tensor, dampening: float) -> None:
+        norms = gram.diagonal().clamp_min(0).sqrt()
+        self.norms = norms.clamp_min(1e-8 * float(norms.max()) or 1.0)
+        self.gram = gram / self.norms / self.norms.unsqueeze(1)
+        self.gram.diagonal().add_(dampening)
+
+    def polished(self, dense: torch.Tensor, pruned: torch.Tensor, steps: int) -> torch.Tensor:
+        """The kept weights moved towards the optimum for their mask, by conjugate gradients.
+
+        All rows at once take ``steps`` steps of the method (Hestenes and Stiefel, 1952; for this
+        problem ALPS, arXiv 2406.07831, section 3.3); with as many as a row keeps weights it is
+        exact but for rounding.
+
+        :param dense: ``[out, in]``, any dtype
+        :param pruned: ``[out, in]``; what is zero in it stays so
+        :return: float32 ``[out, in]``
+        """
+        return torch.cat(
+            [
+                self._descended(w.float() * self.norms, z.float() * self.norms, z != 0, steps)
+                / self.norms
+                for w, z in zip(*map(self._portions, (dense, pruned)), strict=True)
+            ]
+        )
+
+    def _descended(
+        self, dense: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, steps: int
+    ) -> torch.Tensor:
+        residual = ((dense - z) @ self.gram).mul_(mask)
+        direction = residual.clone()
+        square = residual.square().sum(1, keepdim=True)
+        for _ in range(steps):
+            image = (direction @ self.gram).mul_(mask)
+            along = (direction * image).sum(1, keepdim=True)
+            length = torch.where(along > 0, square / along, 0)  # 0 for a row that is there
+            z = z + length * direction
+            residual = residual - length * image
+            before, square = square, residual.square().sum(1, keepdim=True)
+            direction = residual + torch.where(before > 0, square / before, 0) * direction
+        return z
+
+    def pruned(
+        self, dense: torch.Tensor, sparsity: float, structure: MaskStructure
+    ) -> torch.Tensor:
+        """Weights and mask at once, by the alternating direction method of multipliers.
+
+        ArXiv 2401.02938, algorithm 1, with the mask found gradually (there in section 3.3): with
+        ``t`` of the first 15 steps taken, ``1 - (1 - t / 15)^3`` of what is to go has gone.
+
+            M   is 0 for the least |V + U|
+            Z = (V + U) M;   U = U + V - Z;   V = (W G + rho (Z - U)) (G + rho I)^-1
+
+        Some seven copies of the weight in float32 are in memory, and three of the Gram matrix.
+
+        :param dense: ``[out, in]``, any dtype
+        :param sparsity: ``int(out * in * sparsity)`` weights go
+        :param structure: with an N:M as many of every M, as ``sparsity`` says
+        :return: float32 ``[out, in]``, zero where pruned
+        :raises torch.linalg.LinAlgError: if the Gram matrix is not finite
+        """
+        matrix = self.gram.clone()
+        matrix.diagonal().add_(PENALTY)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+        v = dense.float() * self.norms
+        u = torch.zeros_like(v)
+        target = v @ self.gram
+        for step in range(1, STEPS + 1):
+            v += u
+            if step <= PRUNING:
+                gone = least(v.abs(), sparsity, structure, 1 - (1 - step / PRUNING) ** 3)
+            z = v.masked_fill(gone, 0)
+            u = v.sub_(z)
+            v = z.sub_(u).mul_(PENALTY).add_(target) @ inverse
+        return v.add_(u).masked_fill_(gone, 0).div_(self.norms)
+
+    def _portions(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = max(1, _WEIGHTS // weight.shape[1])
+        return torch.split(weight, rows)
+
+
+def least(
+    scores: torch.Tensor, sparsity: float, structure: MaskStructure, share: float = 1.0
+) -> torch.Tensor:
+    """Which weights go, a share of those that will in the end; of equal ones the first.
+
+    :param scores: at least 0, ``[out, in]``
+    :param structure: without one the least of all go; with one the least of those that are
+        among the least of their group
+    :return: bool ``[out, in]``
+    """
+    if not structure:
+        return _least(scores, int(int(scores.numel() * sparsity) * share))
+    number = structure.number(sparsity)
+    groups = scores.unflatten(1, (-1, structure.m))
+    order = groups.argsort(dim=2, stable=True)[..., :number]
+    gone = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order, True).view(scores.shape)
+    if share < 1:
+        candidates = scores.masked_fill(~gone, torch.inf)
+        gone = _least(candidates, int(int(gone.sum()) * share))
+    return gone
+
+
+def _least(scores: torch.Tensor, count: int) -> torch.Tensor:
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.flatten().kthvalue(count).values
+    gone = scores < threshold
+    equal = (scores == threshold).flatten().nonzero().flatten()
+    gone.view(-1)[equal[: count - int(gone.sum())]] = True
+    return gone

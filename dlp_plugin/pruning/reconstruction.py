@@ -1,0 +1,287 @@
+"""Blocks that are trained to give what they gave before they were pruned.
+
+Layer by layer a pruning stage keeps every Linear's outputs near; what they add up to in a block
+still drifts. So after a block is pruned, its surviving weights, norms and biases are trained until
+the block's outputs, on the pruned model's activations, come nearest to the dense model's: those
+of the dense block on the dense model's activations. (EBFT, arXiv 2402.12419, has the dense block's
+on the pruned activations; measured side by side, that left more of the damage.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.utils import (
+    align_module_device,
+    get_execution_device,
+    patch_attr,
+    update_offload_parameter,
+)
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from loguru import logger
+from torch import distributed as dist
+from torch.nn import functional
+
+__all__ = ["Reconstruction"]
+
+Module = torch.nn.Module
+
+# Adam's, falling to 0 over the epochs.
+RATE = 1e-3
+# One of so many samples is kept to measure on.
+KEPT = 8
+SEED = 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block was called with, and returned; on the CPU."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: torch.Tensor
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states that the block was given, ``[..., tokens, hidden]``."""
+        found: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return found
+
+    def run(self, block: Module, hidden: torch.Tensor, *, wide: bool = False) -> torch.Tensor:
+        """Call a block likewise with other hidden states.
+
+        :param wide: compute in float32
+        """
+        device = get_execution_device(block)
+
+        def placed(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, torch.float32 if wide and value.is_floating_point() else None)
+
+        args = (hidden, *self.args[1:]) if self.args else ()
+        kwargs = self.kwargs if self.args else {**self.kwargs, "hidden_states": hidden}
+        return _first(block(*_mapped(placed, args), **_mapped(placed, kwargs)))
+
+
+class Reconstruction:
+    """Watches blocks run dense, and trains them once they are pruned.
+
+    :param blocks: full name to block
+    :param epochs: passes over the samples
+    """
+
+    def __init__(self, blocks: Mapping[str, Module], epochs: int) -> None:
+        self._names = {block: name for name, block in blocks.items()}
+        self._epochs = epochs
+        self._calls: dict[Module, list[_Call]] = {}
+        # What the dense model's last block returned for every sample, and the pruned one's
+        # for the first
+        self._dense: list[torch.Tensor] = []
+        self._returned: torch.Tensor | None = None
+
+    def record(
+        self, block: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Take in a call of a block that is not yet pruned; a forward hook."""
+        call = _Call(*_mapped(torch.Tensor.cpu, (args, kwargs, _first(output))))
+        self._calls.setdefault(block, []).append(call)
+
+    @contextmanager
+    def around(self, modules: Collection[Module], pruned: Collection[Module]) -> Iterator[None]:
+        """Reconstruct the blocks among ``modules`` that are pruned within.
+
+        :param pruned: the modules that the stage prunes
+        """
+        blocks = [block for block in modules if block in self._calls]
+        with HooksMixin.disable_hooks():
+            targets = {block: self._targets(block) for block in blocks}
+        yield
+        with HooksMixin.disable_hooks():
+            for block in blocks:
+                calls = self._calls.pop(block)
+                self._train(block, calls, targets.pop(block), pruned)
+                self._returned = calls[0].run(block, calls[0].hidden).cpu()
+
+    def _targets(self, block: Module) -> list[torch.Tensor]:
+        """What the dense block returns on the dense model's activations.
+
+        These are what the dense block before returned, if the block is given what that one
+        returns. Where it is not (the first one; a decoder's after an encoder's), they are what
+        the block is given.
+        """
+        calls = self._calls[block]
+        follows = (
+            self._returned is not None
+            and len(self._dense) == len(calls)
+            and self._returned.shape == calls[0].hidden.shape
+            and torch.allclose(self._returned, calls[0].hidden, rtol=1e-2, atol=1e-5)
+        )
+        if follows:
+            streams = zip(calls, self._dense, strict=True)
+            self._dense = [call.run(block, hidden).cpu() for call, hidden in streams]
+        else:
+            self._dense = [call.output for call in calls]
+        self._returned = calls[0].output  # what the next block was given if both run dense
+        return self._dense
+
+    def _train(
+        self,
+        block: Module,
+        calls: Sequence[_Call],
+        targets: Sequence[torch.Tensor],
+        pruned: Collection[Module],
+    ) -> None:
+        """Train a block, and keep the weights of least error on the samples kept for it."""
+        samples = list(zip(calls, targets, strict=True))
+        places = set(range(len(samples) - 1, -1, -KEPT))
+        kept = [sample for place, sample in enumerate(samples) if place in places]
+        seen = [sample for place, sample in enumerate(samples) if place not in places]
+        with _Trained(block, pruned) as trained:
+            start = least = _error(block, kept)
+            for _ in trained.epochs(seen, self._epochs):
+                with trained.rounded() as weights:
+                    error = _error(block, kept)
+                    if error < least:
+                        least = error
+                        trained.keep(weights)
+        trained.write()
+        logger.info(
+            "reconstructed {}: squared error {:.4f} -> {:.4f} of the dense outputs'",
+            self._names[block],
+            start,
+            least,
+        )
+
+
+class _Trained:
+    """A block that computes, within this context, with float32 copies of its parameters.
+
+    The model's own may lie on another device or on disk, and be in a dtype too narrow for the
+    steps of training.
+
+    :param pruned: Linears whose surviving weights are trained, beside norms and biases
+    """
+
+    def __init__(self, block: Module, pruned: Collection[Module]) -> None:
+        self._block = block
+        self._copies: dict[Module, dict[str, torch.Tensor | None]] = {}
+        self._trained: list[tuple[Module, str, torch.dtype]] = []
+        self._weights: list[torch.Tensor] = []
+        self._masks: list[torch.Tensor | None] = []
+        self._kept: list[torch.Tensor] = []
+        self._patched = ExitStack()
+        for module in block.modules():
+            with align_module_device(module):
+                own = dict(module.named_parameters(recurse=False))
+                copies = {name: p.detach().to(torch.float32, copy=True) for name, p in own.items()}
+            self._copies[module] = {**dict.fromkeys(module._parameters), **copies}
+            for name, copy in copies.items():
+                weight = module in pruned and name == "weight"
+                if weight or copy.ndim <= 1:
+                    self._trained.append((module, name, own[name].dtype))
+                    self._weights.append(copy.requires_grad_())
+                    self._masks.append((copy != 0) if weight else None)
+
+    def __enter__(self) -> _Trained:
+        for module, copies in self._copies.items():
+            self._patched.enter_context(patch_attr(module, "_parameters", copies))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patched.close()
+
+    def epochs(self, samples: Sequence[tuple[_Call, torch.Tensor]], number: int) -> Iterator[int]:
+        """Take one step of Adam for every sample, in an order of each epoch's own."""
+        steps = _least_of_all(len(samples))
+        adam = torch.optim.Adam(self._weights, lr=RATE)
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, max(number * steps, 1))
+        generator = torch.Generator().manual_seed(SEED)
+        for epoch in range(number):
+            for place in torch.randperm(len(samples), generator=generator)[:steps].tolist():
+                call, target = samples[place]
+                with torch.enable_grad():
+                    found = call.run(self._block, call.hidden, wide=True)
+                    loss = functional.mse_loss(found, target.to(found))
+                self._differentiate(loss)
+                adam.step()
+                falling.step()
+            yield epoch
+
+    def _differentiate(self, loss: torch.Tensor) -> None:
+        """Set the gradients, none where a weight is pruned, mean over all processes."""
+        gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
+        for weight, mask, gradient in zip(self._weights, self._masks, gradients, strict=True):
+            found = torch.zeros_like(weight) if gradient is None else gradient
+            if is_distributed():
+                dist.all_reduce(found)
+                found /= dist.get_world_size()
+            weight.grad = found if mask is None else found.mul_(mask)
+
+    @contextmanager
+    def rounded(self) -> Iterator[list[torch.Tensor]]:
+        """Compute with weights as they would be written; gives these."""
+        masters = [weight.detach().clone() for weight in self._weights]
+        written = [
+            w.detach().to(t) for w, (_, _, t) in zip(self._weights, self._trained, strict=True)
+        ]
+        self._set(written)
+        yield written
+        self._set(masters)
+
+    def _set(self, values: Iterable[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for weight, value in zip(self._weights, values, strict=True):
+                weight.copy_(value)
+
+    def keep(self, weights: list[torch.Tensor]) -> None:
+        """Remember what :meth:`write` shall write."""
+        self._kept = weights
+
+    def write(self) -> None:
+        """Give the block the weights that were kept last, if any were."""
+        for (module, name, _), weight in zip(self._trained, self._kept, strict=bool(self._kept)):
+            update_offload_parameter(module, name, weight)
+
+
+@torch.no_grad()
+def _error(block: Module, samples: Iterable[tuple[_Call, torch.Tensor]]) -> float:
+    """Squared error of a block's outputs to the targets' squares, over all processes."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for call, target in samples:
+        wanted = target.float()
+        found = call.run(block, call.hidden, wide=True).cpu()
+        sums += torch.stack([(found - wanted).square().sum(), wanted.square().sum()]).double()
+    if is_distributed():
+        dist.all_reduce(sums)
+    return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+
+def _least_of_all(number: int) -> int:
+    """The least of a number that each process has."""
+    if not is_distributed():
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The hidden states that a block returns, alone or before something else."""
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return found
+
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Change the tensors of a nest of tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(change, one) for one in value)
+    if isinstance(value, dict):
+        return {key: _mapped(change, one) for key, one in value.items()}
+    return value

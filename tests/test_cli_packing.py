@@ -1,0 +1,78 @@
+"""``dlp-plugin pack`` and ``unpack``, as a user types them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SHIPPED, TEST_TEXT, command
+from packed_checkpoints import assert_same_bits, prune_rows, tensors_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dlp_plugin.checkpoints.inspect import zstd_bytes
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model at 70 %."""
+    folder = tmp_path_factory.mktemp("packing") / "pruned"
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16)
+    prune_rows(model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(pruned: Path) -> tuple[Path, str]:
+    folder = pruned.with_name("packed")
+    return folder, " ".join(command("pack", pruned, folder).output.split())
+
+
+def megabytes(size: int) -> str:
+    return rf"{size / 1e6:.2f} MB"
+
+
+def test_pack_tells_sizes(pruned: Path, packed: tuple[Path, str]) -> None:
+    folder, output = packed
+    before, after = ((f / "model.safetensors").stat().st_size for f in (pruned, folder))
+    sizes = " │ ".join(megabytes(size) for size in (before, zstd_bytes(pruned), after))
+    assert f"files │ {sizes}" in output
+    (bits,) = re.findall(r"bits a weight of packed Linears │ 16\.00 │ │ (\d\.\d\d)", output)
+    assert float(bits) < 0.29 * 16
+    assert "84 Linears of blocks packed, 0 left dense" in output
+
+
+def test_inspect_reads_it(pruned: Path, packed: tuple[Path, str]) -> None:
+    output = " ".join(command("inspect", packed[0], "--against", pruned).output.split())
+    size = (packed[0] / "model.safetensors").stat().st_size
+    assert re.search(rf"dlp-sparse; {megabytes(size)} on disk", output)
+    assert "lost: 0" in output
+    (total,) = re.findall(r"all blocks.*?(0\.\d{4})", output)
+    assert total in command("inspect", pruned).output
+
+
+def test_ppl_reads_it(pruned: Path, packed: tuple[Path, str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEST_TEXT.read_text()[:20_000])
+    outputs = [
+        command("ppl", folder, "--data", text, "--length", "64").output.split("perplexity")[1]
+        for folder in (pruned, packed[0])
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_unpack_gives_it_back(pruned: Path, packed: tuple[Path, str], tmp_path: Path) -> None:
+    assert "written:" in command("unpack", packed[0], tmp_path / "unpacked").output
+    assert_same_bits(tensors_of(tmp_path / "unpacked"), tensors_of(pruned))
+
+
+def test_mistakes(pruned: Path, packed: tuple[Path, str], tmp_path: Path) -> None:
+    output = command("pack", packed[0], tmp_path / "again", code=1).output
+    assert "packed is packed already" in " ".join(output.split())
+    output = command("unpack", pruned, tmp_path / "again", code=1).output
+    assert "pruned is not packed; give a folder that" in " ".join(output.split())
+    output = command("pack", pruned, packed[0], code=1).output
+    assert "exists and is not an empty folder" in " ".join(output.split())
+    assert not list(tmp_path.iterdir())
