@@ -125,5 +125,5 @@ def test_the_main_commands_output_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["rows"][3]["name"] == "DLP, alpha auto, refined"
     assert found["rows"][3]["perplexity"] == 35.168
     assert found["rows"][3]["float32"] == 35.3
-    assert found["megabytes"]["at 4 bits"] == {"written": 6.97, "zstd": 2.86, "sparse": 3.21}
+    assert found["megabytes"]["at 4 bits"] == {"written": 6.97, "zstd": 2.86, "packed": 3.21}
     assert found["came back"] == 0

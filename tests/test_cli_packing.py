@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHIPPED, TEST_TEXT, command
+from helpers import CALIBRATION_TEXT, ROOT, SHIPPED, TEST_TEXT, command
 from packed_checkpoints import assert_same_bits, prune_rows, tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,6 +42,18 @@ def test_pack_tells_sizes(pruned: Path, packed: tuple[Path, str]) -> None:
     (bits,) = re.findall(r"bits a weight of packed Linears │ 16\.00 │ │ (\d\.\d\d)", output)
     assert float(bits) < 0.29 * 16
     assert "84 Linears of blocks packed, 0 left dense" in output
+
+
+def test_a_recipe_whose_result_is_packed_at_once(tmp_path: Path) -> None:
+    recipe = ["--recipe", ROOT / "recipes" / "dlp_magnitude.yaml", "--data", CALIBRATION_TEXT]
+    arguments = [*recipe, "--samples", "4", "--length", "32"]
+    command("oneshot", SHIPPED, *arguments, "--output", tmp_path / "plain")
+    output = command(
+        "oneshot", SHIPPED, *arguments, "--output", tmp_path / "small", "--pack"
+    ).output
+    assert "dlp-sparse" in output
+    command("unpack", tmp_path / "small", tmp_path / "again")
+    assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "plain"))
 
 
 def test_inspect_reads_it(pruned: Path, packed: tuple[Path, str]) -> None:

@@ -25,6 +25,7 @@ from dlp_plugin import (
 )
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model
 from dlp_plugin.comparison import view
+from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison, recipe_of
 from dlp_plugin.comparison.run import compare
 from dlp_plugin.evaluation.perplexity import perplexity
@@ -306,7 +307,7 @@ class TestWhatIsWritten:
         )
 
     def test_pictures(self, finished: tuple[Path, Comparison], tmp_path: Path) -> None:
-        view.draw(finished[1], tmp_path)
+        draw(finished[1], tmp_path)
         for name in ("perplexity.png", "sparsities.png"):
             assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -318,13 +319,13 @@ class TestWhatIsWritten:
     ) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(ImportError, match=r"dlp_plugin\[plot\]"):
-            view.draw(finished[1], tmp_path)
+            draw(finished[1], tmp_path)
 
 
 def test_pruners_and_sparsities_are_checked_before_any_work(
     compared: Callable[..., Comparison], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"no pruner 'obs'; there are wanda, sparsegpt, magnitude"):
+    with pytest.raises(ValueError, match=r"no pruner 'obs'; there are wanda, sparsegpt, admm, mag"):
         compared(tmp_path / "new", "dlp", 0.5, pruners=["obs"])
     with pytest.raises(ValueError, match="strictly between 0 and 1, got 50"):
         compared(tmp_path / "new", "dlp", 50)

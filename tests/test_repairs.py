@@ -24,6 +24,8 @@ from helpers import (
 )
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -212,7 +214,70 @@ class TestReconstruction:
             torch.testing.assert_close(model.state_dict()[name].cpu(), value, atol=1e-5, rtol=1e-4)
 
 
+class TestOddPipelines:
+    """What the breaking of a model into parts, or no parts at all, does to repairs."""
+
+    @pytest.mark.parametrize("stage", EVERY_STAGE)
+    def test_blocks_that_the_host_does_not_tell_of_as_through(
+        self, stage: type, tmp_path: Path
+    ) -> None:
+        """BART's encoder is traced into code that names none of its modules."""
+        torch.manual_seed(0)
+        sizes = dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], 64)
+        heads = dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2)
+        config = BartConfig(
+            vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, **sizes, **heads
+        )
+        config.save_pretrained(tmp_path)
+        model = BartForConditionalGeneration(config)
+        model.name_or_path = model.config.name_or_path = str(tmp_path)
+        run(model, [stage(sparsity=0.5, polish=True, reconstruct=1, **EVERY)], random_samples())
+        for name, linear in linears_of(model).items():
+            if name != "lm_head":
+                assert 0.4 < float((linear.weight == 0).float().mean()) < 0.6, name
+
+    def test_all_at_once_and_nothing_is_held(self, make_model: MakeModel) -> None:
+        """``pipeline="basic"`` runs with gradients on, and with caches."""
+        stage = WandaPruningModifier(sparsity=0.5, polish=True, reconstruct=1, **EVERY)
+        model = make_model()
+        run(model, [stage], MANY, pipeline="basic")
+        plain = run(
+            make_model(), [WandaPruningModifier(sparsity=0.5, **EVERY)], MANY, pipeline="basic"
+        )
+        assert_same(masks(model), masks(plain))
+        assert error(model, make_model()) < error(plain, make_model())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_two_blocks_in_a_part(self, make_model: MakeModel) -> None:
+        def stage(**fields: object) -> WandaPruningModifier:
+            return WandaPruningModifier(sparsity=0.6, **EVERY, **fields)
+
+        arguments = {"sequential_targets_per_subgraph": 2}
+        plain = run(make_model(), [stage()], MANY, **arguments)
+        repaired = run(make_model(), [stage(reconstruct=2)], MANY, **arguments)
+        assert error(repaired, make_model()) < 0.8 * error(plain, make_model())
+
+    def test_a_block_that_is_left_out(self, make_model: MakeModel, logged: Logged) -> None:
+        ignore = [*EVERY["ignore"], r"re:model\.layers\.1\."]
+        stage = ADMMPruningModifier(sparsity=0.6, reconstruct=1, targets=["Linear"], ignore=ignore)
+        model = trained(make_model(), stage)
+        assert_same(weights_of(model.model.layers[1]), weights_of(make_model().model.layers[1]))
+        told = [m.split(":")[0] for m in logged() if m.startswith("reconstructed")]
+        assert told == [f"reconstructed model.layers.{number}" for number in (0, 2)]
+
+    def test_a_pipeline_without_samples(self, make_model: MakeModel) -> None:
+        stage = PRUNERS[2](sparsity=0.5, polish=True, **EVERY)
+        refuses(make_model(), "this pipeline ran none.*datafree", stage, pipeline="datafree")
+
+
 class TestBadInput:
+    def test_inputs_that_are_not_finite(self, make_model: MakeModel) -> None:
+        model = make_model()
+        with torch.no_grad():
+            model.model.layers[0].input_layernorm.weight[3] = torch.inf
+        stage = WandaPruningModifier(sparsity=0.5, polish=True, **EVERY)
+        refuses(model, r"inputs of model\.layers\.0\.self_attn\.q_proj were not finite", stage)
+
     @pytest.mark.parametrize("fields", [{"polish": True}, {"reconstruct": 1}])
     def test_magnitude_without_samples(self, make_model: MakeModel, fields: dict) -> None:
         (field,) = fields

@@ -149,6 +149,19 @@ def compare(
             "`wanda-polished`, `admm-reconstructed`, `sparsegpt-polished-reconstructed`."
         ),
     ] = "wanda",
+    bits: Annotated[
+        str,
+        typer.Option(
+            help="With commas: `16` as the checkpoint has them; `4`, `8` by GPTQ that keeps the "
+            "zeros, and of the model that is not pruned too."
+        ),
+    ] = "16",
+    sizes: Annotated[
+        bool,
+        typer.Option(
+            help="Megabytes on disk too, packed as by `dlp-plugin pack`; so with 4 and 8 bits."
+        ),
+    ] = False,
     refine: Annotated[int, typer.Option(min=1, help="Steps, for `-refined`.")] = 16,
     evolve: Annotated[int, typer.Option(min=1, help="Generations, for `-evolved`.")] = 40,
     write_recipe: Annotated[
@@ -165,17 +178,18 @@ def compare(
     samples: Samples = 128,
     length: Length = None,
 ) -> None:
-    """Compare methods, sparsities and pruners on a model, by perplexity.
+    """Compare methods, sparsities, pruners and bits on a model, by perplexity and bytes.
 
     Blocks are scored once for all methods; a run that was interrupted goes on when the
     command is repeated. The folder gets results.json, table.md, perplexity.png,
-    sparsities.png and, where plans were refined, search.png. The best recipe is that of the
-    least perplexity over methods and pruners at one sparsity; it holds its plan, and
-    `dlp-plugin oneshot` runs it as it is.
+    sparsities.png, where plans were refined search.png, and with sizes bytes.png. The best
+    recipe is that of the least perplexity over methods, pruners and bits at one sparsity; it
+    holds its plan, and `dlp-plugin oneshot` runs it as it is.
     """
     with reporting_errors():
+        from dlp_plugin.comparison.pictures import draw
         from dlp_plugin.comparison.run import compare as run
-        from dlp_plugin.comparison.view import draw, markdown, table
+        from dlp_plugin.comparison.view import markdown, table
         from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
         from dlp_plugin.files import check_writable, replacing
 
@@ -193,6 +207,8 @@ def compare(
             methods=methods.split(","),
             sparsities=targets,
             pruners=pruners.split(","),
+            bits=bits.split(","),
+            sizes=sizes,
             refine=refine,
             evolve=evolve,
             report=_tell,
@@ -221,8 +237,11 @@ def _targets(sparsities: str, sparsity: str | None) -> tuple[list[str], str | No
 
 
 def _tell(cell: Cell) -> None:
+    bits = "" if cell.bits == 16 else f", {cell.bits} bits"
+    size = "" if cell.bytes is None else f" in {cell.bytes / 1e6:.2f} MB"
     console.print(
-        f"{cell.pruner} {cell.target} {cell.method}: {cell.perplexity:.4f} ({cell.seconds:.0f} s)",
+        f"{cell.pruner} {cell.target} {cell.method}{bits}: {cell.perplexity:.4f}{size} "
+        f"({cell.seconds:.0f} s)",
         highlight=False,
     )
 
@@ -234,6 +253,7 @@ def _write_best(found: Comparison, target: str | None, path: Path) -> None:
     with replacing(path) as beside:
         beside.write_text(found.recipe(target))
     best = found.best(target)
+    bits = "" if best.bits == 16 else f" and {best.bits} bits"
     console.print(
-        f"{best.method} at {best.target} with {best.pruner} written:", str(path), markup=False
+        f"{best.method} at {best.target} with {best.pruner}{bits} written:", str(path), markup=False
     )

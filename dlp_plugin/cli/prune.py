@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,7 @@ def oneshot(
     recipe: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A YAML recipe.")],
     data: Data,
     output: Annotated[Path, typer.Option(help="Folder to save the model in; new or empty.")],
+    pack: Annotated[bool, typer.Option("--pack", help="Save it in the sparse format.")] = False,
     config: Config = None,
     split: Split = "train",
     column: Column = "text",
@@ -51,7 +53,13 @@ def oneshot(
         check_vacant(output)
         check_recipe(recipe)
         calibration = calibration_arguments(model, data, config, split, column, length, samples)
-        apply_recipe(model, str(recipe), output, **calibration)
+        with TemporaryDirectory() as beside:
+            saved = Path(beside) / "saved" if pack else output
+            apply_recipe(model, str(recipe), saved, **calibration)
+            if pack and first:
+                from dlp_plugin.checkpoints.packing import pack as write_packed
+
+                write_packed(saved, output)
         if first:
             for plan in last_plans():
                 console.print(table(plan))

@@ -18,6 +18,7 @@ __all__ = [
     "PRUNERS",
     "Contender",
     "Pruner",
+    "bits_named",
     "contender_named",
     "pruner_named",
     "target_named",
@@ -33,7 +34,7 @@ PRUNERS = {
 # What a pruner's name may end in, to the fields that it stands for.
 _REPAIRS: dict[str, dict[str, Any]] = {
     "-polished": {"polish": True},
-    "-reconstructed": {"reconstruct": 5},
+    "-reconstructed": {"reconstruct": 2},
 }
 
 
@@ -147,6 +148,20 @@ def _method(name: str, strength: str) -> Method:
     if not strength:
         return kind()
     return kind(**{kind.strength_field: strength if strength == "auto" else float(strength)})
+
+
+def bits_named(bits: int | str) -> int:
+    """How many bits a weight shall have: 4, 8, or 16 for those of the checkpoint.
+
+    :raises ValueError: if it is none of these
+    """
+    text = str(bits).strip()
+    if text not in ("4", "8", "16"):
+        raise ValueError(
+            f"bits: {bits!r} is none of 4, 8 and 16, which leaves weights as the checkpoint has "
+            "them"
+        )
+    return int(text)
 
 
 def target_named(target: float | str) -> str:

@@ -16,13 +16,15 @@ from dlp_plugin.files import replacing
 from dlp_plugin.planning.methods import METHODS
 from dlp_plugin.planning.plan import Plan
 
-__all__ = ["Cell", "Comparison", "recipe_of"]
+__all__ = ["Cell", "Comparison", "Plain", "best_of", "quantizing", "recipe_of"]
 
 
-def recipe_of(plan: Plan, pruner: str) -> str:
-    """The YAML recipe that prunes by a plan, which it holds.
+def recipe_of(plan: Plan, pruner: str, bits: int = 16, group_size: int = 128) -> str:
+    """The YAML recipe that prunes by a plan, which it holds, and quantizes below 16 bits.
 
     :param pruner: as :func:`~dlp_plugin.comparison.names.pruner_named` takes it
+    :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` gives them
+    :param group_size: columns that share a scale where weights are quantized
     """
     chosen = pruner_named(pruner)
     stage: dict[str, Any] = {
@@ -35,8 +37,41 @@ def recipe_of(plan: Plan, pruner: str) -> str:
         stage["mask_structure"] = str(plan.mask_structure)
     given = {"from_plan": plan.model_dump(mode="json", exclude_none=True)}
     modifiers = {METHODS[plan.method].modifier: given, chosen.modifier: stage}
-    recipe = {"pruning_stage": {"pruning_modifiers": modifiers}}
+    stages = {"pruning_modifiers": modifiers}
+    if bits < 16:
+        stages["quantization_modifiers"] = _quantizers(bits, group_size)
+    return _yaml({"pruning_stage": stages})
+
+
+def quantizing(bits: int, group_size: int) -> str:
+    """The YAML recipe that only quantizes; arguments as in :func:`recipe_of`."""
+    modifiers = _quantizers(bits, group_size)
+    return _yaml({"quantization_stage": {"quantization_modifiers": modifiers}})
+
+
+def _quantizers(bits: int, group_size: int) -> dict[str, Any]:
+    weights = {"num_bits": bits, "strategy": "group", "group_size": group_size}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    preset = {"scheme": f"W{bits}A16", "targets": ["Linear"]}
+    chosen = preset if group_size == 128 else {"config_groups": groups}
+    return {"MaskedGPTQModifier": {**chosen, "ignore": ["re:.*lm_head"]}}
+
+
+def _yaml(recipe: dict[str, Any]) -> str:
     return str(yaml.safe_dump(recipe, sort_keys=False, width=100))
+
+
+class Plain(BaseModel):
+    """A model that is not pruned, measured.
+
+    :param perplexity: as it is, or quantized
+    :param bytes: size of its weights on disk
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    perplexity: float
+    bytes: int
 
 
 class Cell(BaseModel):
@@ -45,8 +80,12 @@ class Cell(BaseModel):
     :param method: full name, as :func:`~dlp_plugin.comparison.names.contender_named` gives it
     :param target: a sparsity or N:M, as :func:`~dlp_plugin.comparison.names.target_named`
         writes it
-    :param achieved: zeros among the weights of the pruned Linears
-    :param seconds: to load, prune and measure; making the plan is not in it
+    :param achieved: zeros among the weights of the pruned Linears, with those that quantizing
+        rounded to zero
+    :param seconds: to load, prune, quantize, store and measure; making the plan is not in it
+    :param bits: that a weight has; 16 for those of the checkpoint
+    :param bytes: size of its weights on disk, packed by :mod:`dlp_plugin.checkpoints.packing`
+        where that is smaller; None where it was not asked for
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -57,11 +96,18 @@ class Cell(BaseModel):
     perplexity: float
     achieved: float
     seconds: float
+    bits: int = 16
+    bytes: int | None = None
 
     @property
     def sparsity(self) -> float:
         """Sparsity that was aimed at."""
         return target_of(self.target)[0]
+
+
+def best_of(cells: Iterable[Cell]) -> Cell:
+    """The cell with the least perplexity; of equal ones the first."""
+    return min(cells, key=lambda cell: (math.isnan(cell.perplexity), cell.perplexity))
 
 
 class Comparison(BaseModel):
@@ -72,7 +118,9 @@ class Comparison(BaseModel):
     :param plans: full name of a method (of one that judges by magnitude's masks another, see
         :meth:`plan_name`) to target to plan
     :param decided: likewise to the seconds that the plan took, once the blocks were scored
-    :param cells: one per method, target and pruner
+    :param cells: one per method, target, pruner and bits
+    :param plain: bits to what is not pruned; those of the dense model where sizes were asked for
+    :param group_size: columns that share a scale where weights are quantized
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
@@ -82,11 +130,14 @@ class Comparison(BaseModel):
     plans: dict[str, dict[str, Plan]] = Field(default_factory=dict)
     decided: dict[str, dict[str, float]] = Field(default_factory=dict)
     cells: list[Cell] = Field(default_factory=list)
+    plain: dict[int, Plain] = Field(default_factory=dict)
+    group_size: int = 128
 
-    def cell(self, method: str, target: str, pruner: str) -> Cell | None:
+    def cell(self, method: str, target: str, pruner: str, bits: int = 16) -> Cell | None:
         """One cell; None if it was not measured."""
-        wanted = (method, target, pruner)
-        return next((c for c in self.cells if (c.method, c.target, c.pruner) == wanted), None)
+        wanted = (method, target, pruner, bits)
+        keys = ((cell.method, cell.target, cell.pruner, cell.bits) for cell in self.cells)
+        return next((c for c, key in zip(self.cells, keys, strict=True) if key == wanted), None)
 
     def plan(self, method: str, target: str, pruner: str) -> Plan:
         """The plan that a method prunes by.
@@ -101,17 +152,27 @@ class Comparison(BaseModel):
         return own if pruner_named(pruner).by_magnitude and own in self.plans else method
 
     def only(
-        self, methods: Iterable[str], targets: Iterable[str], pruners: Iterable[str]
+        self,
+        methods: Iterable[str],
+        targets: Iterable[str],
+        pruners: Iterable[str],
+        bits: Iterable[int] = (16,),
     ) -> Comparison:
         """Some of the cells, in the order of the arguments."""
-        asked = [self.cell(m, t, p) for p, t, m in product(pruners, targets, methods)]
-        return self.model_copy(update={"cells": [cell for cell in asked if cell is not None]})
+        bits = list(bits)
+        asked = [self.cell(m, t, p, b) for p, b, t, m in product(pruners, bits, targets, methods)]
+        plain = {each: self.plain[each] for each in bits if each in self.plain}
+        cells = [cell for cell in asked if cell is not None]
+        return self.model_copy(update={"cells": cells, "plain": plain})
 
-    def best(self, target: str | None = None, pruner: str | None = None) -> Cell:
+    def best(
+        self, target: str | None = None, pruner: str | None = None, bits: int | None = None
+    ) -> Cell:
         """The cell with the least perplexity; of equal ones the first.
 
         :param target: at this one; by default at the highest sparsity, whatever its structure
         :param pruner: with this one; any by default
+        :param bits: at so many; any by default
         :raises ValueError: if there is no such cell
         """
         highest = max((cell.sparsity for cell in self.cells), default=math.nan)
@@ -120,13 +181,14 @@ class Comparison(BaseModel):
             for c in self.cells
             if (c.target == target or (target is None and c.sparsity == highest))
             and pruner in (None, c.pruner)
+            and bits in (None, c.bits)
         ]
         if not cells:
             raise ValueError(
                 f"nothing was measured at {target or 'any sparsity'}; there are "
                 f"{', '.join(self.values('target'))}"
             )
-        return min(cells, key=lambda c: (math.isnan(c.perplexity), c.perplexity))
+        return best_of(cells)
 
     def recipe(self, target: str | None = None) -> str:
         """The recipe of the best cell over methods and pruners, with its figures on top.
@@ -135,12 +197,14 @@ class Comparison(BaseModel):
         """
         cell = self.best(target)
         figures = f"perplexity {cell.perplexity:.4f}, {self.ratio(cell):.3f} x dense"
-        title = f"{cell.method} at {cell.target}, {cell.pruner}: {figures}"
+        quantized = f", {cell.bits} bits" if cell.bits < 16 else ""
+        title = f"{cell.method} at {cell.target}, {cell.pruner}{quantized}: {figures}"
         plan = self.plan(cell.method, cell.target, cell.pruner)
-        return f"# {self.subject['model']}, {title}\n{recipe_of(plan, cell.pruner)}"
+        recipe = recipe_of(plan, cell.pruner, cell.bits, self.group_size)
+        return f"# {self.subject['model']}, {title}\n{recipe}"
 
-    def ratio(self, cell: Cell) -> float:
-        """A cell's perplexity to the dense model's."""
+    def ratio(self, cell: Cell | Plain) -> float:
+        """A perplexity to the dense model's."""
         return cell.perplexity / (self.dense or math.nan)
 
     def values(self, field: str) -> list[Any]:

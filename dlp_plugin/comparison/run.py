@@ -11,10 +11,13 @@ look at weights alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,15 +25,23 @@ from compressed_tensors.offload import remove_dispatch
 from llmcompressor.utils.dev import get_main_device
 
 from dlp_plugin.checkpoints.files import shards
-from dlp_plugin.checkpoints.loading import apply_recipe, load_config, load_model
+from dlp_plugin.checkpoints.loading import (
+    apply_recipe,
+    load_config,
+    load_model,
+    load_stored,
+    load_to_prune,
+)
 from dlp_plugin.comparison.names import (
+    bits_named,
     contender_named,
     pruner_named,
     target_named,
     target_of,
 )
 from dlp_plugin.comparison.planning import PlanningModifier
-from dlp_plugin.comparison.results import Cell, Comparison, recipe_of
+from dlp_plugin.comparison.results import Cell, Comparison, Plain, quantizing, recipe_of
+from dlp_plugin.comparison.storing import bytes_of, group_size_of, smaller
 from dlp_plugin.evaluation.causal import check_causal
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.planning.plan import Plan, package_versions
@@ -50,6 +61,8 @@ def compare(
     methods: Sequence[str],
     sparsities: Sequence[float | str],
     pruners: Sequence[str] = ("wanda",),
+    bits: Sequence[int | str] = (16,),
+    sizes: bool = False,
     refine: int = 16,
     evolve: int = 40,
     report: Callable[[Cell], Any] = lambda _: None,
@@ -67,6 +80,10 @@ def compare(
     :param methods: as :func:`~dlp_plugin.comparison.names.contender_named` takes them
     :param sparsities: targets as :func:`~dlp_plugin.comparison.names.target_named` takes them
     :param pruners: as :func:`~dlp_plugin.comparison.names.pruner_named` takes them
+    :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` takes them; below 16, where
+        GPTQ that keeps the zeros quantizes, the model that is not pruned is measured too
+    :param sizes: whether bytes on disk are recorded where all is at 16 bits too; what is
+        measured then is what is stored
     :param refine: steps of the gradient, for the methods that are refined
     :param evolve: generations of the evolution, for those that are evolved
     :param report: called with every cell that is measured now
@@ -77,9 +94,13 @@ def compare(
     asked = [contender_named(text, refine, evolve) for text in methods]
     contenders = {contender.name: contender for contender in asked}
     targets = _targets(sparsities)
+    widths = list(dict.fromkeys(bits_named(each) for each in bits))
     ways = {pruner_named(pruner).by_magnitude for pruner in pruners}
     path = Path(folder) / "results.json"
     found = _taken_up(path, _subject(model, calibration, windows))
+    if min(widths) < 16:
+        found.group_size = group_size_of(model)
+    bench = _Bench(model, calibration, windows, sizes or widths != [16])
     path.parent.mkdir(parents=True, exist_ok=True)
     if found.dense is None:
         dense = load_model(model)
@@ -103,24 +124,69 @@ def compare(
         planning = PlanningModifier(missing, keep, path.with_name("search.json"))
         _let_go(apply_recipe(model, planning, **calibration))
 
-    for pruner, target, method in product(dict.fromkeys(pruners), targets, contenders):
-        if found.cell(method, target, pruner) is None:
-            plan = found.plan(method, target, pruner)
-            started = time.perf_counter()
-            pruned = apply_recipe(model, recipe_of(plan, pruner), **calibration)
-            value, achieved = _measured(pruned, windows, plan)
-            cell = Cell(
-                method=method,
-                target=target,
-                pruner=pruner,
-                perplexity=value,
-                achieved=achieved,
-                seconds=time.perf_counter() - started,
-            )
-            found.cells.append(cell)
+    for width in widths:
+        if bench.sizes and width not in found.plain:
+            found.plain[width] = bench.plain(found, width)
             found.save(path)
-            report(cell)
-    return found.only(contenders, targets, dict.fromkeys(pruners))
+        for pruner, target, method in product(dict.fromkeys(pruners), targets, contenders):
+            before = found.cell(method, target, pruner, width)
+            if before is None or (bench.sizes and before.bytes is None):
+                cell = bench.cell(found, method, target, pruner, width)
+                found.cells = [*(each for each in found.cells if each is not before), cell]
+                found.save(path)
+                report(cell)
+    return found.only(contenders, targets, dict.fromkeys(pruners), widths)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Makes models and measures them.
+
+    :param sizes: whether in bytes too; what is measured then is what is stored
+    """
+
+    model: str
+    calibration: Mapping[str, Any]
+    windows: Sequence[torch.Tensor]
+    sizes: bool
+
+    def cell(self, found: Comparison, method: str, target: str, pruner: str, bits: int) -> Cell:
+        plan = found.plan(method, target, pruner)
+        recipe = recipe_of(plan, pruner, bits, found.group_size)
+        started = time.perf_counter()
+        if self.sizes:
+            value, achieved, size = self._stored(recipe, plan)
+        else:
+            pruned = apply_recipe(self.model, recipe, **self.calibration)
+            (value, achieved), size = _measured(pruned, self.windows, plan), None
+        return Cell(
+            method=method,
+            target=target,
+            pruner=pruner,
+            perplexity=value,
+            achieved=achieved,
+            seconds=time.perf_counter() - started,
+            bits=bits,
+            bytes=size,
+        )
+
+    def plain(self, found: Comparison, bits: int) -> Plain:
+        """The model that is not pruned."""
+        if bits < 16:
+            value, _, size = self._stored(quantizing(bits, found.group_size))
+            return Plain(perplexity=value, bytes=size)
+        with TemporaryDirectory() as folder:
+            load_stored(self.model).save_pretrained(folder)
+            return Plain(perplexity=found.dense or math.nan, bytes=bytes_of(Path(folder)))
+
+    def _stored(self, recipe: str, plan: Plan | None = None) -> tuple[float, float, int]:
+        """Perplexity, sparsity and bytes of what a recipe makes, from disk."""
+        with TemporaryDirectory() as folder:
+            saved = Path(folder) / "saved"
+            _let_go(apply_recipe(self.model, recipe, output=saved, **self.calibration))
+            kept = smaller(saved)
+            stored, _ = load_to_prune(kept)
+            return *_measured(stored, self.windows, plan), bytes_of(kept)
 
 
 def _targets(sparsities: Iterable[float | str]) -> list[str]:

@@ -1,35 +1,38 @@
-"""A comparison as a table, as Markdown and in pictures."""
+"""A comparison as a table, as Markdown and in sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_plugin.comparison.results import Cell, Comparison
-from dlp_plugin.files import replacing
-from dlp_plugin.planning.plan import Plan
+from dlp_plugin.comparison.results import Cell, Comparison, Plain, best_of
 
-__all__ = ["draw", "markdown", "table"]
+__all__ = ["markdown", "table", "verdicts"]
 
 
 def table(found: Comparison) -> Table:
     """Perplexity and its ratio to dense for the terminal (rich), the best in bold."""
     model = escape(found.subject["model"])
-    caption = f"in brackets: times the dense model's, {found.dense:.4f}"
-    table = Table(title=f"Perplexity of {model}", caption=caption)
+    caption = [f"in brackets: times the dense model's, {found.dense:.4f}", *verdicts(found)]
+    table = Table(title=f"Perplexity of {model}", caption="\n".join(caption))
     targets = found.values("target")
-    for column in ("pruner", "method", *targets):
-        table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
-    for pruner in found.values("pruner"):
+    hidden = _hidden(found)
+    for column in ("pruner", "bits", "method", *targets):
+        if column not in hidden:
+            table.add_column(column, justify="right" if column in targets else "left")
+        if column in targets and "MB" not in hidden:
+            table.add_column("MB", justify="right")
+    for pruner, bits in product(found.values("pruner"), found.values("bits")):
         table.add_section()
         for method in found.values("method"):
-            cells = [found.cell(method, target, pruner) for target in targets]
-            table.add_row(pruner, method, *(_entry(found, cell) for cell in cells))
+            row = [pruner, method] if "bits" in hidden else [pruner, str(bits), method]
+            for target in targets:
+                cell = found.cell(method, target, pruner, bits)
+                row += [_entry(found, cell)]
+                row += [] if "MB" in hidden else [_megabytes(cell)]
+            table.add_row(*row)
     return table
 
 
@@ -37,97 +40,90 @@ def _entry(found: Comparison, cell: Cell | None) -> str:
     if cell is None:
         return ""
     text = f"{cell.perplexity:.2f} ({found.ratio(cell):.2f})"
-    return f"[bold]{text}[/]" if cell == found.best(cell.target, cell.pruner) else text
+    return f"[bold]{text}[/]" if _is_best(found, cell) else text
+
+
+def _is_best(found: Comparison, cell: Cell) -> bool:
+    return cell == found.best(cell.target, cell.pruner, cell.bits)
+
+
+def _hidden(found: Comparison) -> list[str]:
+    """Columns that would say nothing."""
+    bits = ["bits"] if found.values("bits") == [16] else []
+    return bits + (["MB"] if found.values("bytes") == [None] else [])
+
+
+def _megabytes(measured: Cell | Plain | None) -> str:
+    size = None if measured is None else measured.bytes
+    return "" if size is None else f"{size / 1e6:.2f}"
 
 
 def markdown(found: Comparison) -> str:
     """All figures as a table in Markdown, the best at each sparsity in bold."""
-    lines = [
-        [
-            "pruner",
-            "target",
-            "method",
-            "strength",
-            "perplexity",
-            "ratio",
-            "zeros",
-            "to decide",
-            "seconds",
-        ],
-        ["---"] * 3 + ["---:"] * 6,
-        ["", "0", "dense", "", f"{found.dense:.4f}", "1", "", "", ""],
+    names = ["pruner", "target", "bits", "method"]
+    figures = ["strength", "perplexity", "ratio", "MB", "zeros", "to decide", "seconds"]
+    rows = [
+        {"perplexity": f"{found.dense:.4f}", "ratio": "1", "MB": _megabytes(found.plain.get(16))}
     ]
+    rows += [
+        {
+            "bits": str(bits),
+            "perplexity": f"{plain.perplexity:.4f}",
+            "ratio": f"{found.ratio(plain):.3f}",
+            "MB": _megabytes(plain),
+        }
+        for bits, plain in found.plain.items()
+        if bits < 16
+    ]
+    rows = [{"target": "0", "bits": "16", "method": "dense"} | row for row in rows]
     for cell in found.cells:
         value = f"{cell.perplexity:.4f}"
-        if cell == found.best(cell.target, cell.pruner):
-            value = f"**{value}**"
-        strength = f"{found.plan(cell.method, cell.target, cell.pruner).strength:g}"
-        row = [cell.pruner, cell.target, cell.method, strength, value]
-        row += [f"{found.ratio(cell):.3f}", f"{cell.achieved:.4f}"]
         name = found.plan_name(cell.method, cell.pruner)
         decided = found.decided.get(name, {}).get(cell.target)
-        row += ["" if decided is None else f"{decided:.1f}", f"{cell.seconds:.1f}"]
-        lines.append(row)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        row = {
+            "pruner": cell.pruner,
+            "target": cell.target,
+            "bits": str(cell.bits),
+            "method": cell.method,
+            "strength": f"{found.plan(cell.method, cell.target, cell.pruner).strength:g}",
+            "perplexity": f"**{value}**" if _is_best(found, cell) else value,
+            "ratio": f"{found.ratio(cell):.3f}",
+            "MB": _megabytes(cell),
+            "zeros": f"{cell.achieved:.4f}",
+            "to decide": "" if decided is None else f"{decided:.1f}",
+            "seconds": f"{cell.seconds:.1f}",
+        }
+        rows.append(row)
+    shown = [column for column in (*names, *figures) if column not in _hidden(found)]
+    rule = ["---" if column in names else "---:" for column in shown]
+    lines = [shown, rule, *([row.get(column, "") for column in shown] for row in rows)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + "".join(f"\n{sentence}\n" for sentence in verdicts(found))
 
 
-def draw(found: Comparison, folder: str | Path) -> None:
-    """Draw ``perplexity.png``, ``sparsities.png`` and, if plans were refined, ``search.png``.
-
-    :raises ImportError: if matplotlib is not installed
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "drawing a comparison needs matplotlib: pip install 'dlp_plugin[plot]'"
-        ) from None
-    methods = found.values("method")
-
-    def panels(file: str, label: str, fields: list[Any], draw: Callable[[Any, Any], Any]) -> None:
-        figure = Figure(figsize=(2 + 4 * len(fields), 4.5), layout="constrained")
-        grid = figure.subplots(1, len(fields), sharey=True, squeeze=False)[0]
-        for axes, field in zip(grid, fields, strict=True):
-            draw(axes, field)
-        grid[0].set_ylabel(label)
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
-        with replacing(Path(folder) / file) as beside:
-            figure.savefig(beside, dpi=150)
-
-    def perplexities(axes: Any, pruner: str) -> None:
-        for method in methods:
-            cells = [c for c in found.cells if (c.method, c.pruner) == (method, pruner)]
-            axes.plot(
-                [cell.target for cell in cells],
-                [cell.perplexity for cell in cells],
-                marker="o",
-                label=method,
+def verdicts(found: Comparison) -> list[str]:
+    """Whether pruning pays per byte, a sentence for every quantized model that is not pruned."""
+    cells = [cell for cell in found.cells if cell.bytes is not None]
+    sentences = []
+    for bits, plain in found.plain.items():
+        if bits == 16 or not cells:
+            continue
+        fits = [cell for cell in cells if (cell.bytes or 0) <= plain.bytes]
+        worse = [c for c in cells if c not in fits and not c.perplexity < plain.perplexity]
+        text = f"Plain {bits} bits: {_figures(plain)}. "
+        if fits:
+            best = best_of(fits)
+            share = best.perplexity / plain.perplexity
+            text += (
+                f"The best pruned model that is no larger has {_figures(best)}, {share:.3f} times "
+                f"the perplexity ({best.method} at {best.target}, {best.pruner}, {best.bits} "
+                "bits). "
             )
-        axes.axhline(found.dense, color="black", linestyle="--", label="dense")
-        axes.set(title=pruner, xlabel="sparsity", yscale="log")
+        else:
+            text += "No pruned model is as small. "
+        sentences.append(f"{text}Larger and no better are {len(worse)} of {len(cells)} pruned.")
+    return sentences
 
-    def sparsities(axes: Any, target: str) -> None:
-        for name, plan in plans_at(target).items():
-            axes.plot([block.sparsity for block in plan.blocks], marker=".", label=name)
-        axes.set(title=f"target {target}", xlabel="block", ylim=(0, 1))
 
-    def searches(axes: Any, target: str) -> None:
-        for name, plan in plans_at(target).items():
-            if plan.search:
-                axes.plot(
-                    [step.tokens for step in plan.search],
-                    [step.divergence for step in plan.search],
-                    label=name,
-                )
-        axes.set(title=f"target {target}", xlabel="tokens run", ylim=(0, None))
-
-    def plans_at(target: str) -> dict[str, Plan]:
-        shown = product(methods, found.values("pruner"))
-        names = dict.fromkeys(found.plan_name(*pair) for pair in shown)
-        return {name: found.plans[name][target] for name in names if target in found.plans[name]}
-
-    if any(plan.search for target in found.values("target") for plan in plans_at(target).values()):
-        label = "divergence from dense (nats per token)"
-        panels("search.png", label, found.values("target"), searches)
-    panels("perplexity.png", "perplexity", found.values("pruner"), perplexities)
-    panels("sparsities.png", "sparsity", found.values("target"), sparsities)
+def _figures(measured: Cell | Plain) -> str:
+    return f"{measured.perplexity:.4f} in {_megabytes(measured)} MB"

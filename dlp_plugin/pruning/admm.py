@@ -74,7 +74,7 @@ class ADMMPruningModifier(PruningStage):
                     continue
                 name = self._module_names[module].strip(".")
                 logger.info("Sparsifying {}", name)
-                problem = least_squares(module, name, grams.pop(module), self.dampening_frac)
+                problem = least_squares(module, grams.pop(module), self.dampening_frac)
                 with align_module_device(module):
                     dense = module.get_parameter("weight").detach()
                     weight = problem.pruned(dense, sparsity, self.structure)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from compressed_tensors.distributed import is_distributed
 from llmcompressor.core import Event, State
+from llmcompressor.utils.helpers import eval_context
 from pydantic import Field, PrivateAttr, model_validator
 from torch import distributed as dist
 
@@ -17,7 +18,7 @@ from dlp_plugin.host import StockStage, block_names, heed_ignore, stage_targets
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.pruning.grams import Grams, polishing
 from dlp_plugin.pruning.reconstruction import Reconstruction
-from dlp_plugin.scoring.blocks import check_columns, outer_block
+from dlp_plugin.scoring.blocks import check_columns
 
 __all__ = ["PruningStage"]
 
@@ -33,9 +34,10 @@ class PruningStage(StockStage):
     """
 
     polish: bool = False
-    reconstruct: int = Field(default=0, ge=0)
+    reconstruct: int = Field(default=0, ge=0, strict=True)
 
     _heeded: list[str] = PrivateAttr(default_factory=list)
+    _prunes: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _grams: Grams = PrivateAttr(default_factory=Grams)
     _reconstruction: Reconstruction | None = PrivateAttr(default=None)
 
@@ -151,9 +153,10 @@ class PruningStage(StockStage):
         if self.polish:
             self.watch_inputs()
         if self.reconstruct:
-            names = block_names(state.model, list(self._sequential_targets))
-            held = {outer_block(name.strip("."), names) for name in self._module_names.values()}
-            blocks = {name: state.model.get_submodule(name) for name in names if name in held}
+            targets = self._sequential_targets
+            names = block_names(state.model, [targets] if isinstance(targets, str) else targets)
+            blocks = {name: state.model.get_submodule(name) for name in names}
+            self._prunes = set(self._module_names)
             self._reconstruction = Reconstruction(blocks, self.reconstruct)
             record: Any = self._reconstruction.record
             for block in blocks.values():
@@ -174,23 +177,28 @@ class PruningStage(StockStage):
     ) -> None:
         """Prune the part of the model that is through, and repair it."""
         with ExitStack() as repairs:
+            repairs.enter_context(torch.no_grad())
+            repairs.enter_context(eval_context(state.model))
             if self._reconstruction is not None:
-                repairs.enter_context(
-                    self._reconstruction.around(modules, self._module_names.keys())
-                )
+                repairs.enter_context(self._reconstruction.around(self._prunes))
             if self.polish:
                 repairs.enter_context(self.polishing(modules))
             if self.repairs and is_distributed():
                 dist.barrier()  # all have looked at dense weights, which processes may share
             super().on_sequential_epoch_end(state, event, **kwargs)
 
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Let go of hooks and samples."""
+        self._reconstruction = None
+        self._prunes = set()
+        super().on_calibration_end(state, event, **kwargs)
+
     def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
         """Polish what is pruned within this context.
 
         :param modules: the part of the model that is through
         """
-        names = {m: n for m, n in self._module_names.items() if m in modules}
-        return polishing(self._grams, names)
+        return polishing(self._grams, self._module_names, modules)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Read as it was written again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -48,10 +48,24 @@ class Grams:
         if module not in self.samples:
             self.matrices[module] = make_empty_hessian(module, device=device)
             self.samples[module] = 0
+        inputs = args[0] if args[0].ndim < 4 else args[0].flatten(0, -2)
         matrix, self.samples[module] = accumulate_hessian(
-            args[0], module, self.matrices[module].to(device), self.samples[module]
+            inputs, module, self.matrices[module].to(device), self.samples[module]
         )
         self.matrices[module] = matrix.cpu() if self._offload else matrix
+
+    def check_finite(self, names: Mapping[Module, str]) -> None:
+        """Make sure that least squares can be solved.
+
+        :raises ValueError: naming the module, if its inputs were not finite
+        """
+        for module, matrix in self.matrices.items():
+            if not matrix.isfinite().all():
+                raise ValueError(
+                    f"the inputs of {names[module].strip('.')} were not finite, so no least "
+                    "squares can be solved on them: load the model in a wider dtype, or leave the "
+                    "module out by ignore"
+                )
 
     @contextmanager
     def shared(self, names: Mapping[Module, str]) -> Iterator[dict[Module, torch.Tensor]]:
@@ -62,6 +76,7 @@ class Grams:
 
         :param names: of all modules that a process may have calibrated
         """
+        self.check_finite(names)
         if is_distributed():
             ranks = gather(self.matrices, self.samples, names, make_empty_hessian)
         yield self.matrices
@@ -71,39 +86,32 @@ class Grams:
         self.samples.clear()
 
 
-def least_squares(
-    module: Module, name: str, gram: torch.Tensor, dampening: float = DAMPENING
-) -> LeastSquares:
-    """A module's problem, on the device that it computes on.
-
-    :param name: what an error calls the module
-    :raises ValueError: if the inputs were not finite
-    """
-    gram = gram.to(get_execution_device(module))
-    if not gram.isfinite().all():
-        raise ValueError(
-            f"the inputs of {name} were not finite, so no least squares can be solved on them: "
-            "load the model in a wider dtype, or leave the module out by ignore"
-        )
-    return LeastSquares(gram, dampening)
+def least_squares(module: Module, gram: torch.Tensor, dampening: float = DAMPENING) -> LeastSquares:
+    """A module's problem, on the device that it computes on."""
+    return LeastSquares(gram.to(get_execution_device(module)), dampening)
 
 
 @contextmanager
-def polishing(grams: Grams, names: Mapping[Module, str]) -> Iterator[None]:
+def polishing(
+    grams: Grams, names: Mapping[Module, str], through: Collection[Module]
+) -> Iterator[None]:
     """Move what is left of the modules pruned within to the optimum for their masks.
 
     :param grams: of the modules that samples reached
-    :param names: of all modules that may be pruned within; their dense weights are in memory
-        meanwhile
+    :param names: of all modules that the stage prunes
+    :param through: the part of the model that is through; the dense weights of what the stage
+        prunes in it are in memory meanwhile
     """
-    dense = {module: _weight(module) for module in names}
+    grams.check_finite(names)
+    reached = {*through, *grams.samples}  # which tracing may have told of another part
+    dense = {module: _weight(module) for module in names if module in reached}
     yield
     with grams.shared(names) as matrices:
         for module, gram in matrices.items():
             pruned = _weight(module)
-            if torch.equal(dense[module], pruned):
+            if module not in dense or torch.equal(dense[module], pruned):
                 continue
-            problem = least_squares(module, names[module], gram)
+            problem = least_squares(module, gram)
             weight = problem.polished(dense.pop(module), pruned, POLISHING)
             update_offload_parameter(module, "weight", weight.to(pruned.dtype))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 from llmcompressor.core import Event, State
 from loguru import logger
-from pydantic import PrivateAttr, model_validator
+from pydantic import PrivateAttr
 
 from dlp_plugin.pruning.base import PruningStage
 from dlp_plugin.scoring.scores import smallest_score
@@ -41,12 +40,8 @@ class OneShotMagnitudeModifier(PruningStage):
 
     requires_calibration_data: bool = False
 
-    _through: Collection[torch.nn.Module] = PrivateAttr(default=())
-
-    @model_validator(mode="after")
-    def _see_data(self) -> OneShotMagnitudeModifier:
-        self.requires_calibration_data = self.repairs
-        return self
+    _reached: list[torch.nn.Module] = PrivateAttr(default_factory=list)
+    _waiting: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check the settings.
@@ -57,35 +52,51 @@ class OneShotMagnitudeModifier(PruningStage):
             raise ValueError(
                 "OneShotMagnitudeModifier has no sparsity_profile: put OWLModifier before it"
             )
+        self.requires_calibration_data = self.repairs
         return super().on_initialize(state, **kwargs)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Find what is to be pruned.
+
+        :raises ValueError: if ``sparsity`` is null, and no modifier has stated one
+        """
+        super().on_calibration_start(state, event, **kwargs)
+        self._waiting = dict(self._module_names)
 
     def calibrate_module(
         self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor
     ) -> None:
-        """Nothing is learned from data."""
-
-    def on_sequential_epoch_end(
-        self,
-        state: State,
-        event: Event,
-        modules: Collection[torch.nn.Module] = (),
-        **kwargs: Any,
-    ) -> None:
-        """Prune the part of the model that is through: all of it, if nothing is repaired."""
-        self._through = modules
-        super().on_sequential_epoch_end(state, event, modules, **kwargs)
+        """Nothing is learned from data but what has run, and is to be repaired next."""
+        self._reached.append(module)
 
     def compress_modules(self) -> None:
-        """Prune the targets, with one matrix at a time on its device."""
-        through = set(self._through)
-        for module, name in self._module_names.items():
-            if module not in through:
-                continue
-            logger.info("Sparsifying {}", name)
-            with torch.no_grad(), align_module_device(module):
-                weight = module.get_parameter("weight").detach().clone()
-                weight.masked_fill_(self._least(name, module, weight), 0)
-            update_offload_parameter(module, "weight", weight)
+        """Prune the targets; of those that are repaired what has run."""
+        these = self._reached if self.repairs else list(self._waiting)
+        for module in dict.fromkeys(these):
+            self._prune(module, self._waiting.pop(module))
+        self._reached.clear()
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Prune what saw no sample, such as some experts.
+
+        :raises ValueError: if something was to be repaired and nothing ran
+        """
+        if self.repairs and self._waiting.keys() == self._module_names.keys():
+            raise ValueError(
+                "OneShotMagnitudeModifier repairs on calibration samples, and this pipeline ran "
+                "none: leave out pipeline='datafree', or polish and reconstruct"
+            )
+        for module in list(self._waiting):
+            self._prune(module, self._waiting.pop(module))
+        super().on_calibration_end(state, event, **kwargs)
+
+    def _prune(self, module: torch.nn.Module, name: str) -> None:
+        """Prune one matrix on its device."""
+        logger.info("Sparsifying {}", name)
+        with torch.no_grad(), align_module_device(module):
+            weight = module.get_parameter("weight").detach().clone()
+            weight.masked_fill_(self._least(name, module, weight), 0)
+        update_offload_parameter(module, "weight", weight)
 
     def _least(self, name: str, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Which weights of a matrix go."""

@@ -9,7 +9,7 @@ METHODS = {"uniform": "uniform", "dlp": "DLP", "owl": "OWL", "linear": "linear"}
     "alpha-pruning": "AlphaPruning"
 }
 STRENGTHS = {"dlp": "alpha", "owl": "lambda", "linear": "beta", "alpha-pruning": "epsilon"}
-PRUNERS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "Magnitude"}
+PRUNERS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "magnitude": "Magnitude"}
 
 
 def method_name(method: str) -> str:
@@ -17,6 +17,11 @@ def method_name(method: str) -> str:
     name, _, strength = name.partition(":")
     words = METHODS[name] + (f", {STRENGTHS[name]} {strength}" if strength else "")
     return words + (f", {' '.join(search)}" if search else "")
+
+
+def pruner_name(pruner: str) -> str:
+    name, *repairs = pruner.split("-")
+    return ", ".join([PRUNERS[name], *repairs])
 
 
 class Cells:
@@ -51,8 +56,27 @@ class Cells:
                     shown = "" if value is None else number(value)
                     row.append(f"**{shown}**" if value == min(column) else shown)
                 rows.append(row)
-            found.append(table([PRUNERS[pruner], *map(percent, targets)], rows))
+            found.append(table([pruner_name(pruner), *map(percent, targets)], rows))
         return "\n\n".join(found)
+
+    def by_pruner(self) -> str:
+        """One table, a row per pruner and a column per target and method; the best in bold."""
+        columns = [
+            (target, method)
+            for target in dict.fromkeys(sorted(target for _, target in self.columns))
+            for method in self.methods
+        ]
+        rows = []
+        for pruner in dict.fromkeys(pruner for pruner, _ in self.columns):
+            row = [pruner_name(pruner)]
+            for target, method in columns:
+                value = self.values.get((pruner, target, method))
+                best = min(v for (_, t, m), v in self.values.items() if (t, m) == (target, method))
+                shown = "" if value is None else number(value)
+                row.append(f"**{shown}**" if value == best else shown)
+            rows.append(row)
+        names = [f"{percent(target)}, {method_name(method)}" for target, method in columns]
+        return table(["", *names], rows)
 
     def ratios(self, method: str, others: Sequence[str], target: str | None = None) -> list[float]:
         """A method's perplexity to the best of others, in every cell or those of a target."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from cells import PRUNERS, Cells
+from cells import PRUNERS, Cells, pruner_name
 from layout import Parts, bullets, number, percent, span, table
 
 # What run.py calls them -> what the page does
@@ -30,10 +30,10 @@ def main_table(parts: Parts) -> str:
         ]
         for row in found["rows"]
     ]
-    columns = ["70 %, Wanda, 128 samples of 256 tokens", "zeros", "perplexity", "to dense"]
+    columns = ["70 %, mostly Wanda, 128 samples of 256", "zeros", "perplexity", "to dense"]
     sizes = [
-        f"{name} {size['written']:.2f} MB ({size['zstd']:.2f} under zstd, {size['sparse']:.2f} if "
-        "an engine stored one bit a weight and the values)"
+        f"{name} {size['written']:.2f} MB ({size['zstd']:.2f} under zstd, {size['packed']:.2f} by "
+        "`dlp-plugin pack`)"
         for name, size in found["megabytes"].items()
     ]
     times = [f"{seconds} s on {kind}" for kind, seconds in found["seconds"].items()]
@@ -80,6 +80,16 @@ def comparisons(parts: Parts) -> dict[str, str]:
         values[f"{name} tables"] = cells.tables()
         values[f"{name} remarks"] = bullets(remarks)
     values["real model times"] = found["real model"].times()
+    pruners = Cells(parts.results("pruners"))
+    values["pruners table"] = pruners.by_pruner()
+    values["pruners dense"] = number(pruners.dense)
+    seconds = {c["pruner"]: c["seconds"] for c in parts.results("pruners")["cells"]}
+    values["pruners seconds"] = table(
+        ["seconds to load, prune and measure, once", *map(pruner_name, seconds)],
+        [["", *(f"{value:.0f}" for value in seconds.values())]],
+    )
+    ratio = pruners.values["admm", "0.7", "uniform"] / pruners.values["sparsegpt", "0.7", "uniform"]
+    values["pruners admm"] = f"{ratio:.2f}"
     minutes = parts.results("comparison, time")["minutes"]
     return values | {"comparison minutes": f"{minutes}"}
 
@@ -113,6 +123,16 @@ def search(parts: Parts) -> dict[str, str]:
         "search passes": f"{blind['drawn passes it after']}",
         "search seeds": table(["seed", "generations", "same portion", "another portion"], seeds),
     }
+
+
+def sparse_files(parts: Parts) -> dict[str, str]:
+    values = {}
+    for part in ("sizes", "decoding", "loading"):
+        results = parts.results(f"sparse files: {part}")
+        names = list(next(iter(results.values())))
+        rows = [[row, *(f"{found[n]:.2f}" for n in names)] for row, found in results.items()]
+        values[f"sparse {part}"] = table(["", *names], rows)
+    return values
 
 
 def gradient(parts: Parts) -> dict[str, str]:
@@ -269,4 +289,13 @@ def _seconds(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-ALL: Sequence = (main_command, comparisons, search, gradient, four_bits, recovery, costs)
+ALL: Sequence = (
+    main_command,
+    comparisons,
+    sparse_files,
+    search,
+    gradient,
+    four_bits,
+    recovery,
+    costs,
+)

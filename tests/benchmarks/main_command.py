@@ -25,6 +25,7 @@ ROWS = {
     "DLP, alpha auto, refined": "DLP, alpha auto, refined",
     "the same, loaded": "the same, saved and loaded with plain transformers",
     "the same + W4A16, loaded": "the same + W4A16 that keeps zeros, saved and loaded",
+    "ADMM, reconstructed, W4A16, loaded": "refined, ADMM, reconstructed, W4A16, saved and loaded",
 }
 SIZES = {"refined": "pruned, in bf16", "refined + W4A16": "at 4 bits"}
 
@@ -69,7 +70,7 @@ def results(native: str, imitated: str, seconds: dict[str, float]) -> dict:
             for printed, name in ROWS.items()
         ],
         "megabytes": {
-            name: dict(zip(("written", "zstd", "sparse"), map(float, sizes[row]), strict=True))
+            name: dict(zip(("written", "zstd", "packed"), map(float, sizes[row]), strict=True))
             for row, name in SIZES.items()
         },
         "came back": int(re.search(r"came back with 4 bits: (\d+)", native).group(1)),

@@ -1,0 +1,57 @@
+"""How compared models are stored: in groups of how many columns, and in how many bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from transformers import AutoModelForCausalLM
+
+from dlp_plugin.checkpoints.files import shards
+from dlp_plugin.checkpoints.loading import load_config
+from dlp_plugin.checkpoints.packing import pack
+
+__all__ = ["bytes_of", "group_size_of", "smaller"]
+
+_GROUPS = (128, 64, 32)
+
+
+def group_size_of(model: str) -> int:
+    """The most columns up to 128 that may share a scale in every Linear of a model.
+
+    :raises ValueError: naming a Linear that no such group divides
+    """
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        built = auto.from_config(load_config(model))
+    columns = {
+        name: module.in_features
+        for name, module in built.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+    }
+    for group in _GROUPS:
+        if all(each % group == 0 for each in columns.values()):
+            return group
+    name = next(name for name, each in columns.items() if each % _GROUPS[-1])
+    raise ValueError(
+        f"bits: weights are quantized in groups of 128, 64 or 32 columns, and none divides the "
+        f"{columns[name]} of {name}: compare at 16 bits"
+    )
+
+
+def smaller(saved: Path) -> Path:
+    """A checkpoint's folder, or a packed one made beside it, whichever takes fewer bytes."""
+    packed = saved.with_name("packed")
+    try:
+        pack(saved, packed)
+    except ValueError as error:
+        logger.info(f"Not packed: {error}")
+        return saved
+    return min(packed, saved, key=bytes_of)
+
+
+def bytes_of(folder: Path) -> int:
+    """Size of a checkpoint's safetensors files."""
+    return sum(file.stat().st_size for file in shards(folder))
