@@ -84,8 +84,8 @@ def main() -> None:
         "the same, loaded": lambda: load_model(pruned),
         "the same + W4A16": lambda: apply("w4a16.yaml", pruned, output=quantized),
         "the same + W4A16, loaded": lambda: load_model(quantized),
-        "ADMM, reconstructed, W4A16": lambda: apply(BEST, output=best),
-        "ADMM, reconstructed, W4A16, loaded": lambda: load_model(best),
+        "best: ADMM ... W4A16": lambda: apply(BEST, output=best),
+        "the best, loaded": lambda: load_model(best),
     }
     table = Table("", "zeros", "perplexity", "to dense", "seconds", title="perplexity")
     dense = 0.0
@@ -104,7 +104,7 @@ def main() -> None:
             plot(plan, arguments.output / "plan.png")
 
     sizes = Table("", "MB on disk", "under zstd", "packed", title="sizes")
-    folders = {"refined": pruned, "refined + W4A16": quantized, "ADMM ... W4A16": best}
+    folders = {"refined": pruned, "refined + W4A16": quantized, "best": best}
     for name, folder in folders.items():
         with TemporaryDirectory() as packed:
             pack(folder, packed)

@@ -206,7 +206,7 @@ def test_the_example_of_the_readme(example: Callable[..., str], tmp_path: Path) 
     # where the processor has no bfloat16, scales were float32 until they were saved
     assert float(packed[1]) == pytest.approx(float(loaded[1]), rel=1e-3)
     assert packed[0] >= refined[0] >= "0.69"
-    best = rows["ADMM, reconstructed, W4A16, loaded"]
+    best = rows["the best, loaded"]
     assert best[0] >= "0.69"
     assert float(best[1]) < float(refined[1]) < float(rows["uniform"][1])
 

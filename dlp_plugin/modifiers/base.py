@@ -8,6 +8,7 @@ import torch
 from compressed_tensors.distributed import is_source_process
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 
@@ -237,7 +238,8 @@ class AllocationModifier(Modifier, Method):
             self._pass.run(self, state.model, batches, [self.method])
         else:
             self._pass.score_weights([self.method])
-        self._adopt(self._decided(state.model, batches, judging))
+        with DisableQuantization(state.model):  # which a quantizer that follows has set up
+            self._adopt(self._decided(state.model, batches, judging))
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any

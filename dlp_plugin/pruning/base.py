@@ -186,6 +186,8 @@ class PruningStage(StockStage):
             if self.repairs and is_distributed():
                 dist.barrier()  # all have looked at dense weights, which processes may share
             super().on_sequential_epoch_end(state, event, **kwargs)
+            if is_distributed():
+                dist.barrier()  # what they share may be written by one of them
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Let go of hooks and samples."""

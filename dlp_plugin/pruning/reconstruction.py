@@ -283,6 +283,8 @@ class _Trained:
             self._places, self._kept, self._dtypes, strict=True
         ):
             update_offload_parameter(module, name, weight.to(dtype))
+        if is_distributed():
+            dist.barrier()  # what the processes share may be written by one of them
 
     def _copied(self) -> list[torch.Tensor]:
         return [weight.detach().clone() for weight in self._weights]

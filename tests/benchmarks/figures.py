@@ -60,7 +60,7 @@ def main_command(parts: Parts) -> dict[str, str]:
 
 
 def comparisons(parts: Parts) -> dict[str, str]:
-    names = ("methods", "real model", "second model", "patterns")
+    names = ("methods", "real model", "real model, fewer samples", "second model", "patterns")
     found = {name: Cells(parts.results(name)) for name in names}
     values = {}
     for name, cells in found.items():
