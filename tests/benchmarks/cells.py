@@ -47,6 +47,8 @@ class Cells:
             targets = [target for one, target in self.columns if one == pruner]
             rows = []
             for method in self.methods:
+                if not any((pruner, target, method) in self.values for target in targets):
+                    continue
                 row = [method_name(method)]
                 for target in targets:
                     value = self.values.get((pruner, target, method))

@@ -127,7 +127,7 @@ def search(parts: Parts) -> dict[str, str]:
 
 def sparse_files(parts: Parts) -> dict[str, str]:
     values = {}
-    for part in ("sizes", "decoding", "loading"):
+    for part in ("sizes", "a real model", "decoding", "loading"):
         results = parts.results(f"sparse files: {part}")
         names = list(next(iter(results.values())))
         rows = [[row, *(f"{found[n]:.2f}" for n in names)] for row, found in results.items()]

@@ -59,27 +59,29 @@ def prune_rows(weight: torch.Tensor, sparsity: float | str) -> None:
     groups.scatter_(-1, smallest, 0)
 
 
-def save(model: PreTrainedModel, folder: Path, sparsity: float | str, bits: str) -> None:
+def save(
+    model: PreTrainedModel, folder: Path, sparsity: float | str, bits: str, group: int = GROUP
+) -> None:
     """Prune a model's blocks and save it, in 4 bits by rounding if asked to."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
             prune_rows(module.weight.data, sparsity)
     if bits == "4 bits":
-        args = QuantizationArgs(num_bits=4, strategy="group", group_size=GROUP)
+        args = QuantizationArgs(num_bits=4, strategy="group", group_size=group)
         scheme = QuantizationScheme(targets=["Linear"], weights=args)
         modifier = QuantizationModifier(ignore=["lm_head"], config_groups={"group_0": scheme})
         oneshot(model=model, recipe=modifier, tokenizer=AutoTokenizer.from_pretrained(SHIPPED))
     model.save_pretrained(folder)
 
 
-def sizes() -> dict[str, dict[str, float]]:
-    """Files of the shipped model in MB, and bits per weight of its pruned Linears."""
+def sizes(model: str = SHIPPED, group: int = GROUP) -> dict[str, dict[str, float]]:
+    """Files of a model in MB, and bits per weight of its pruned Linears."""
     results = {}
     for bits in KINDS:
         for sparsity in SPARSITIES:
             with tempfile.TemporaryDirectory() as folder:
                 source, packed = Path(folder) / "source", Path(folder) / "packed"
-                save(AutoModelForCausalLM.from_pretrained(SHIPPED), source, sparsity, bits)
+                save(AutoModelForCausalLM.from_pretrained(model), source, sparsity, bits, group)
                 found = pack(source, packed)
                 row = sparsity if isinstance(sparsity, str) else f"{sparsity:.0%}"
                 results[f"{bits}, {row}"] = {
@@ -195,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file to add the results to")
     parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--model", help="the sizes of another one, 4 bits in groups of 64")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logger.remove()
@@ -202,6 +205,12 @@ def main() -> None:
         load(arguments.load)
         return
     console = Console(width=110)
+    if arguments.model:
+        facts, results = here(), sizes(arguments.model, 64)
+        console.print(show("sizes", results))
+        if arguments.json:
+            add(arguments.json, {"sparse files: a real model": {**facts, "results": results}})
+        return
     for part in [arguments.only] if arguments.only else PARTS:
         facts, results = here(), PARTS[part]()
         console.print(show(part, results))
