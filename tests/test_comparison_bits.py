@@ -14,6 +14,7 @@ from helpers import SHIPPED, VOCABULARY, command, random_samples, word_tokenizer
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dlp_plugin.checkpoints.files import bytes_on_disk
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model
 from dlp_plugin.checkpoints.packing import pack
 from dlp_plugin.comparison import view
@@ -21,7 +22,7 @@ from dlp_plugin.comparison.names import bits_named
 from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison, Plain
 from dlp_plugin.comparison.run import compare
-from dlp_plugin.comparison.storing import bytes_of, group_size_of
+from dlp_plugin.comparison.storing import group_size_of
 from dlp_plugin.evaluation.perplexity import perplexity
 
 WINDOWS = [torch.tensor(row) for row in random_samples(4, seed=1)["input_ids"]]
@@ -99,7 +100,7 @@ class TestFigures:
         apply_recipe(model, str(tmp_path / "recipe.yaml"), output=saved, **calibration)
         pack(saved, packed)
         cell = found.cell("uniform", "0.5", "wanda", bits)
-        assert cell.bytes == bytes_of(packed) < bytes_of(saved)
+        assert cell.bytes == bytes_on_disk(packed) < bytes_on_disk(saved)
         assert cell.perplexity == perplexity(load_model(packed), WINDOWS)
 
     def test_what_does_not_shrink_counts_as_it_is(
@@ -109,7 +110,7 @@ class TestFigures:
         cells: dict[tuple[int, str], Cell],
     ) -> None:
         plain = finished[1].plain
-        assert cells[16, "0.02"].bytes == plain[16].bytes == bytes_of(Path(model))
+        assert cells[16, "0.02"].bytes == plain[16].bytes == bytes_on_disk(Path(model))
         assert cells[4, "0.02"].bytes == pytest.approx(plain[4].bytes, rel=0.01)
         assert cells[4, "0.5"].bytes < cells[4, "0.02"].bytes < cells[16, "0.5"].bytes
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dlp_plugin import DLPModifier, OneShotMagnitudeModifier, last_plans
-from dlp_plugin.pruning.magnitude import smallest
+from dlp_plugin.pruning.smallest import smallest
 
 
 def linear_of(model: LlamaForCausalLM) -> torch.nn.Linear:

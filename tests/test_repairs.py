@@ -13,6 +13,7 @@ from helpers import (
     VOCABULARY,
     Logged,
     MakeModel,
+    as_if_loaded,
     assert_same,
     linears_of,
     prune,
@@ -126,9 +127,7 @@ class TestReconstruction:
             num_attention_heads=2,
             num_key_value_heads=2,
         )
-        config.save_pretrained(tmp_path)
-        model = Qwen2ForCausalLM(config)
-        model.name_or_path = model.config.name_or_path = str(tmp_path)
+        model = as_if_loaded(Qwen2ForCausalLM(config), tmp_path)
         before = weights_of(model)
         run(model, [WandaPruningModifier(sparsity=0.5, reconstruct=1, **EVERY)], MANY)
         name = "model.layers.1.self_attn.q_proj.bias"
@@ -180,9 +179,7 @@ class TestReconstruction:
             num_local_experts=4,
             num_experts_per_tok=1,
         )
-        config.save_pretrained(tmp_path)
-        model = MixtralForCausalLM(config)
-        model.name_or_path = model.config.name_or_path = str(tmp_path)
+        model = as_if_loaded(MixtralForCausalLM(config), tmp_path)
         stage = ADMMPruningModifier(sparsity=0.5, reconstruct=2, **EVERY)
         stage.ignore = ["re:.*lm_head", "re:.*gate$"]
         run(model, [DLPModifier(alpha=0.1), stage], MANY)
@@ -228,9 +225,7 @@ class TestOddPipelines:
         config = BartConfig(
             vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, **sizes, **heads
         )
-        config.save_pretrained(tmp_path)
-        model = BartForConditionalGeneration(config)
-        model.name_or_path = model.config.name_or_path = str(tmp_path)
+        model = as_if_loaded(BartForConditionalGeneration(config), tmp_path)
         run(model, [stage(sparsity=0.5, polish=True, reconstruct=1, **EVERY)], random_samples())
         for name, linear in linears_of(model).items():
             if name != "lm_head":

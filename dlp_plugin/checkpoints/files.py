@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["INDEX", "check_weight_files", "read_config", "shards", "weight_files"]
+__all__ = ["INDEX", "bytes_on_disk", "check_weight_files", "read_config", "shards", "weight_files"]
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -41,6 +41,14 @@ def shards(folder: Path) -> list[Path]:
             f"{folder} holds no .safetensors file; give the folder of a saved model"
         )
     return files
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Size of a checkpoint's safetensors files.
+
+    :raises FileNotFoundError: as :func:`shards` does
+    """
+    return sum(file.stat().st_size for file in shards(folder))
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

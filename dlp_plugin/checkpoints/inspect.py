@@ -12,7 +12,7 @@ import numpy as np
 import zstandard
 from safetensors import safe_open
 
-from dlp_plugin.checkpoints.files import read_config, shards, weight_files
+from dlp_plugin.checkpoints.files import bytes_on_disk, read_config, shards, weight_files
 
 if TYPE_CHECKING:  # torch and compressed-tensors take seconds, which only quantized weights need
     import torch
@@ -133,7 +133,7 @@ def inspect_checkpoint(
         folder,
         linears,
         quantization.format,
-        sum(file.stat().st_size for file in shards(folder)),
+        bytes_on_disk(folder),
         sparse_bits // 8,
     )
 

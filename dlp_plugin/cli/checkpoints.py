@@ -140,10 +140,10 @@ def _zeros_table(found: Checkpoint, linears: bool, group: int) -> Table:
 
 
 def _sizes_table(source: Path, output: Path, packed: Packed) -> Table:
-    from dlp_plugin.checkpoints.files import shards
+    from dlp_plugin.checkpoints.files import bytes_on_disk
     from dlp_plugin.checkpoints.inspect import zstd_bytes
 
-    before, after = (sum(file.stat().st_size for file in shards(f)) for f in (source, output))
+    before, after = (bytes_on_disk(folder) for folder in (source, output))
     compressed = zstd_bytes(source)
     table = Table(title=f"{escape(str(source))} packed")
     for column in ("", "before", "under zstd", "packed"):

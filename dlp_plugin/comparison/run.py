@@ -24,7 +24,7 @@ import torch
 from compressed_tensors.offload import remove_dispatch
 from llmcompressor.utils.dev import get_main_device
 
-from dlp_plugin.checkpoints.files import shards
+from dlp_plugin.checkpoints.files import bytes_on_disk, shards
 from dlp_plugin.checkpoints.loading import (
     apply_recipe,
     load_config,
@@ -41,7 +41,7 @@ from dlp_plugin.comparison.names import (
 )
 from dlp_plugin.comparison.planning import PlanningModifier
 from dlp_plugin.comparison.results import Cell, Comparison, Plain, quantizing, recipe_of
-from dlp_plugin.comparison.storing import bytes_of, group_size_of, smaller
+from dlp_plugin.comparison.storing import group_size_of, smaller
 from dlp_plugin.evaluation.causal import check_causal
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.planning.plan import Plan, package_versions
@@ -177,7 +177,7 @@ class _Bench:
             return Plain(perplexity=value, bytes=size)
         with TemporaryDirectory() as folder:
             load_stored(self.model).save_pretrained(folder)
-            return Plain(perplexity=found.dense or math.nan, bytes=bytes_of(Path(folder)))
+            return Plain(perplexity=found.dense or math.nan, bytes=bytes_on_disk(Path(folder)))
 
     def _stored(self, recipe: str, plan: Plan | None = None) -> tuple[float, float, int]:
         """Perplexity, sparsity and bytes of what a recipe makes, from disk."""
@@ -186,7 +186,7 @@ class _Bench:
             _let_go(apply_recipe(self.model, recipe, output=saved, **self.calibration))
             kept = smaller(saved)
             stored, _ = load_to_prune(kept)
-            return *_measured(stored, self.windows, plan), bytes_of(kept)
+            return *_measured(stored, self.windows, plan), bytes_on_disk(kept)
 
 
 def _targets(sparsities: Iterable[float | str]) -> list[str]:

@@ -9,11 +9,11 @@ import torch
 from loguru import logger
 from transformers import AutoModelForCausalLM
 
-from dlp_plugin.checkpoints.files import shards
+from dlp_plugin.checkpoints.files import bytes_on_disk
 from dlp_plugin.checkpoints.loading import load_config
 from dlp_plugin.checkpoints.packing import pack
 
-__all__ = ["bytes_of", "group_size_of", "smaller"]
+__all__ = ["group_size_of", "smaller"]
 
 _GROUPS = (128, 64, 32)
 
@@ -49,9 +49,4 @@ def smaller(saved: Path) -> Path:
     except ValueError as error:
         logger.info(f"Not packed: {error}")
         return saved
-    return min(packed, saved, key=bytes_of)
-
-
-def bytes_of(folder: Path) -> int:
-    """Size of a checkpoint's safetensors files."""
-    return sum(file.stat().st_size for file in shards(folder))
+    return min(packed, saved, key=bytes_on_disk)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dlp_plugin.checkpoints.bits import integers_of_words, nibbles_of, packed, words_of_integers
+from dlp_plugin.checkpoints.bits import (
+    integers_of_words,
+    nibbles_of,
+    ones,
+    packed,
+    words_of_integers,
+)
 from dlp_plugin.checkpoints.sparse_format import Stored, broken, checked, decode
 
 __all__ = ["LazyWeight", "narrow"]
@@ -41,14 +47,14 @@ def narrow(
     taken: dict[str, Tensor] = {}
     if stored.masked:
         mask = parts["weight_packed"]
-        counts = _ones(mask)
+        counts = ones(mask)
         ends = counts.cumsum(0)
         if len(ends) and int(ends[-1]) != stored.kept:
             said = f"marks another number of weights than the {stored.kept} that are stored"
             raise broken(name, "weight_packed", said)
         taken["weight_packed"] = _bits(mask[rows], columns)
-        lengths = _ones(taken["weight_packed"])
-        firsts = (ends - counts)[rows] + _ones(_bits(mask[rows], slice(0, columns.start)))
+        lengths = ones(taken["weight_packed"])
+        firsts = (ends - counts)[rows] + ones(_bits(mask[rows], slice(0, columns.start)))
     else:
         device = parts["weight_scale"].device
         firsts = torch.arange(rows.start, rows.stop, device=device) * stored.shape[1]
@@ -72,13 +78,6 @@ def narrow(
     size = _scales(stored, parts, rows, columns, taken) if stored.kind == "integers" else 0
     shape = rows.stop - rows.start, columns.stop - columns.start
     return replace(stored, shape=shape, kept=kept, group_size=size), taken
-
-
-def _ones(mask: Tensor) -> Tensor:
-    """How many bits of each row are set, int64 ``[rows]``."""
-    pairs = mask - (mask >> 1 & 0x55)
-    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
-    return (fours + (fours >> 4) & 0xF).sum(1)
 
 
 def _bits(mask: Tensor, columns: slice) -> Tensor:

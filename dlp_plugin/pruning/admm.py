@@ -38,7 +38,7 @@ class ADMMPruningModifier(PruningStage):
     ```
 
     The fields are those of the host's pruning stages: ``sparsity`` (one, or one per match of
-    ``targets``; of each row as many weights go), ``mask_structure``, ``targets``, ``ignore``;
+    ``targets``), ``mask_structure``, ``targets``, ``ignore``;
     :class:`~dlp_plugin.pruning.base.PruningStage`'s ``polish``, here on by default, and
     ``reconstruct``; and
 
@@ -67,6 +67,7 @@ class ADMMPruningModifier(PruningStage):
 
     def compress_modules(self) -> None:
         """Prune what has been calibrated; of several processes each some modules."""
+        self._grams.check_finite(self._module_names)
         with self._grams.shared(self._module_names) as grams:
             for module in list(grams):
                 sparsity = self._sparsity_of(module)
@@ -86,6 +87,9 @@ class ADMMPruningModifier(PruningStage):
         if self.structure:
             return self.number(module) / self.structure.m
         return float(self._module_sparsities[module])
+
+    def watch_inputs(self) -> None:
+        """Nothing more: Gram matrices are what it sums anyway."""
 
     def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
         """Nothing more, as it is done with the Gram matrices that pruning takes."""

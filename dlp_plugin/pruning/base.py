@@ -37,7 +37,6 @@ class PruningStage(StockStage):
     reconstruct: int = Field(default=0, ge=0, strict=True)
 
     _heeded: list[str] = PrivateAttr(default_factory=list)
-    _prunes: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _grams: Grams = PrivateAttr(default_factory=Grams)
     _reconstruction: Reconstruction | None = PrivateAttr(default=None)
 
@@ -156,7 +155,6 @@ class PruningStage(StockStage):
             targets = self._sequential_targets
             names = block_names(state.model, [targets] if isinstance(targets, str) else targets)
             blocks = {name: state.model.get_submodule(name) for name in names}
-            self._prunes = set(self._module_names)
             self._reconstruction = Reconstruction(blocks, self.reconstruct)
             record: Any = self._reconstruction.record
             for block in blocks.values():
@@ -180,7 +178,7 @@ class PruningStage(StockStage):
             repairs.enter_context(torch.no_grad())
             repairs.enter_context(eval_context(state.model))
             if self._reconstruction is not None:
-                repairs.enter_context(self._reconstruction.around(self._prunes))
+                repairs.enter_context(self._reconstruction.around(self._module_names))
             if self.polish:
                 repairs.enter_context(self.polishing(modules))
             if self.repairs and is_distributed():
@@ -192,7 +190,6 @@ class PruningStage(StockStage):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Let go of hooks and samples."""
         self._reconstruction = None
-        self._prunes = set()
         super().on_calibration_end(state, event, **kwargs)
 
     def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:

@@ -76,7 +76,6 @@ class Grams:
 
         :param names: of all modules that a process may have calibrated
         """
-        self.check_finite(names)
         if is_distributed():
             ranks = gather(self.matrices, self.samples, names, make_empty_hessian)
         yield self.matrices

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from dlp_plugin.planning.structure import MaskStructure
+from dlp_plugin.pruning.smallest import smallest, smallest_of_groups
 
 __all__ = ["LeastSquares"]
 
@@ -124,22 +125,9 @@ def least(
     :return: bool ``[out, in]``
     """
     if not structure:
-        return _least(scores, int(int(scores.numel() * sparsity) * share))
-    number = structure.number(sparsity)
-    groups = scores.unflatten(1, (-1, structure.m))
-    order = groups.argsort(dim=2, stable=True)[..., :number]
-    gone = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order, True).view(scores.shape)
+        return smallest(scores, int(int(scores.numel() * sparsity) * share))
+    gone = smallest_of_groups(scores, structure.number(sparsity), structure.m)
     if share < 1:
-        candidates = scores.masked_fill(~gone, torch.inf)
-        gone = _least(candidates, int(int(gone.sum()) * share))
-    return gone
-
-
-def _least(scores: torch.Tensor, count: int) -> torch.Tensor:
-    if not count:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.flatten().kthvalue(count).values
-    gone = scores < threshold
-    equal = (scores == threshold).flatten().nonzero().flatten()
-    gone.view(-1)[equal[: count - int(gone.sum())]] = True
+        candidates = scores.masked_fill(~gone, torch.finfo(scores.dtype).max)
+        gone = smallest(candidates, int(int(gone.sum()) * share))
     return gone

@@ -11,7 +11,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 
 from dlp_plugin.pruning.base import PruningStage
-from dlp_plugin.scoring.scores import smallest_score
+from dlp_plugin.pruning.smallest import smallest, smallest_of_groups
 
 __all__ = ["OneShotMagnitudeModifier"]
 
@@ -101,9 +101,8 @@ class OneShotMagnitudeModifier(PruningStage):
     def _least(self, name: str, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Which weights of a matrix go."""
         if self.structure:
-            magnitudes = weight.abs().flatten(1).unflatten(1, (-1, self.structure.m))
-            order = magnitudes.argsort(dim=2, stable=True)[..., : self.number(module)]
-            least = torch.zeros_like(magnitudes, dtype=torch.bool).scatter_(2, order, True)
+            magnitudes = weight.abs().flatten(1)
+            least = smallest_of_groups(magnitudes, self.number(module), self.structure.m)
             return least.view(weight.shape)
         count = int(weight.numel() * float(self._module_sparsities[module]))
         return smallest(weight, count, name.strip("."))
@@ -114,23 +113,3 @@ class OneShotMagnitudeModifier(PruningStage):
         self._module_names.clear()
         self._module_sparsities.clear()
         return super().on_finalize(state, **kwargs)
-
-
-def smallest(weight: torch.Tensor, count: int, name: str = "the matrix") -> torch.Tensor:
-    """Mark exactly ``count`` weights of the smallest magnitude; of equal ones the first.
-
-    :param weight: ``[out, ...]``, any float type; magnitudes are compared in float32
-    :param name: what an error calls it
-    :raises ValueError: if a weight is not finite
-    """
-    if not count:
-        return torch.zeros_like(weight, dtype=torch.bool)
-    matrix = weight.flatten(1)
-    ones = torch.ones(matrix.shape[1], device=weight.device)
-    threshold = smallest_score({name: (matrix, ones)}, count)
-    magnitudes = matrix.abs().flatten()
-    magnitudes = magnitudes if magnitudes.itemsize <= 4 else magnitudes.float()
-    marked = magnitudes < threshold
-    equal = (magnitudes == threshold).nonzero()[: count - int(marked.sum())]
-    marked[equal] = True
-    return marked.view(weight.shape)

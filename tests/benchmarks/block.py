@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from common import ROUNDS, peak, reset_peak
 
-from dlp_plugin.pruning.magnitude import smallest
+from dlp_plugin.pruning.smallest import smallest
 from dlp_plugin.scoring.scores import block_score
 
 LLAMA_2_7B_BLOCK = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]

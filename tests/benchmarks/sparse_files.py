@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dlp_plugin.checkpoints.files import shards
+from dlp_plugin.checkpoints.files import bytes_on_disk
 from dlp_plugin.checkpoints.inspect import zstd_bytes
 from dlp_plugin.checkpoints.packing import pack
 from dlp_plugin.checkpoints.sparse_format import decode, encode, encode_integers
@@ -85,9 +85,9 @@ def sizes(model: str = SHIPPED, group: int = GROUP) -> dict[str, dict[str, float
                 found = pack(source, packed)
                 row = sparsity if isinstance(sparsity, str) else f"{sparsity:.0%}"
                 results[f"{bits}, {row}"] = {
-                    "plain MB": sum(file.stat().st_size for file in shards(source)) / 1e6,
+                    "plain MB": bytes_on_disk(source) / 1e6,
                     "under zstd MB": zstd_bytes(source) / 1e6,
-                    "packed MB": sum(file.stat().st_size for file in shards(packed)) / 1e6,
+                    "packed MB": bytes_on_disk(packed) / 1e6,
                     "plain bits": 8 * found.bytes_before / found.weights,
                     "packed bits": 8 * found.bytes_after / found.weights,
                     "of bfloat16": found.bytes_after / (2 * found.weights),
@@ -155,7 +155,7 @@ def loading() -> dict[str, dict[str, float]]:
                     "seconds": statistics.median(row[0] for row in rows),
                     "model MB": rows[0][1],
                     "peak MB": statistics.median(row[2] for row in rows),
-                    "file MB": sum(file.stat().st_size for file in shards(each)) / 1e6,
+                    "file MB": bytes_on_disk(each) / 1e6,
                 }
     return results
 
