@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from compressed_tensors.offload import load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from tokenizers import Tokenizer, models
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from dlp_plugin import OneShotMagnitudeModifier, SparseGPTModifier, WandaPruningModifier
@@ -117,6 +118,27 @@ def refuses(model: torch.nn.Module, message: str, *recipe: object, **arguments: 
     with pytest.raises(ValueError, match=message):
         prune(model, *recipe, **arguments)
     assert_same(weights_of(model), before)
+
+
+def kept_on_disk(model: torch.nn.Module, folder: Path, **arguments: object) -> torch.nn.Module:
+    """The same model, loaded so that its weights stay on disk but for a few; what is left there
+    is in ``folder / "offload"``.
+
+    :param arguments: of ``from_pretrained()`` besides
+    """
+    model.save_pretrained(folder / "source")
+    word_tokenizer().save_pretrained(folder / "source")
+    with load_offloaded_model():
+        found = AutoModelForCausalLM.from_pretrained(
+            folder / "source",
+            dtype=model.dtype,
+            device_map="auto_offload",
+            max_memory={"cpu": 1 << 10},
+            offload_folder=str(folder / "offload"),
+            **arguments,
+        )
+    assert any((folder / "offload").iterdir()), "the model fits into memory"
+    return found
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

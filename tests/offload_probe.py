@@ -5,22 +5,16 @@
 Prints the model's size and the peak beyond what the process held before, in MB.
 """
 
-import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from compressed_tensors.offload import load_offloaded_model
-from helpers import VOCABULARY, random_samples, run, word_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from helpers import VOCABULARY, kept_on_disk, random_samples, run
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dlp_plugin import DLPModifier
-
-
-def peak() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
+from dlp_plugin.comparison.memory import peak, reset_peak
 
 
 def main() -> None:
@@ -35,22 +29,13 @@ def main() -> None:
             num_key_value_heads=8,
         )
         torch.manual_seed(0)
-        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-        word_tokenizer().save_pretrained(folder)
-        with load_offloaded_model():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.bfloat16,
-                device_map="auto_offload",
-                max_memory={"cpu": 1 << 20},
-                offload_folder=f"{folder}/offload",
-            )
+        model = kept_on_disk(LlamaForCausalLM(config).bfloat16(), Path(folder))
         size = sum(p.numel() * p.itemsize for p in model.parameters()) / 2**20
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        reset_peak()
         before = peak()
         plan = f"{folder}/plan.json"
         run(model, [DLPModifier(sparsity=0.7, plan_path=plan)], random_samples(4, 64))
-        print(size, peak() - before)
+        print(size, (peak() - before) / 2**20)
 
 
 main()

@@ -120,6 +120,7 @@ class TestFigures:
             assert found.dense < cell.perplexity
             assert cell.sparsity - 0.01 < cell.achieved <= cell.sparsity
             assert cell.seconds > 0
+            assert cell.memory is None or cell.memory > 1e8, "torch alone takes more"
 
     def test_the_dense_perplexity_is_the_model_s(
         self, finished: tuple[Path, Comparison], windows: list[torch.Tensor]

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.offload import load_offloaded_model
 from families import FAMILIES, make
-from helpers import EVERY, MakeModel, assert_same, prune, weights_of, word_tokenizer
+from helpers import EVERY, MakeModel, assert_same, kept_on_disk, prune, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from dlp_plugin import (
     DLPModifier,
@@ -247,16 +245,7 @@ class TestInRecipes:
         self, make_model: MakeModel, tmp_path: Path
     ) -> None:
         """Blocks come and go, forward and backward, and nothing of them is kept."""
-        make_model().save_pretrained(tmp_path)
-        word_tokenizer().save_pretrained(tmp_path)
-        with load_offloaded_model():
-            on_disk = AutoModelForCausalLM.from_pretrained(
-                tmp_path,
-                device_map="auto_offload",
-                max_memory={"cpu": 1 << 10},
-                offload_folder=tmp_path / "offload",
-                attn_implementation="eager",
-            )
+        on_disk = kept_on_disk(make_model(), tmp_path, attn_implementation="eager")
         plans = []
         for model in (on_disk, make_model()):
             modifier = DLPModifier(refine=2, sparsity=0.6, plan_path=str(tmp_path / "plan.json"))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.offload import load_offloaded_model
 from helpers import (
     EVERY,
     PRUNERS,
@@ -15,16 +14,15 @@ from helpers import (
     MakeModel,
     as_if_loaded,
     assert_same,
+    kept_on_disk,
     linears_of,
     prune,
     random_samples,
     refuses,
     run,
     weights_of,
-    word_tokenizer,
 )
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     LlamaForCausalLM,
@@ -189,22 +187,13 @@ class TestReconstruction:
 
     def test_a_model_on_disk(self, make_model: MakeModel, tmp_path: Path) -> None:
         """The same weights as of one in memory."""
-        make_model().save_pretrained(tmp_path / "model")
-        word_tokenizer().save_pretrained(tmp_path / "model")
-        with load_offloaded_model():
-            model = AutoModelForCausalLM.from_pretrained(
-                tmp_path / "model",
-                dtype=torch.float32,
-                device_map="auto_offload",
-                max_memory={"cpu": 1 << 20},
-                offload_folder=str(tmp_path / "offload"),
-            )
+        model = kept_on_disk(make_model(), tmp_path)
 
         def stage() -> ADMMPruningModifier:
             return ADMMPruningModifier(sparsity=0.5, reconstruct=1, **EVERY)
 
         run(model, [stage()], MANY)
-        in_memory = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+        in_memory = LlamaForCausalLM.from_pretrained(tmp_path / "source")
         run(in_memory, [stage()], MANY)
         assert_same(masks(model), masks(in_memory))
         for name, value in weights_of(in_memory).items():

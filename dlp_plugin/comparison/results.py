@@ -86,6 +86,8 @@ class Cell(BaseModel):
     :param bits: that a weight has; 16 for those of the checkpoint
     :param bytes: size of its weights on disk, packed by :mod:`dlp_plugin.checkpoints.packing`
         where that is smaller; None where it was not asked for
+    :param memory: bytes that were held at once meanwhile, as
+        :func:`~dlp_plugin.comparison.memory.peak` counts them; None where that is not known
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -98,6 +100,7 @@ class Cell(BaseModel):
     seconds: float
     bits: int = 16
     bytes: int | None = None
+    memory: int | None = None
 
     @property
     def sparsity(self) -> float:

@@ -32,6 +32,7 @@ from dlp_plugin.checkpoints.loading import (
     load_stored,
     load_to_prune,
 )
+from dlp_plugin.comparison.memory import peak, reset_peak
 from dlp_plugin.comparison.names import (
     bits_named,
     contender_named,
@@ -153,6 +154,7 @@ class _Bench:
     def cell(self, found: Comparison, method: str, target: str, pruner: str, bits: int) -> Cell:
         plan = found.plan(method, target, pruner)
         recipe = recipe_of(plan, pruner, bits, found.group_size)
+        reset_peak()
         started = time.perf_counter()
         if self.sizes:
             value, achieved, size = self._stored(recipe, plan)
@@ -168,6 +170,7 @@ class _Bench:
             seconds=time.perf_counter() - started,
             bits=bits,
             bytes=size,
+            memory=peak(),
         )
 
     def plain(self, found: Comparison, bits: int) -> Plain:

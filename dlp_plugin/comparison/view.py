@@ -61,7 +61,7 @@ def _megabytes(measured: Cell | Plain | None) -> str:
 def markdown(found: Comparison) -> str:
     """All figures as a table in Markdown, the best at each sparsity in bold."""
     names = ["pruner", "target", "bits", "method"]
-    figures = ["strength", "perplexity", "ratio", "MB", "zeros", "to decide", "seconds"]
+    figures = ["strength", "perplexity", "ratio", "MB", "zeros", "to decide", "seconds", "peak MB"]
     rows = [
         {"perplexity": f"{found.dense:.4f}", "ratio": "1", "MB": _megabytes(found.plain.get(16))}
     ]
@@ -92,6 +92,7 @@ def markdown(found: Comparison) -> str:
             "zeros": f"{cell.achieved:.4f}",
             "to decide": "" if decided is None else f"{decided:.1f}",
             "seconds": f"{cell.seconds:.1f}",
+            "peak MB": "" if cell.memory is None else f"{cell.memory / 1e6:.0f}",
         }
         rows.append(row)
     shown = [column for column in (*names, *figures) if column not in _hidden(found)]
