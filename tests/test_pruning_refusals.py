@@ -72,6 +72,12 @@ class TestBadPatterns:
         stage = pruner(sparsity=value, mask_structure=structure, targets=["LlamaDecoderLayer"])
         refuses(make_model(), rf"{pruner.__name__}.sparsity must be between 0 and 1, got", stage)
 
+    @pytest.mark.parametrize("value", [1, [0.5, 1.0, 0.5]])
+    def test_all_weights_by_sparsegpt(self, make_model: MakeModel, value: object) -> None:
+        """Which the host's ends with an IndexError in the midst of pruning."""
+        stage = SparseGPTModifier(sparsity=value, targets=["LlamaDecoderLayer"])
+        refuses(make_model(), "SparseGPTModifier.sparsity is 1, and .*: state less", stage)
+
     @pytest.mark.parametrize("value", [True, [0.5, True, 0.5]])
     def test_a_yes_is_no_number(self, value: object) -> None:
         message = r"sparsity is .*True.*, which is no number: state it, e\.g\. 0\.7"

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from compressed_tensors.distributed import is_distributed
+from llmcompressor.core import State
 from llmcompressor.modifiers import pruning
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import make_empty_hessian
 from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import make_empty_row_scalars
@@ -96,6 +97,19 @@ class SparseGPTModifier(_Calibrated, pruning.SparseGPTModifier):
 
     def _empty_statistic(self) -> Callable[..., torch.Tensor]:
         return make_empty_hessian
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check the settings.
+
+        :raises ValueError: naming the field or module
+        """
+        stated = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
+        if 1 in stated and not self.structure:
+            raise ValueError(
+                "SparseGPTModifier.sparsity is 1, and llm-compressor's SparseGPT takes a weight "
+                "that stays: state less, e.g. 0.99, or add the module to ignore"
+            )
+        return super().on_initialize(state, **kwargs)
 
     def watch_inputs(self) -> None:
         """Nothing more: Gram matrices are what it sums anyway."""
