@@ -1,6 +1,5 @@
 """What the benchmarks share: models and samples to measure on, times and peaks of memory."""
 
-import re
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 from transformers import AutoTokenizer
 
+from dlp_plugin.comparison import memory
 from dlp_plugin.evaluation.text import calibration_set, read_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -43,12 +43,13 @@ def finish() -> None:
 
 
 def reset_peak() -> float:
-    """Make this process's peak memory start anew (Linux); what it holds now, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Make the peak of memory start anew; what is held now, in MB."""
+    memory.reset_peak()
     return peak()
 
 
 def peak() -> float:
-    """Peak memory of this process since it was last reset, in MB."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
+    """Peak memory of the GPU, or without one of this process, since it was last reset, in MB."""
+    found = memory.peak()
+    assert found is not None, "peaks of memory are told by Linux"
+    return found / 2**20

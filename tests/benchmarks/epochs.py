@@ -27,6 +27,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import dlp_plugin
 from dlp_plugin import DLPModifier
 
 # On a GPU a model of 1.1 billion parameters; on a CPU what ends in minutes.
@@ -90,7 +91,7 @@ def epochs(folder: Path, dataset: Dataset, work: dict[str, Modifier]) -> dict[st
 def stages(folder: Path, dataset: Dataset, pruners: bool = True) -> dict[str, float]:
     """Median seconds of the DLP, Wanda and SparseGPT epochs and of a bare forward pass.
 
-    SparseGPT, whose minutes go to inverting Hessians, runs in the first round only.
+    What takes minutes, as it inverts matrices, runs in the first round only.
     """
     stage = {"sparsity": 0.7, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
     rounds = []
@@ -102,6 +103,8 @@ def stages(folder: Path, dataset: Dataset, pruners: bool = True) -> dict[str, fl
                 work["Wanda"] = WandaPruningModifier(**stage)
             if pruners and number == 0:
                 work["SparseGPT"] = SparseGPTModifier(**stage)
+                work["SparseGPT, polished"] = dlp_plugin.SparseGPTModifier(**stage, polish=True)
+                work["ADMM"] = dlp_plugin.ADMMPruningModifier(**stage)
             rounds.append(seconds | epochs(folder, dataset, work))
     return {
         name: statistics.median(one[name] for one in rounds if name in one) for name in rounds[0]
@@ -158,8 +161,6 @@ def measure_growth(folder: str, count: int) -> None:
         seconds, peaks = [], []
         for _ in range(ROUNDS + 1):  # the first one warms up
             before = reset_peak()
-            if torch.accelerator.is_available():
-                torch.accelerator.reset_peak_memory_stats()
             started = time.perf_counter()
             oneshot(
                 model=model,
@@ -175,8 +176,6 @@ def measure_growth(folder: str, count: int) -> None:
         "model megabytes": size,
         "peak megabytes": peaks[0],
     }
-    if torch.accelerator.is_available():
-        result["peak accelerator megabytes"] = torch.accelerator.max_memory_allocated() / 2**20
     print(json.dumps(result))
 
 

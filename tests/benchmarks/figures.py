@@ -60,7 +60,7 @@ def main_command(parts: Parts) -> dict[str, str]:
 
 
 def comparisons(parts: Parts) -> dict[str, str]:
-    names = ("methods", "real model", "real model, fewer samples", "second model", "patterns")
+    names = ("methods", "real model", "second model", "patterns")
     found = {name: Cells(parts.results(name)) for name in names}
     values = {}
     for name, cells in found.items():
@@ -146,13 +146,28 @@ def gradient(parts: Parts) -> dict[str, str]:
             f"{found['Linears']}",
             f"{found['million weights']:.1f}",
             f"{found['seconds']:.2f}",
+            f"{found['peak megabytes']:.0f} MB",
         ]
         for name, found in parts.results("steps").items()
     ]
-    columns = ["", "Linears", "million weights in them", "seconds"]
+    columns = ["", "Linears", "million weights in them", "seconds", "peak memory beyond the model"]
+    linears = [
+        [name, _seconds(found["seconds"]), f"{found['peak megabytes']:.0f} MB"]
+        for name, found in parts.results("one Linear").items()
+    ]
+    found = parts.results("one Linear")
+    kinds = dict.fromkeys(name.rpartition(", ")[0] for name in found)
+    longer, larger = [], []
+    for kind in kinds:
+        host, admm, polish = (found[f"{kind}, {way}"] for way in ("SparseGPT", "ADMM", "polish"))
+        longer.append((admm["seconds"] + polish["seconds"]) / host["seconds"])
+        larger.append(admm["peak megabytes"] / host["peak megabytes"])
     return {
+        "one Linear seconds": span(longer, 0),
+        "one Linear memory": span(larger, 1),
         "tuning table": table(["", "divergence", "tokens"], rows),
         "steps table": table(columns, steps),
+        "one Linear table": table(["", "seconds", "peak memory"], linears),
     }
 
 
@@ -171,12 +186,17 @@ def four_bits(parts: Parts) -> dict[str, str]:
     ]
     dense, *rows = parts.results("4 bits: perplexity")
     perplexities = [
-        [f"{row['pruner']}, {percent(row['sparsity'])}", *(number(row[kind]) for kind in kinds)]
+        [
+            f"{pruner_name(row['pruner'])}, {percent(row['sparsity'])}",
+            *(number(row[kind]) for kind in kinds),
+            *(f"{100 * row[f'{kind}, came back']:.2g} %" for kind in ("stock", "masked")),
+        ]
         for row in rows
     ]
     ratios: dict[float, list[float]] = {}
     for row in rows:
         ratios.setdefault(row["sparsity"], []).append(row["masked"] / row["stock, masked again"])
+    back = ["came back, stock", "came back, masked"]
     cost = parts.results("4 bits: cost")
     ratio = cost.get("masked to stock") or {
         key: cost["masked"][key] / cost["stock"][key] for key in cost["stock"]
@@ -186,7 +206,7 @@ def four_bits(parts: Parts) -> dict[str, str]:
         "4 bits zeros": table(columns, lost),
         "autoround": f"{100 * parts.results('autoround')['zeros lost']:g}",
         "4 bits dense": number(dense["pruned"]),
-        "4 bits perplexity": table(["", *kinds], perplexities),
+        "4 bits perplexity": table(["", *kinds, *back], perplexities),
         "4 bits apart": "; ".join(f"{span(v, 3)} at {percent(s)}" for s, v in ratios.items()),
         "4 bits seconds": f"{ratio['seconds']:.2f}",
         "4 bits memory": f"{ratio['peak_megabytes']:.2f}",
@@ -219,6 +239,16 @@ def recovery(parts: Parts) -> dict[str, str]:
         rows.append([row["name"], number(row["shipped text"]), number(row["training text"]), lost])
     columns = ["", "shipped text", "training text", "pruned weights lost"]
     return {"recovery table": table(columns, rows)}
+
+
+def recovery_by_pruner(parts: Parts) -> dict[str, str]:
+    rows = []
+    for name, found in parts.results("recovery by pruner").items():
+        pruner, _, sparsity = name.partition(", ")
+        values = map(number, found.values())
+        rows.append([f"{pruner_name(pruner)}, {sparsity.replace('%', ' %')}", *values])
+    first = next(iter(parts.results("recovery by pruner").values()))
+    return {"recovery by pruner table": table(["", *first], rows)}
 
 
 def costs(parts: Parts) -> dict[str, str]:

@@ -1,15 +1,20 @@
 """What a step of the gradient costs, and what its constants are worth.
 
 No part of the plans depends on time; the seconds are those of one thread beside nothing else.
+Run by run.py; on its own only for a step of one case: python gradient.py CASE ROUNDS
 """
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from common import ROUNDS
+from common import ROUNDS, peak, reset_peak
 from plans import plan
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
@@ -72,13 +77,14 @@ def tuning() -> dict[str, dict[str, float]]:
     return results
 
 
-def step_costs() -> dict[str, dict[str, float]]:
-    """Seconds of a step, with the number of Linears and of weights."""
+def cases() -> dict[str, tuple[LlamaConfig | Qwen3MoeConfig, int]]:
+    """Configurations, and tokens a step."""
     llama = {**SIZES, "intermediate_size": 1536}
     experts = {**SIZES, "moe_intermediate_size": 192, "num_experts_per_tok": 2}
-    cases = {
+    return {
         "dense": (LlamaConfig(**llama), 1024),
         "dense, 512 tokens": (LlamaConfig(**llama), 512),
+        "dense, 2,048 tokens": (LlamaConfig(**llama), 2048),
         "dense, twice the blocks": (LlamaConfig(**llama | {"num_hidden_layers": 8}), 1024),
         "8 experts": (Qwen3MoeConfig(**experts, num_experts=8), 1024),
         "32 experts, a quarter as wide": (
@@ -88,11 +94,29 @@ def step_costs() -> dict[str, dict[str, float]]:
         "32 experts": (Qwen3MoeConfig(**experts, num_experts=32), 1024),
         "128 experts": (Qwen3MoeConfig(**experts, num_experts=128), 1024),
     }
-    return {name: measured(config, tokens) for name, (config, tokens) in cases.items()}
 
 
-def measured(config: LlamaConfig | Qwen3MoeConfig, tokens: int) -> dict[str, float]:
-    """One configuration with random weights."""
+def step_costs() -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of a step, with the number of Linears and of weights."""
+    results = {}
+    for case in cases():
+        found = {}
+        # What malloc keeps of freed memory would count as held; giving it back takes time
+        for rounds, environment in ((ROUNDS, {}), (0, {"MALLOC_MMAP_THRESHOLD_": "65536"})):
+            output = subprocess.run(
+                [sys.executable, __file__, case, str(rounds)],
+                check=True,
+                capture_output=True,
+                text=True,
+                env=os.environ | environment,
+            ).stdout
+            found |= json.loads(output.splitlines()[-1])
+        results[case] = found
+    return results
+
+
+def measured(config: LlamaConfig | Qwen3MoeConfig, tokens: int, rounds: int) -> dict[str, float]:
+    """One configuration with random weights: seconds, or without rounds the peak of memory."""
     from llmcompressor.modeling.moe.linearize import linearize_moe
 
     torch.manual_seed(0)
@@ -113,14 +137,21 @@ def measured(config: LlamaConfig | Qwen3MoeConfig, tokens: int) -> dict[str, flo
     masks = Masks(linears, {name: torch.ones(m.in_features) for name, m in linears.items()})
     ids = torch.randint(config.vocab_size, (tokens // 256, 256))
     step = Slopes(model, blocks, masks, [{"input_ids": ids}])
-    seconds = []
-    for number in range(ROUNDS + 1):  # the first one warms up
+    seconds, before = [], reset_peak()
+    for number in range(rounds + 1):  # the first one warms up
         started = time.perf_counter()
         step.at(dict.fromkeys(linears, 0.5 + 0.01 * number), [0])
         seconds.append(time.perf_counter() - started)
+    if not rounds:
+        return {"peak megabytes": peak() - before}
     weights = sum(linear.weight.numel() for linear in linears.values())
     return {
         "seconds": statistics.median(seconds[1:]),
         "Linears": len(linears),
         "million weights": weights / 1e6,
     }
+
+
+if __name__ == "__main__":
+    case, rounds = sys.argv[1:]
+    print(json.dumps(measured(*cases()[case], int(rounds))))

@@ -19,19 +19,21 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
 from record import add, here
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import dlp_plugin
 from dlp_plugin import MaskedGPTQModifier
+from dlp_plugin.comparison.names import pruner_named
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import read_tokens, token_windows
 
 TOKENIZER = AutoTokenizer.from_pretrained(SHIPPED)
 KINDS = {"stock": GPTQModifier, "masked": MaskedGPTQModifier}
+PRUNERS = ("wanda", "sparsegpt", "sparsegpt-polished", "admm", "admm-reconstructed")
 ROUNDS = 5
 
 
@@ -58,11 +60,26 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {name: linear for name, linear in found.items() if name != "lm_head"}
 
 
-def pruned(kind: type, sparsity: float, structure: str, dataset: Dataset) -> dict:
-    stage = kind(
-        sparsity=sparsity, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"]
+def pruned(pruner: str, sparsity: float, structure: str, dataset: Dataset) -> dict:
+    chosen = pruner_named(pruner)
+    stage = getattr(dlp_plugin, chosen.modifier)(
+        sparsity=sparsity,
+        mask_structure=structure,
+        targets=["Linear"],
+        ignore=["re:.*lm_head"],
+        **chosen.fields,
     )
     return run(load(), [stage], dataset).state_dict()
+
+
+def masks_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: linear.weight == 0 for name, linear in linears(model).items()}
+
+
+def came_back(model: torch.nn.Module, masks: dict[str, torch.Tensor]) -> float:
+    """Share of the pruned weights that are zero no longer."""
+    back = sum(int((m.weight[masks[n]] != 0).sum()) for n, m in linears(model).items())
+    return back / sum(int(mask.sum()) for mask in masks.values())
 
 
 def quantizer(kind: type, bits: int, symmetric: bool, group: int | None, actorder: str | None):
@@ -85,9 +102,7 @@ def zeros_lost() -> list[dict]:
         "W8 channel": (8, True, None),
     }
     rows = []
-    for pruner, structure in itertools.product(
-        (WandaPruningModifier, SparseGPTModifier), ("0:0", "2:4")
-    ):
+    for pruner, structure in itertools.product(("wanda", "sparsegpt"), ("0:0", "2:4")):
         weights = pruned(pruner, 0.7 if structure == "0:0" else 0.5, structure, dataset)
         for (scheme, args), actorder in itertools.product(
             schemes.items(), (None, "static", "weight")
@@ -95,17 +110,16 @@ def zeros_lost() -> list[dict]:
             if args[2] is None and actorder == "weight":
                 continue
             row = {
-                "pruner": pruner.__name__.removesuffix("Modifier").removesuffix("Pruning"),
+                "pruner": pruner,
                 "structure": "70 %" if structure == "0:0" else structure,
                 "scheme": scheme,
                 "ordering": actorder or "none",
             }
             for name, kind in KINDS.items():
                 model = load(weights)
-                masks = {n: linear.weight == 0 for n, linear in linears(model).items()}
+                masks = masks_of(model)
                 run(model, [quantizer(kind, *args, actorder)], dataset)
-                back = sum(int((m.weight[masks[n]] != 0).sum()) for n, m in linears(model).items())
-                row[name] = back / sum(int(mask.sum()) for mask in masks.values())
+                row[name] = came_back(model, masks)
             rows.append(row)
     return rows
 
@@ -115,20 +129,19 @@ def perplexities() -> list[dict]:
     tokens = read_tokens(TEST_TEXT, TOKENIZER)
     windows = token_windows(tokens, 256)
     rows = [{"pruner": "", "sparsity": 0.0, "pruned": perplexity(load(), windows)}]
-    for pruner, sparsity in itertools.product(
-        (WandaPruningModifier, SparseGPTModifier), (0.5, 0.6, 0.7)
-    ):
+    for pruner, sparsity in itertools.product(PRUNERS, (0.5, 0.7)):
         weights = pruned(pruner, sparsity, "0:0", dataset)
         row = {
-            "pruner": pruner.__name__.removesuffix("Modifier").removesuffix("Pruning"),
+            "pruner": pruner,
             "sparsity": sparsity,
             "pruned": perplexity(load(weights), windows),
         }
         for name, kind in KINDS.items():
             model = load(weights)
-            masks = {n: linear.weight == 0 for n, linear in linears(model).items()}
+            masks = masks_of(model)
             run(model, [quantizer(kind, 4, True, 128, "static")], dataset)
             row[name] = perplexity(model, windows)
+            row[f"{name}, came back"] = came_back(model, masks)
             if name == "stock":
                 with torch.no_grad():
                     for module, linear in linears(model).items():
@@ -189,9 +202,11 @@ def show_zeros(rows: list[dict]) -> Table:
 
 def show_perplexities(rows: list[dict]) -> Table:
     columns = ["pruned", "stock", "stock, masked again", "masked"]
-    table = Table("pruner", "sparsity", *columns, title="perplexity, W4A16 group 128")
+    lost = [f"{name}, came back" for name in KINDS]
+    table = Table("pruner", "sparsity", *columns, *lost, title="perplexity, W4A16 group 128")
     for row in rows:
         values = [f"{row[name]:.2f}" if name in row else "" for name in columns]
+        values += [f"{row[name]:.1%}" if name in row else "" for name in lost]
         table.add_row(row["pruner"], f"{row['sparsity']:.0%}", *values)
     return table
 

@@ -3,9 +3,9 @@
 The statistic of one large block, its pruning by magnitude, the epochs of the stages, how the
 cost of an epoch grows, a step of training under masks, and two parts without times: scoring on
 fewer samples, and searches from several starts; the gradient with other constants, and what a
-step of it costs. Ratios of what is measured side by side in
-this one run, medians of several rounds. Where there is a CUDA device, the epochs, on a larger
-model, and the training run on it.
+step of it costs; one Linear pruned. Ratios of what is measured side by side in this one run,
+medians of several rounds. Where there is a CUDA device, the epochs, on a larger model, the
+training and the one Linear run on it.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from epochs import growth, stages_by_length
 from gradient import step_costs, tuning
 from loguru import logger
 from plans import fewer_samples, search
+from pruning import one_linear
 from record import add, here
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +32,7 @@ PARTS = {
     "search": search,
     "tuning": tuning,
     "steps": step_costs,
+    "one Linear": one_linear,
 }
 BASES = {
     "statistic": "naive",
