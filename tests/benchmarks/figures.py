@@ -327,5 +327,6 @@ ALL: Sequence = (
     gradient,
     four_bits,
     recovery,
+    recovery_by_pruner,
     costs,
 )

@@ -18,6 +18,7 @@ from loguru import logger
 from plans import fewer_samples, search
 from pruning import one_linear
 from record import add, here
+from recovery import recovery
 from rich.console import Console
 from rich.table import Table
 from training import training
@@ -33,6 +34,7 @@ PARTS = {
     "tuning": tuning,
     "steps": step_costs,
     "one Linear": one_linear,
+    "recovery by pruner": recovery,
 }
 BASES = {
     "statistic": "naive",
