@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Stored", "is_native", "narrow", "wide_enough", "widen", "widest"]
@@ -64,15 +65,16 @@ def widest(device: torch.device | str) -> torch.dtype:
     return torch.float32 if str(device).startswith("mps") else torch.float64
 
 
-def widen(model: torch.nn.Module) -> Stored:
-    """Make float32 what this processor has no arithmetic for.
+def widen(model: torch.nn.Module, device: torch.device | str = "cpu") -> Stored:
+    """Make float32 what a device has no arithmetic for.
 
     :param model: with all its weights in memory; changed in place
+    :param device: where it will compute
     :return: what :func:`narrow` needs to undo it
     """
     dtypes: dict[str, torch.dtype] = {}
     for name, tensor in _tensors(model):
-        if not is_native(tensor.dtype, tensor.device):
+        if not is_native(tensor.dtype, device):
             dtypes[name] = tensor.dtype
             tensor.data = tensor.data.float()
     wide = frozenset(name for name, _ in _tensors(model) if name not in dtypes)
@@ -105,7 +107,9 @@ def wide_enough(model: torch.nn.Module, device: torch.device | str) -> Iterator[
 
     :param device: where it computes
     """
-    if is_native(next(model.parameters()).dtype, device):
+    with disable_onloading():  # which would fetch the weight, here the largest one
+        dtype = next(model.parameters()).dtype
+    if is_native(dtype, device):
         yield
         return
     with _Float32():

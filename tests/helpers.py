@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from compressed_tensors.offload import load_offloaded_model
+from compressed_tensors.offload import load_offloaded_model, remove_dispatch
+from compressed_tensors.offload.cache import DiskCache
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -94,8 +95,11 @@ def random_samples(samples: int = 8, length: int = 32, seed: int = 0) -> Dataset
 
 
 def run(model: torch.nn.Module, recipe: object, dataset: Dataset | None, **arguments: object):
-    """The real ``oneshot()`` with every choice that could differ between runs made."""
-    return oneshot(
+    """The real ``oneshot()`` with every choice that could differ between runs made.
+
+    :return: the model; off an accelerator that it visited, unless it stays on disk
+    """
+    done = oneshot(
         model=model,
         recipe=yaml.safe_dump(recipe, sort_keys=False) if isinstance(recipe, dict) else recipe,
         dataset=dataset,
@@ -104,6 +108,8 @@ def run(model: torch.nn.Module, recipe: object, dataset: Dataset | None, **argum
         num_calibration_samples=512 if dataset is None else len(dataset),
         **arguments,
     )
+    on_disk = any(isinstance(module._parameters, DiskCache) for module in done.modules())
+    return remove_dispatch(done).cpu() if torch.cuda.is_available() and not on_disk else done
 
 
 def prune(model: torch.nn.Module, *recipe: object, **arguments: object) -> torch.nn.Module:
@@ -143,7 +149,7 @@ def kept_on_disk(model: torch.nn.Module, folder: Path, **arguments: object) -> t
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the model's state, which later changes leave alone."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return {name: value.detach().clone().cpu() for name, value in model.state_dict().items()}
 
 
 def assert_same(found: Mapping[str, object], expected: Mapping[str, object]) -> None:

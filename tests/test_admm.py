@@ -97,10 +97,14 @@ def test_less_is_lost_than_by_the_other_stages(make_model: MakeModel) -> None:
     assert admm < 0.9 * min(others)
 
 
-def test_matrices_kept_on_the_cpu_and_the_same_run_again(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("kind", [ADMMPruningModifier, SparseGPTModifier])
+@pytest.mark.parametrize("structure", ["0:0", "4:8"])
+def test_matrices_kept_on_the_cpu_and_the_same_run_again(
+    make_model: MakeModel, kind: type, structure: str
+) -> None:
+    fields = {"sparsity": 0.5, "mask_structure": structure, **EVERY}
     first, second = (
-        prune(make_model(), ADMMPruningModifier(sparsity=0.5, offload_hessians=offload, **EVERY))
-        for offload in (False, True)
+        prune(make_model(), kind(offload_hessians=offload, **fields)) for offload in (False, True)
     )
     assert_same(weights_of(first), weights_of(second))
 

@@ -27,6 +27,10 @@ from safetensors.torch import load_file
 
 from dlp_plugin import DLPModifier, Plan, last_plans
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none"
+)
+
 
 def text(pruner: str = "WandaPruningModifier", **dlp: object) -> str:
     return yaml.safe_dump(recipe(dlp, pruner, sparsity=0.6), sort_keys=False)

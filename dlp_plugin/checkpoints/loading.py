@@ -50,8 +50,9 @@ def load_model(name: str | Path) -> PreTrainedModel:
     :raises ValueError: if its files are damaged, or do not hold the weights that it has
     """
     model: Any = load_stored(name)
-    widen(model)
-    return model.to(get_main_device())  # type: ignore[no-any-return]
+    device = get_main_device()
+    widen(model, device)
+    return model.to(device)  # type: ignore[no-any-return]
 
 
 def load_to_prune(name: str | Path) -> tuple[PreTrainedModel, Stored]:
@@ -65,7 +66,7 @@ def load_to_prune(name: str | Path) -> tuple[PreTrainedModel, Stored]:
         model = load_stored(name, quantization_config=CompressedTensorsConfig(dequantize=True))
     else:
         model = load_stored(name)
-    return model, widen(model)
+    return model, widen(model, get_main_device())
 
 
 def apply_recipe(

@@ -182,6 +182,12 @@ def joined_processes() -> Iterator[bool]:
     from torch import distributed as dist
 
     if torch.accelerator.is_available():
+        asked, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.accelerator.device_count()
+        if asked > there:
+            raise ValueError(
+                f"torchrun started {asked} processes, and this machine has {there} accelerators: "
+                f"start at most as many (--nproc-per-node {there})"
+            )
         init_dist()
     else:
         dist.init_process_group("gloo")

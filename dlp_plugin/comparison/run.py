@@ -244,9 +244,14 @@ def _subject(
         "weights": digest([config.to_json_string(), getattr(config, "_commit_hash", ""), weights]),
         "calibration data": digest([calibration["dataset"].to_dict(), others]),
         "test data": digest([window.tolist() for window in windows]),
-        "device": device.type + ("" if native else ", in float32"),
+        "device": _named(device) + ("" if native else ", in float32"),
         **package_versions(),
     }
+
+
+def _named(device: torch.device) -> str:
+    """What a device is called, as figures of one do not hold for another."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _taken_up(path: Path, subject: dict[str, str]) -> Comparison:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from compressed_tensors.distributed import is_distributed
+from compressed_tensors.utils import get_execution_device
 from llmcompressor.core import State
 from llmcompressor.modifiers import pruning
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import make_empty_hessian
@@ -110,6 +111,19 @@ class SparseGPTModifier(_Calibrated, pruning.SparseGPTModifier):
                 "that stays: state less, e.g. 0.99, or add the module to ignore"
             )
         return super().on_initialize(state, **kwargs)
+
+    def _compress(self) -> None:
+        """Have the host prune, if Hessians are offloaded a module at a time.
+
+        Its own loop multiplies them with the weight where they are, on the CPU.
+        """
+        if not self.offload_hessians:
+            super()._compress()
+            return
+        for module, samples in dict(self._num_samples).items():
+            self._hessians[module] = self._hessians[module].to(get_execution_device(module))
+            self._num_samples = {module: samples}
+            super()._compress()
 
     def watch_inputs(self) -> None:
         """Nothing more: Gram matrices are what it sums anyway."""

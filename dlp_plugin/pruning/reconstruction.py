@@ -72,7 +72,8 @@ class _Call:
         device = get_execution_device(block)
 
         def placed(value: torch.Tensor) -> torch.Tensor:
-            return value.to(device, torch.float32 if wide and value.is_floating_point() else None)
+            value = value.to(device)
+            return value.float() if wide and value.is_floating_point() else value
 
         given = self.given(hidden)
         return _first(block(*_mapped(placed, given.args), **_mapped(placed, given.kwargs)))
@@ -245,7 +246,7 @@ class _Trained:
             call, target = samples[int(place)]
             with torch.enable_grad():
                 found = call.run(self._block, call.hidden, wide=True)
-                loss = functional.mse_loss(found, target.to(found))
+                loss = functional.mse_loss(found, target.to(found.device).to(found))
             self._differentiate(loss)
             self._adam.param_groups[0]["lr"] = first + (last - first) * step / steps
             self._adam.step()
@@ -301,7 +302,7 @@ def _error(block: Module, samples: Iterable[tuple[_Call, torch.Tensor]]) -> floa
     device = get_main_device()
     sums = torch.zeros(2, dtype=widest(device), device=device)
     for call, target in samples:
-        wanted = target.to(device, torch.float32)
+        wanted = target.to(device).float()
         found = call.run(block, call.hidden, wide=True).to(device)
         sums += torch.stack([(found - wanted).square().sum(), wanted.square().sum()]).to(sums)
     if is_distributed():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dlp_plugin.scoring.scores import smallest_score
+from dlp_plugin.scoring.scores import check_finite, magnitudes_of, smallest_score
 
 __all__ = ["smallest", "smallest_of_groups"]
 
@@ -19,10 +19,15 @@ def smallest(weight: torch.Tensor, count: int, name: str = "the matrix") -> torc
     if not count:
         return torch.zeros_like(weight, dtype=torch.bool)
     matrix = weight.flatten(1)
-    ones = torch.ones(matrix.shape[1], device=weight.device)
-    threshold = smallest_score({name: (matrix, ones)}, count)
     magnitudes = matrix.abs().flatten()
     magnitudes = magnitudes if magnitudes.itemsize <= 4 else magnitudes.float()
+    threshold: float | torch.Tensor
+    if weight.device.type == "cpu":
+        ones = torch.ones(matrix.shape[1])
+        threshold = smallest_score({name: (matrix, ones)}, count)
+    else:  # which sorts faster than it makes many passes
+        check_finite(name, weight.dtype, [chunk.amax() for chunk in magnitudes_of(matrix)])
+        threshold = magnitudes.sort().values[count - 1]
     marked = magnitudes < threshold
     equal = (magnitudes == threshold).nonzero()[: count - int(marked.sum())]
     marked[equal] = True

@@ -97,6 +97,8 @@ def _summed_over_ranks(
 def channel_squares(inputs: torch.Tensor) -> torch.Tensor:
     """Sum of squares per channel: ``[..., channels]`` to float64 ``[channels]``, where there is."""
     tokens = inputs.reshape(-1, inputs.shape[-1])
+    if tokens.device.type != "cpu":  # where a launch costs more than what it adds up
+        return tokens.to(widest(tokens.device)).square().sum(0)
     total = torch.zeros(tokens.shape[1], dtype=widest(tokens.device), device=tokens.device)
     for chunk in tokens.split(_TOKENS):
         wide = chunk.to(torch.promote_types(chunk.dtype, torch.float32))

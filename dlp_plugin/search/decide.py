@@ -63,10 +63,13 @@ def decide(
     )
     if judge is None:
         return make()
-    plan = choose_strength(judge, make, method, blocks) if method.strength == "auto" else make()
-    if not refine:
-        return plan
-    if search == "gradient":
-        assert slopes is not None
-        return descend(judge, slopes, plan, blocks, steps=refine, progress_path=progress_path)
-    return evolve(judge, plan, blocks, generations=refine, seed=seed, progress_path=progress_path)
+    with judge.loaded():
+        plan = choose_strength(judge, make, method, blocks) if method.strength == "auto" else make()
+        if not refine:
+            return plan
+        if search == "gradient":
+            assert slopes is not None
+            return descend(judge, slopes, plan, blocks, steps=refine, progress_path=progress_path)
+        return evolve(
+            judge, plan, blocks, generations=refine, seed=seed, progress_path=progress_path
+        )

@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.utils import patch_attr
-from llmcompressor.utils.dev import get_main_device
 from torch import distributed as dist
 from torch.nn import functional
 
@@ -22,7 +21,15 @@ from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.precision import widest
 from dlp_plugin.scoring.calibration import Batch, together
 from dlp_plugin.search.masks import Masks
-from dlp_plugin.search.predictions import WIDE, Predictions, divergences, keep, logits_of
+from dlp_plugin.search.predictions import (
+    WIDE,
+    Predictions,
+    device_of,
+    divergences,
+    keep,
+    loaded,
+    logits_of,
+)
 
 __all__ = ["Judge"]
 
@@ -51,7 +58,7 @@ class Judge:
         self._model = model
         self._masks = masks
         self._batches = together(batches, TOGETHER)
-        self._device = get_main_device()
+        self._device = device_of(model)
         self._kept: list[Predictions] = []
 
     @property
@@ -68,6 +75,10 @@ class Judge:
         for name, norms in self._masks.norms.items():
             digest.update(f"{name} {float(norms.cpu().double().sum())!r}".encode())
         return digest.hexdigest()
+
+    def loaded(self) -> AbstractContextManager[None]:
+        """Have the model's weights stay where it computes, if there is room."""
+        return loaded(self._model)
 
     @torch.no_grad()
     def loss(

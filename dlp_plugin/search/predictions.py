@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from compressed_tensors.offload import disable_offloading, disable_onloading
+from compressed_tensors.utils import get_execution_device
 
 from dlp_plugin.precision import wide_enough, widest
 from dlp_plugin.scoring.calibration import Batch
 
-__all__ = ["LIKELIEST", "WIDE", "Predictions", "divergences", "keep", "logits_of"]
+__all__ = [
+    "LIKELIEST",
+    "WIDE",
+    "Predictions",
+    "device_of",
+    "divergences",
+    "keep",
+    "loaded",
+    "logits_of",
+]
 
 # Tokens whose logits are widened to float32 together.
 WIDE = 256
 # Tokens of the vocabulary that the dense model's predictions are kept for, the likeliest
 # ones; the others are one class.
 LIKELIEST = 512
+# Of a GPU's free memory, how much a model's weights may take to stay on it.
+ROOM = 0.6
 
 
 class Predictions(NamedTuple):
@@ -24,6 +39,30 @@ class Predictions(NamedTuple):
 
     places: torch.Tensor  # int32 [n, likeliest]
     logs: torch.Tensor  # float32 [n, likeliest + 1], the last of all other tokens
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device that a language model takes its token ids on."""
+    return torch.device(get_execution_device(model.get_input_embeddings()))  # type: ignore[operator]
+
+
+@contextmanager
+def loaded(model: torch.nn.Module) -> Iterator[None]:
+    """Have weights stay on the GPU that they are fetched to, if it has room for all of them.
+
+    The host fetches every weight at every use.
+    """
+    device = device_of(model)
+    if device.type != "cuda":
+        yield
+        return
+    with disable_onloading():
+        needed = sum(weight.nbytes for weight in model.parameters())
+    if needed > ROOM * torch.cuda.mem_get_info(device)[0]:
+        yield
+        return
+    with disable_offloading():
+        yield
 
 
 def logits_of(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:

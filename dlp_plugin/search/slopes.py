@@ -11,16 +11,16 @@ carries along.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.utils import patch_attr
-from llmcompressor.utils.dev import get_main_device
 from torch import distributed as dist
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
@@ -28,7 +28,7 @@ from dlp_plugin.precision import wide_enough, widest
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.scoring.calibration import Batch, together
 from dlp_plugin.search.masks import Masks
-from dlp_plugin.search.predictions import divergences, keep, logits_of
+from dlp_plugin.search.predictions import device_of, divergences, keep, logits_of
 
 __all__ = ["Slopes"]
 
@@ -66,7 +66,7 @@ class Slopes:
         self._blocks = [model.get_submodule(block.name) for block in blocks]
         self._masks = masks
         self._batches = together(batches, TOGETHER)
-        self._device = get_main_device()
+        self._device = device_of(model)
 
     def portion(self, number: int, tokens: int) -> list[int]:
         """The numbers of a step's batches: at least so many tokens, after those of the step before.
@@ -134,6 +134,7 @@ class Slopes:
         by_name = dict(zip(sparsities, probes, strict=True))
         with (
             self._probed(by_name, sparsities, structure),
+            self._repeatable(),
             torch.enable_grad(),
         ):
             logits = logits_of(self._model, batch, self._device).flatten(0, 1)
@@ -149,6 +150,10 @@ class Slopes:
             for p, cost in zip(probes, found, strict=True)
         ]
         return torch.stack(costs), len(logits)
+
+    def _repeatable(self) -> AbstractContextManager[object]:
+        """Have attention's backward pass add up in one order, which fused kernels do not."""
+        return nullcontext() if self._device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
 
     @contextmanager
     def _probed(

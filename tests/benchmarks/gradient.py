@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from common import ROUNDS, peak, reset_peak
+from common import DEVICE, ROUNDS, peak, reset_peak
 from plans import plan
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
@@ -120,7 +120,7 @@ def measured(config: LlamaConfig | Qwen3MoeConfig, tokens: int, rounds: int) -> 
     from llmcompressor.modeling.moe.linearize import linearize_moe
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
     linearize_moe(model)
     blocks = [
         Block(

@@ -55,6 +55,8 @@ def measure(way: str, out: int, columns: int) -> None:
     inputs += inputs.roll(1, 1) + inputs.mean(1, keepdim=True)  # neighbours alike, as in models
     gram = inputs.T @ inputs / len(inputs)
     del inputs
+    small = torch.nn.Linear(256, 256, bias=False, dtype=torch.bfloat16, device=DEVICE)
+    WAYS[way](small, gram[:256, :256].contiguous())  # kernels are loaded at first use
     finish()
     before, started = reset_peak(), time.perf_counter()
     WAYS[way](linear, gram)
