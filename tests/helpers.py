@@ -199,7 +199,7 @@ def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, list[torch.Ten
     hooks = [
         linear.register_forward_pre_hook(
             lambda _, args, name=name: inputs.setdefault(name, []).append(
-                args[0].detach().double().reshape(-1, args[0].shape[-1])
+                args[0].detach().double().reshape(-1, args[0].shape[-1]).cpu()
             )
         )
         for name, linear in linears_of(model).items()
@@ -234,10 +234,12 @@ def naive_scores(
     model: torch.nn.Module, dataset: Dataset, blocks: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """:func:`naive_scores_of` on what a plain forward pass of the whole model shows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)  # whose products in bfloat16 are not another's to the bit
     with recorded_inputs(model) as inputs:
         for row in dataset:
-            model(**{key: torch.tensor([value]) for key, value in row.items()})
-    return naive_scores_of(model, inputs, blocks)
+            model(**{key: torch.tensor([value], device=device) for key, value in row.items()})
+    return naive_scores_of(model.cpu(), inputs, blocks)
 
 
 def naive_sparsities(scores: list[float], sparsity: float, alpha: float) -> list[float]:

@@ -120,7 +120,8 @@ class TestFigures:
             assert found.dense < cell.perplexity
             assert cell.sparsity - 0.01 < cell.achieved <= cell.sparsity
             assert cell.seconds > 0
-            assert cell.memory is None or cell.memory > 1e8, "torch alone takes more"
+            least = 1e5 if torch.cuda.is_available() else 1e8  # what torch alone takes
+            assert cell.memory is None or cell.memory > least
 
     def test_the_dense_perplexity_is_the_model_s(
         self, finished: tuple[Path, Comparison], windows: list[torch.Tensor]

@@ -58,8 +58,11 @@ class Judge:
         self._model = model
         self._masks = masks
         self._batches = together(batches, TOGETHER)
-        self._device = device_of(model)
         self._kept: list[Predictions] = []
+
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self._model)
 
     @property
     def tokens(self) -> int:

@@ -66,7 +66,10 @@ class Slopes:
         self._blocks = [model.get_submodule(block.name) for block in blocks]
         self._masks = masks
         self._batches = together(batches, TOGETHER)
-        self._device = device_of(model)
+
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self._model)
 
     def portion(self, number: int, tokens: int) -> list[int]:
         """The numbers of a step's batches: at least so many tokens, after those of the step before.
