@@ -151,23 +151,30 @@ def gradient(parts: Parts) -> dict[str, str]:
         for name, found in parts.results("steps").items()
     ]
     columns = ["", "Linears", "million weights in them", "seconds", "peak memory beyond the model"]
+    return {
+        "tuning table": table(["", "divergence", "tokens"], rows),
+        "steps table": table(columns, steps),
+        **_one_linear(parts, "one Linear", 0),
+        **_one_linear(parts, "one Linear on a GPU", 1),
+    }
+
+
+def _one_linear(parts: Parts, part: str, digits: int) -> dict[str, str]:
+    """What each way takes, and ADMM with its polish to SparseGPT."""
+    found = parts.results(part)
     linears = [
-        [name, _seconds(found["seconds"]), f"{found['peak megabytes']:.0f} MB"]
-        for name, found in parts.results("one Linear").items()
+        [name, f"{each['seconds']:.{digits + 1}f}", f"{each['peak megabytes']:.0f} MB"]
+        for name, each in found.items()
     ]
-    found = parts.results("one Linear")
-    kinds = dict.fromkeys(name.rpartition(", ")[0] for name in found)
     longer, larger = [], []
-    for kind in kinds:
+    for kind in dict.fromkeys(name.rpartition(", ")[0] for name in found):
         host, admm, polish = (found[f"{kind}, {way}"] for way in ("SparseGPT", "ADMM", "polish"))
         longer.append((admm["seconds"] + polish["seconds"]) / host["seconds"])
         larger.append(admm["peak megabytes"] / host["peak megabytes"])
     return {
-        "one Linear seconds": span(longer, 0),
-        "one Linear memory": span(larger, 1),
-        "tuning table": table(["", "divergence", "tokens"], rows),
-        "steps table": table(columns, steps),
-        "one Linear table": table(["", "seconds", "peak memory"], linears),
+        f"{part} seconds": span(longer, digits),
+        f"{part} memory": span(larger, 1),
+        f"{part} table": table(["", "seconds", "peak memory"], linears),
     }
 
 
