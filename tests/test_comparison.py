@@ -16,6 +16,7 @@ from llmcompressor import oneshot
 from transformers import AutoTokenizer
 
 from dlp_plugin import (
+    ADMMPruningModifier,
     AlphaPruningModifier,
     DLPModifier,
     OneShotMagnitudeModifier,
@@ -155,6 +156,30 @@ class TestFigures:
             assert cell.perplexity == perplexity(model, windows), cell.method
             if modifier is not None:
                 assert modifier.plan.blocks == found.plans[cell.method]["0.6"].blocks
+
+    def test_plans_for_what_is_repaired_are_those_of_recipes_too(
+        self,
+        compared: Callable[..., Comparison],
+        calibration: dict[str, Any],
+        windows: list[torch.Tensor],
+        tmp_path: Path,
+    ) -> None:
+        pruners = ["wanda", "admm", "magnitude-polished"]
+        found = compared(tmp_path, "dlp-refined,dlp", 0.5, refine=2, pruners=pruners)
+        assert list(found.plans) == [
+            "dlp:0.15 refined 2",
+            "dlp:0.15 refined 2, repaired",
+            "dlp:0.15 refined 2, by magnitude, repaired",
+            "dlp:0.15",
+        ]
+        alone = DLPModifier(refine=2)
+        stage = ADMMPruningModifier(sparsity=0.5, **EVERY)
+        model = apply_recipe(SHIPPED, [alone, stage], **calibration)
+        plan = found.plan("dlp:0.15 refined 2", "0.5", "admm")
+        assert plan.searched_at == 0.3
+        assert plan.blocks == alone.plan.blocks
+        cell = found.cell("dlp:0.15 refined 2", "0.5", "admm")
+        assert cell.perplexity == perplexity(model, windows)
 
     def test_n_m_is_a_target_of_its_own(
         self,

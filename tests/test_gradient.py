@@ -12,18 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlp_plugin import (
+    ADMMPruningModifier,
     DLPModifier,
     OneShotMagnitudeModifier,
     OWLModifier,
     Plan,
+    SparseGPTModifier,
     WandaPruningModifier,
 )
 from dlp_plugin.planning.methods import DLP
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.scoring.blocks import Block
-from dlp_plugin.search.gradient import descend, project, stepped
+from dlp_plugin.search.gradient import descend, stepped
 from dlp_plugin.search.judge import Judge
-from dlp_plugin.search.linears import sparsities_of
+from dlp_plugin.search.linears import project, sparsities_of
 from dlp_plugin.search.slopes import Slopes
 
 STAGE = {"sparsity": 0.6, **EVERY}
@@ -215,6 +217,44 @@ class TestInRecipes:
         prune(make_model(), modifier, OneShotMagnitudeModifier(**STAGE))
         (judge,) = judges  # whose model is pruned by now
         assert judge.divergence({}) == pytest.approx(modifier.plan.search[-1].divergence, rel=1e-4)
+
+    @pytest.mark.parametrize("search", ["gradient", "evolution"])
+    def test_where_what_stays_is_repaired_less_is_pruned_while_it_searches(
+        self, make_model: MakeModel, tmp_path: Path, search: str
+    ) -> None:
+        path = tmp_path / "plan.json"
+        asked = {"alpha": 0.0, "refine": 3, "search": search}
+        repaired = DLPModifier(**asked, plan_path=str(path))
+        prune(make_model(), repaired, ADMMPruningModifier(**STAGE))
+        easier = DLPModifier(**asked)
+        prune(make_model(), easier, WandaPruningModifier(**STAGE | {"sparsity": 0.4}))
+        plan = Plan.load(path)
+        assert plan.searched_at == pytest.approx(0.4)
+        assert plan.sparsity == pytest.approx(0.6)
+        assert plan.search == easier.plan.search
+        assert easier.plan.searched_at is None
+        for row, other in zip(plan.blocks, easier.plan.blocks, strict=True):
+            moved = {name: sparsity + 0.2 for name, sparsity in other.linears.items()}
+            assert row.linears == pytest.approx(moved)
+
+    @pytest.mark.parametrize(
+        ("stages", "searched_at"),
+        [
+            ([WandaPruningModifier(**STAGE)], None),
+            ([WandaPruningModifier(**STAGE, polish=True)], 0.4),
+            ([SparseGPTModifier(**STAGE, reconstruct=1)], 0.4),
+            ([ADMMPruningModifier(**STAGE | {"sparsity": 0.3})], 0.15),
+            ([ADMMPruningModifier(**STAGE, polish=False)], None),
+            ([ADMMPruningModifier(mask_structure="4:8", **EVERY)], None),
+        ],
+    )
+    def test_which_stages_repair(
+        self, make_model: MakeModel, stages: list, searched_at: float | None
+    ) -> None:
+        modifier = DLPModifier(alpha=0.0, refine=1)
+        prune(make_model(), modifier, *stages)
+        expected = None if searched_at is None else pytest.approx(searched_at)
+        assert modifier.plan.searched_at == expected
 
     def test_evolution_is_there_still(self, make_model: MakeModel) -> None:
         modifier = DLPModifier(refine=2, search="evolution")

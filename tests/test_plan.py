@@ -66,7 +66,7 @@ def test_table_and_picture(plan: Plan, tmp_path: Path) -> None:
         (lambda p: p.pop("target"), "target: Field required"),
         (lambda p: p.update(strength=-1), "strength must be finite and at least 0, got -1"),
         (lambda p: p.update(target=1.5), "target must be strictly between 0 and 1, got 1.5"),
-        (lambda p: p.update(schema_version=3), "schema_version"),
+        (lambda p: p.update(schema_version=4), "schema_version"),
         (lambda p: p.update(colour="red"), "colour"),
         (lambda p: p.update(blocks=[]), "blocks"),
         (lambda p: p["blocks"][1].update(name="layers.0"), "a name stands twice"),
@@ -167,6 +167,7 @@ def test_whatever_stands_in_a_file_it_is_a_plan_or_an_error_in_one_line(
                 [
                     {"statistic": "median", "alpha": 0.0},
                     {"schema_version": 2, "settings": {"statistic": "mean"}, "strength": 0.0},
+                    {"schema_version": 3, "strength": 0.0, "searched_at": 0.3},
                 ]
             )
         ),

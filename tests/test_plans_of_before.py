@@ -50,7 +50,7 @@ def test_it_prunes_to_the_same_bytes(name: str) -> None:
 @pytest.mark.parametrize("name", PRUNED)
 def test_what_it_says_is_all_there(name: str, tmp_path: Path) -> None:
     old, plan = content(name), Plan.load(FOLDER / f"{name}.json")
-    assert plan.schema_version == 2
+    assert plan.schema_version == 3
     assert (plan.method, plan.strength) == (old["method"], old["alpha"])
     assert plan.scored_by.score_name == old["statistic"]
     assert [(c.strength, c.loss) for c in plan.candidates] == [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -18,8 +18,10 @@ __all__ = [
     "PRUNERS",
     "Contender",
     "Pruner",
+    "Way",
     "bits_named",
     "contender_named",
+    "plan_name",
     "pruner_named",
     "target_named",
     "target_of",
@@ -38,6 +40,17 @@ _REPAIRS: dict[str, dict[str, Any]] = {
 }
 
 
+class Way(NamedTuple):
+    """How plans are judged, by what prunes by them.
+
+    :param by_magnitude: by magnitude's masks, and not by Wanda's
+    :param repaired: where less is pruned, as what stays will be repaired
+    """
+
+    by_magnitude: bool = False
+    repaired: bool = False
+
+
 @dataclass(frozen=True)
 class Pruner:
     """A pruning stage that takes part.
@@ -50,9 +63,19 @@ class Pruner:
     fields: Mapping[str, Any]
 
     @property
-    def by_magnitude(self) -> bool:
-        """Whether it ranks weights by magnitude, and not about as Wanda does."""
-        return self.modifier == PRUNERS["magnitude"]
+    def way(self) -> Way:
+        """How plans for it are judged."""
+        by = {name: self.modifier == modifier for name, modifier in PRUNERS.items()}
+        return Way(by["magnitude"], by["admm"] or bool(self.fields))
+
+
+def plan_name(method: str, way: Way) -> str:
+    """What a plan is kept under.
+
+    :param method: full name
+    :param way: what of it matters to the method's plans
+    """
+    return method + ", by magnitude" * way.by_magnitude + ", repaired" * way.repaired
 
 
 def pruner_named(text: str) -> Pruner:
@@ -93,12 +116,10 @@ class Contender:
         """Whether it judges pruned models, on a quarter of the samples."""
         return self.method.strength == "auto" or self.refine > 0
 
-    def plan_name(self, by_magnitude: bool) -> str:
-        """What a plan of it is kept under.
-
-        :param by_magnitude: whether magnitude prunes by it, whose masks then judge it
-        """
-        return f"{self.name}, by magnitude" if by_magnitude and self.judges else self.name
+    def way(self, way: Way, target: str) -> Way:
+        """What of a way of judging matters to its plans."""
+        easier = way.repaired and self.refine > 0 and not target_of(target)[1]
+        return Way(way.by_magnitude and self.judges, easier)
 
 
 def contender_named(text: str, refine: int = 16, evolve: int = 40) -> Contender:

@@ -99,6 +99,6 @@ def _searches(found: Comparison, axes: Any, target: str) -> None:
 
 
 def _plans_at(found: Comparison, target: str) -> dict[str, Plan]:
-    shown = product(found.values("method"), found.values("pruner"))
-    names = dict.fromkeys(found.plan_name(*pair) for pair in shown)
+    shown = product(found.values("method"), [target], found.values("pruner"))
+    names = dict.fromkeys(found.plan_name(*each) for each in shown)
     return {name: found.plans[name][target] for name in names if target in found.plans[name]}

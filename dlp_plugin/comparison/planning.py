@@ -12,7 +12,7 @@ from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
-from dlp_plugin.comparison.names import Contender, target_of
+from dlp_plugin.comparison.names import Contender, Way, plan_name, target_of
 from dlp_plugin.modifiers.feeding import all_blocks
 from dlp_plugin.modifiers.scoring_pass import ScoringPass
 from dlp_plugin.planning.plan import Plan
@@ -25,7 +25,7 @@ from dlp_plugin.search.slopes import Slopes
 
 __all__ = ["PlanningModifier"]
 
-Wanted = list[tuple[Contender, str, bool]]
+Wanted = list[tuple[Contender, str, Way]]
 
 
 class PlanningModifier(Modifier):
@@ -35,9 +35,8 @@ class PlanningModifier(Modifier):
     all: so the samples go through in two portions, and every plan is the one that a recipe
     with the method's own modifier makes.
 
-    :param wanted: contenders, the names of their targets, and whether pruned models are
-        judged by magnitude's masks instead of Wanda's
-    :param keep: called with the plan's name (:meth:`Contender.plan_name`), the target, the
+    :param wanted: contenders, the names of their targets, and how pruned models are judged
+    :param keep: called with the plan's name (:func:`plan_name`), the target, the
         plan, and the seconds that deciding took after scoring
     :param progress_path: file for how far a search is
     """
@@ -97,27 +96,27 @@ class PlanningModifier(Modifier):
         self._pass.run(self, model, batches, [contender.method for contender, _, _ in wanted])
         blocks = self._pass.blocks
         every = [name for block in blocks for name in block.linears]
-        ways = {by_magnitude for contender, _, by_magnitude in wanted if contender.judges}
-        masks = {way: self._pass.masks(every if way else ()) for way in sorted(ways)}
-        judges = {way: Judge(model, masks[way], judging) for way in masks}
-        slopes = {way: Slopes(model, blocks, masks[way], batches) for way in masks}
-        for contender, target, by_magnitude in wanted:
+        ways = {way.by_magnitude for contender, _, way in wanted if contender.judges}
+        masks = {each: self._pass.masks(every if each else ()) for each in sorted(ways)}
+        judges = {each: Judge(model, masks[each], judging) for each in masks}
+        slopes = {each: Slopes(model, blocks, masks[each], batches) for each in masks}
+        for contender, target, way in wanted:
             sparsity, structure = target_of(target)
             started = time.perf_counter()
             plan = decide(
                 contender.method,
                 blocks,
                 self._pass.scores(contender.method),
-                judges[by_magnitude] if contender.judges else None,
-                slopes[by_magnitude] if contender.judges else None,
+                judges[way.by_magnitude] if contender.judges else None,
+                slopes[way.by_magnitude] if contender.judges else None,
                 model=getattr(model, "name_or_path", "") or type(model).__name__,
                 target=sparsity,
                 structure=structure,
                 unseen=self._pass.unseen,
                 refine=contender.refine,
+                repaired=way.repaired,
                 search=contender.search,
                 progress_path=self._progress_path,
             )
-            name = contender.plan_name(by_magnitude)
-            self._keep(name, target, plan, time.perf_counter() - started)
+            self._keep(plan_name(contender.name, way), target, plan, time.perf_counter() - started)
             forget(self._progress_path)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field
 
-from dlp_plugin.comparison.names import pruner_named, target_of
+from dlp_plugin.comparison.names import Way, plan_name, pruner_named, target_of
 from dlp_plugin.files import replacing
 from dlp_plugin.planning.methods import METHODS
 from dlp_plugin.planning.plan import Plan
@@ -118,8 +118,8 @@ class Comparison(BaseModel):
 
     :param subject: what the figures hold for: model, data, device, package versions
     :param dense: perplexity of the dense model
-    :param plans: full name of a method (of one that judges by magnitude's masks another, see
-        :meth:`plan_name`) to target to plan
+    :param plans: full name of a method (for some pruners another, see :meth:`plan_name`) to
+        target to plan
     :param decided: likewise to the seconds that the plan took, once the blocks were scored
     :param cells: one per method, target, pruner and bits
     :param plain: bits to what is not pruned; those of the dense model where sizes were asked for
@@ -147,12 +147,14 @@ class Comparison(BaseModel):
 
         :raises KeyError: if there is none
         """
-        return self.plans[self.plan_name(method, pruner)][target]
+        return self.plans[self.plan_name(method, target, pruner)][target]
 
-    def plan_name(self, method: str, pruner: str) -> str:
-        """What it is kept under: of those that were judged, magnitude's is one of its own."""
-        own = f"{method}, by magnitude"
-        return own if pruner_named(pruner).by_magnitude and own in self.plans else method
+    def plan_name(self, method: str, target: str, pruner: str) -> str:
+        """What it is kept under: of those that were judged, by how they were."""
+        way = pruner_named(pruner).way
+        ways = way, Way(by_magnitude=way.by_magnitude), Way()
+        names = [plan_name(method, each) for each in ways]
+        return next((name for name in names if target in self.plans.get(name, {})), method)
 
     def only(
         self,

@@ -36,6 +36,7 @@ from dlp_plugin.comparison.memory import peak, reset_peak
 from dlp_plugin.comparison.names import (
     bits_named,
     contender_named,
+    plan_name,
     pruner_named,
     target_named,
     target_of,
@@ -96,7 +97,7 @@ def compare(
     contenders = {contender.name: contender for contender in asked}
     targets = _targets(sparsities)
     widths = list(dict.fromkeys(bits_named(each) for each in bits))
-    ways = {pruner_named(pruner).by_magnitude for pruner in pruners}
+    ways = {pruner_named(pruner).way for pruner in pruners}
     path = Path(folder) / "results.json"
     found = _taken_up(path, _subject(model, calibration, windows))
     if min(widths) < 16:
@@ -115,8 +116,9 @@ def compare(
         found.save(path)
 
     wanted = {
-        (contender.plan_name(way), target): (contender, target, way)
-        for contender, target, way in product(contenders.values(), targets, sorted(ways))
+        (plan_name(contender.name, way), target): (contender, target, way)
+        for contender, target, every in product(contenders.values(), targets, sorted(ways))
+        for way in [contender.way(every, target)]
     }
     missing = [
         each for (name, target), each in wanted.items() if target not in found.plans.get(name, {})

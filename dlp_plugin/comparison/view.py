@@ -78,7 +78,7 @@ def markdown(found: Comparison) -> str:
     rows = [{"target": "0", "bits": "16", "method": "dense"} | row for row in rows]
     for cell in found.cells:
         value = f"{cell.perplexity:.4f}"
-        name = found.plan_name(cell.method, cell.pruner)
+        name = found.plan_name(cell.method, cell.target, cell.pruner)
         decided = found.decided.get(name, {}).get(cell.target)
         row = {
             "pruner": cell.pruner,

@@ -136,6 +136,11 @@ class FedStage:
         """Whether the stage ranks weights by magnitude; the others rank about as Wanda does."""
         return isinstance(self.stage, OneShotMagnitudeModifier)
 
+    @property
+    def repairs(self) -> bool:
+        """Whether the stage does something for the weights that stay."""
+        return isinstance(self.stage, PruningStage) and self.stage.repairs
+
     def check_single_linears(self) -> None:
         """Refuse targets that hold several Linears, which a refined plan tells apart.
 

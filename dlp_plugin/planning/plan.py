@@ -157,12 +157,13 @@ class Plan(BaseModel):
         in ``weights``, and left dense
     :param candidates: the strengths that ``strength`` was chosen from, if it was
     :param search: the path of the search that refined the sparsities, if there was one
+    :param searched_at: the sparsity that it searched at, if that was not ``target``
     :param versions: package versions that made the plan
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    schema_version: Annotated[Literal[2], BeforeValidator(_no_bool)] = 2
+    schema_version: Annotated[Literal[3], BeforeValidator(_no_bool)] = 3
     method: str = "dlp"
     settings: dict[str, Number | str] = Field(default_factory=dict)
     model: str
@@ -173,15 +174,18 @@ class Plan(BaseModel):
     unseen: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     search: tuple[SearchStep, ...] = ()
+    searched_at: Annotated[Number, Field(ge=0, le=1)] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
-    def _read_schema_1(cls, content: Any) -> Any:
+    def _read_older(cls, content: Any) -> Any:
         if isinstance(content, dict):
-            version = content.get("schema_version", 1 if "alpha" in content else 2)
+            version = content.get("schema_version", 1 if "alpha" in content else 3)
             if version == 1 and not isinstance(version, bool):
                 return from_schema_1(content)
+            if version == 2 and isinstance(version, int):  # which has no searched_at
+                return content | {"schema_version": 3}
         return content
 
     @model_validator(mode="after")

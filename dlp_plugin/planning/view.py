@@ -59,6 +59,7 @@ def _caption(plan: Plan) -> str:
         text += (
             f"; refined in {last.generation} steps, divergence from the dense model "
             f"{first.divergence:.4f} -> {last.divergence:.4f}"
+            + ("" if plan.searched_at is None else f" at {plan.searched_at:g}")
         )
     return text
 

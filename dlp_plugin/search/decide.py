@@ -14,6 +14,7 @@ from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.search.evolution import evolve
 from dlp_plugin.search.gradient import descend
 from dlp_plugin.search.judge import Judge
+from dlp_plugin.search.linears import shifted
 from dlp_plugin.search.slopes import Slopes
 from dlp_plugin.search.strength import choose_strength
 
@@ -21,6 +22,10 @@ __all__ = ["Search", "decide"]
 
 Search = Literal["gradient", "evolution"]
 """How a plan is refined: by backward passes of the pruned model, or by trial and error."""
+
+# How much less is pruned while a plan is refined, where what stays will be repaired: a search at
+# the target spares what a model wrecked by masks alone needs, and the repaired one is none.
+EASIER = 0.2
 
 
 def decide(
@@ -35,6 +40,7 @@ def decide(
     structure: MaskStructure,
     unseen: Sequence[str] = (),
     refine: int = 0,
+    repaired: bool = False,
     search: Search = "gradient",
     seed: int = 0,
     progress_path: str | Path | None = None,
@@ -49,6 +55,7 @@ def decide(
     :param target: sparsity over all blocks together
     :param unseen: Linears that saw no token
     :param refine: steps of the gradient, or generations of the evolution; 0 for none
+    :param repaired: whether the stages that prune by the plan repair what stays
     :param seed: of the evolution
     :param progress_path: file for how far the search is
     """
@@ -67,9 +74,18 @@ def decide(
         plan = choose_strength(judge, make, method, blocks) if method.strength == "auto" else make()
         if not refine:
             return plan
+        easier = repaired and not structure
+        if easier:
+            plan = shifted(plan, blocks, max(target - EASIER, target / 2))
+        searched_at = plan.target
         if search == "gradient":
             assert slopes is not None
-            return descend(judge, slopes, plan, blocks, steps=refine, progress_path=progress_path)
-        return evolve(
-            judge, plan, blocks, generations=refine, seed=seed, progress_path=progress_path
-        )
+            plan = descend(judge, slopes, plan, blocks, steps=refine, progress_path=progress_path)
+        else:
+            plan = evolve(
+                judge, plan, blocks, generations=refine, seed=seed, progress_path=progress_path
+            )
+    if not easier:
+        return plan
+    plan = shifted(plan, blocks, target)
+    return plan.model_copy(update={"searched_at": searched_at})

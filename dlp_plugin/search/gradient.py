@@ -21,11 +21,11 @@ from dlp_plugin.planning.plan import Plan, SearchStep
 from dlp_plugin.planning.structure import balanced, whole_numbers
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.search.judge import Judge
-from dlp_plugin.search.linears import refined, sparsities_of
+from dlp_plugin.search.linears import project, refined, sparsities_of
 from dlp_plugin.search.progress import Progress, digest, write
 from dlp_plugin.search.slopes import Slopes
 
-__all__ = ["descend", "project", "stepped"]
+__all__ = ["descend", "stepped"]
 
 # Tokens of a step, and how far the first moves a Linear of usual slope; later ones move less.
 TOKENS = 1024
@@ -33,8 +33,6 @@ RATE = 0.04
 MOMENTUM = 0.7
 # A slope counts by its root, and at most so many times as much as the median one.
 STEEPEST = 2.0
-# No Linear is left dense, and none is emptied.
-LEAST, MOST = 0.05, 0.98
 # How often the plan is measured on the samples kept for it.
 MEASURED = 4
 
@@ -216,29 +214,3 @@ def stepped(costs: Mapping[str, float], weights: Mapping[str, int]) -> dict[str,
         name: math.copysign(min(math.sqrt(abs(z) / usual), STEEPEST), z)
         for name, z in apart.items()
     }
-
-
-def project(
-    sparsities: Mapping[str, float], weights: Mapping[str, int], target: float
-) -> dict[str, float]:
-    """Shift all sparsities alike so that their mean by weights is the target, within bounds.
-
-    The bounds give way where the target lies beyond them.
-
-    :return: as near to ``target`` as floats come
-    """
-    least, most = min(LEAST, target), max(MOST, target)
-    total = sum(weights.values())
-
-    def shifted(shift: float) -> dict[str, float]:
-        return {name: min(max(s + shift, least), most) for name, s in sparsities.items()}
-
-    low, high = least - max(sparsities.values()), most - min(sparsities.values())
-    for _ in range(100):
-        middle = (low + high) / 2
-        found = shifted(middle)
-        if math.fsum(weights[n] * s for n, s in found.items()) / total < target:
-            low = middle
-        else:
-            high = middle
-    return shifted(high)

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dlp_plugin.planning.plan import Plan, SearchStep
 from dlp_plugin.scoring.blocks import Block
 
-__all__ = ["refined", "sparsities_of"]
+__all__ = ["project", "refined", "shifted", "sparsities_of"]
+
+# No Linear is left dense, and none is emptied.
+LEAST, MOST = 0.05, 0.98
 
 
 def sparsities_of(plan: Plan, blocks: Sequence[Block]) -> dict[str, float]:
@@ -40,3 +43,37 @@ def refined(
         sparsity = min(max(pruned / row.weights, 0.0), 1.0)
         rows.append(row.model_copy(update={"linears": linears, "sparsity": sparsity}))
     return plan.model_copy(update={"blocks": tuple(rows), "search": tuple(path)})
+
+
+def shifted(plan: Plan, blocks: Sequence[Block], target: float) -> Plan:
+    """A plan at another target, every Linear as far from the mean as before."""
+    sizes = {name: size for block in blocks for name, size in block.sizes.items()}
+    sparsities = project(sparsities_of(plan, blocks), sizes, target)
+    moved = plan.model_copy(update={"target": target})
+    return refined(moved, blocks, sparsities, plan.search)
+
+
+def project(
+    sparsities: Mapping[str, float], weights: Mapping[str, int], target: float
+) -> dict[str, float]:
+    """Shift all sparsities alike so that their mean by weights is the target, within bounds.
+
+    The bounds give way where the target lies beyond them.
+
+    :return: as near to ``target`` as floats come
+    """
+    least, most = min(LEAST, target), max(MOST, target)
+    total = sum(weights.values())
+
+    def shifted(shift: float) -> dict[str, float]:
+        return {name: min(max(s + shift, least), most) for name, s in sparsities.items()}
+
+    low, high = least - max(sparsities.values()), most - min(sparsities.values())
+    for _ in range(100):
+        middle = (low + high) / 2
+        found = shifted(middle)
+        if math.fsum(weights[n] * s for n, s in found.items()) / total < target:
+            low = middle
+        else:
+            high = middle
+    return shifted(high)
