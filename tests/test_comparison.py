@@ -164,12 +164,13 @@ class TestFigures:
         windows: list[torch.Tensor],
         tmp_path: Path,
     ) -> None:
-        pruners = ["wanda", "admm", "magnitude-polished"]
+        pruners = ["wanda", "sparsegpt", "admm", "magnitude-polished"]
         found = compared(tmp_path, "dlp-refined,dlp", 0.5, refine=2, pruners=pruners)
         assert list(found.plans) == [
             "dlp:0.15 refined 2",
-            "dlp:0.15 refined 2, repaired",
-            "dlp:0.15 refined 2, by magnitude, repaired",
+            "dlp:0.15 refined 2, 0.1 easier",
+            "dlp:0.15 refined 2, 0.2 easier",
+            "dlp:0.15 refined 2, by magnitude, 0.2 easier",
             "dlp:0.15",
         ]
         alone = DLPModifier(refine=2)

@@ -10,6 +10,7 @@ from families import FAMILIES, make
 from helpers import EVERY, MakeModel, assert_same, kept_on_disk, prune, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
+from llmcompressor.modifiers.pruning import SparseGPTModifier as StockSparseGPT
 
 from dlp_plugin import (
     ADMMPruningModifier,
@@ -219,7 +220,7 @@ class TestInRecipes:
         assert judge.divergence({}) == pytest.approx(modifier.plan.search[-1].divergence, rel=1e-4)
 
     @pytest.mark.parametrize("search", ["gradient", "evolution"])
-    def test_where_what_stays_is_repaired_less_is_pruned_while_it_searches(
+    def test_less_is_pruned_while_it_searches_where_what_stays_is_repaired(
         self, make_model: MakeModel, tmp_path: Path, search: str
     ) -> None:
         path = tmp_path / "plan.json"
@@ -244,11 +245,13 @@ class TestInRecipes:
             ([WandaPruningModifier(**STAGE, polish=True)], 0.4),
             ([SparseGPTModifier(**STAGE, reconstruct=1)], 0.4),
             ([ADMMPruningModifier(**STAGE | {"sparsity": 0.3})], 0.15),
-            ([ADMMPruningModifier(**STAGE, polish=False)], None),
+            ([SparseGPTModifier(**STAGE)], 0.5),
+            ([StockSparseGPT(**STAGE)], 0.5),
+            ([ADMMPruningModifier(**STAGE, polish=False)], 0.5),
             ([ADMMPruningModifier(mask_structure="4:8", **EVERY)], None),
         ],
     )
-    def test_which_stages_repair(
+    def test_by_what_the_stages_do_for_the_weights_that_stay(
         self, make_model: MakeModel, stages: list, searched_at: float | None
     ) -> None:
         modifier = DLPModifier(alpha=0.0, refine=1)

@@ -12,7 +12,7 @@ from dlp_plugin.planning.allocation import check_sparsity
 from dlp_plugin.planning.methods import Method, method_of, options
 from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
-from dlp_plugin.search.decide import Search
+from dlp_plugin.search.decide import COMPENSATED, REPAIRED, Search
 
 __all__ = [
     "PRUNERS",
@@ -44,11 +44,11 @@ class Way(NamedTuple):
     """How plans are judged, by what prunes by them.
 
     :param by_magnitude: by magnitude's masks, and not by Wanda's
-    :param repaired: where less is pruned, as what stays will be repaired
+    :param easier: how much less than the target is pruned while they are refined
     """
 
     by_magnitude: bool = False
-    repaired: bool = False
+    easier: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Pruner:
     def way(self) -> Way:
         """How plans for it are judged."""
         by = {name: self.modifier == modifier for name, modifier in PRUNERS.items()}
-        return Way(by["magnitude"], by["admm"] or bool(self.fields))
+        if by["admm"] or self.fields:
+            return Way(by["magnitude"], REPAIRED)
+        return Way(by["magnitude"], COMPENSATED if by["sparsegpt"] else 0.0)
 
 
 def plan_name(method: str, way: Way) -> str:
@@ -75,7 +77,8 @@ def plan_name(method: str, way: Way) -> str:
     :param method: full name
     :param way: what of it matters to the method's plans
     """
-    return method + ", by magnitude" * way.by_magnitude + ", repaired" * way.repaired
+    searched = f", {way.easier:g} easier" if way.easier else ""
+    return method + ", by magnitude" * way.by_magnitude + searched
 
 
 def pruner_named(text: str) -> Pruner:
@@ -118,8 +121,8 @@ class Contender:
 
     def way(self, way: Way, target: str) -> Way:
         """What of a way of judging matters to its plans."""
-        easier = way.repaired and self.refine > 0 and not target_of(target)[1]
-        return Way(way.by_magnitude and self.judges, easier)
+        searched = self.refine > 0 and not target_of(target)[1]
+        return Way(way.by_magnitude and self.judges, way.easier if searched else 0.0)
 
 
 def contender_named(text: str, refine: int = 16, evolve: int = 40) -> Contender:

@@ -114,7 +114,7 @@ class PlanningModifier(Modifier):
                 structure=structure,
                 unseen=self._pass.unseen,
                 refine=contender.refine,
-                repaired=way.repaired,
+                easier=way.easier,
                 search=contender.search,
                 progress_path=self._progress_path,
             )

@@ -279,7 +279,7 @@ class AllocationModifier(Modifier, Method):
             structure=self._structure,
             unseen=self._pass.unseen,
             refine=self.refine,
-            repaired=bool(self._stages) and all(fed.repairs for fed in self._stages),
+            easier=min((fed.easier for fed in self._stages), default=0.0),
             search=self.search,
             seed=self.seed,
             progress_path=None if self.plan_path is None else _search_path(self.plan_path),

@@ -8,6 +8,7 @@ import torch
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules
+from llmcompressor.modifiers.pruning import SparseGPTModifier
 from loguru import logger
 
 from dlp_plugin.host import (
@@ -20,9 +21,11 @@ from dlp_plugin.host import (
 )
 from dlp_plugin.planning.plan import Plan
 from dlp_plugin.planning.structure import MaskStructure
+from dlp_plugin.pruning.admm import ADMMPruningModifier
 from dlp_plugin.pruning.base import PruningStage
 from dlp_plugin.pruning.magnitude import OneShotMagnitudeModifier
 from dlp_plugin.scoring.blocks import Block, group_by_block, outer_block
+from dlp_plugin.search.decide import COMPENSATED, REPAIRED
 
 __all__ = ["FedStage", "all_blocks", "check_stage", "fed_blocks"]
 
@@ -137,9 +140,12 @@ class FedStage:
         return isinstance(self.stage, OneShotMagnitudeModifier)
 
     @property
-    def repairs(self) -> bool:
-        """Whether the stage does something for the weights that stay."""
-        return isinstance(self.stage, PruningStage) and self.stage.repairs
+    def easier(self) -> float:
+        """How much less is pruned while a plan for the stage is refined."""
+        if isinstance(self.stage, PruningStage) and self.stage.repairs:
+            return REPAIRED
+        makes_up = isinstance(self.stage, (SparseGPTModifier, ADMMPruningModifier))
+        return COMPENSATED if makes_up else 0.0
 
     def check_single_linears(self) -> None:
         """Refuse targets that hold several Linears, which a refined plan tells apart.

@@ -18,14 +18,15 @@ from dlp_plugin.search.linears import shifted
 from dlp_plugin.search.slopes import Slopes
 from dlp_plugin.search.strength import choose_strength
 
-__all__ = ["Search", "decide"]
+__all__ = ["COMPENSATED", "REPAIRED", "Search", "decide"]
 
 Search = Literal["gradient", "evolution"]
 """How a plan is refined: by backward passes of the pruned model, or by trial and error."""
 
-# How much less is pruned while a plan is refined, where what stays will be repaired: a search at
-# the target spares what a model wrecked by masks alone needs, and the repaired one is none.
-EASIER = 0.2
+# How much less is pruned while a plan is refined, where what stays will make up for what goes, and
+# where it will be repaired besides: a search at the target spares what a model needs that masks
+# alone have wrecked, which these stages do not.
+COMPENSATED, REPAIRED = 0.1, 0.2
 
 
 def decide(
@@ -40,7 +41,7 @@ def decide(
     structure: MaskStructure,
     unseen: Sequence[str] = (),
     refine: int = 0,
-    repaired: bool = False,
+    easier: float = 0.0,
     search: Search = "gradient",
     seed: int = 0,
     progress_path: str | Path | None = None,
@@ -55,7 +56,7 @@ def decide(
     :param target: sparsity over all blocks together
     :param unseen: Linears that saw no token
     :param refine: steps of the gradient, or generations of the evolution; 0 for none
-    :param repaired: whether the stages that prune by the plan repair what stays
+    :param easier: how much less than ``target`` is pruned while a plan is refined; in N:M nothing
     :param seed: of the evolution
     :param progress_path: file for how far the search is
     """
@@ -74,10 +75,9 @@ def decide(
         plan = choose_strength(judge, make, method, blocks) if method.strength == "auto" else make()
         if not refine:
             return plan
-        easier = repaired and not structure
-        if easier:
-            plan = shifted(plan, blocks, max(target - EASIER, target / 2))
-        searched_at = plan.target
+        searched_at = target if structure else max(target - easier, target / 2)
+        if searched_at != target:
+            plan = shifted(plan, blocks, searched_at)
         if search == "gradient":
             assert slopes is not None
             plan = descend(judge, slopes, plan, blocks, steps=refine, progress_path=progress_path)
@@ -85,7 +85,7 @@ def decide(
             plan = evolve(
                 judge, plan, blocks, generations=refine, seed=seed, progress_path=progress_path
             )
-    if not easier:
+    if searched_at == target:
         return plan
     plan = shifted(plan, blocks, target)
     return plan.model_copy(update={"searched_at": searched_at})
