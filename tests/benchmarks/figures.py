@@ -122,7 +122,26 @@ def search(parts: Parts) -> dict[str, str]:
         "search blind": f"{blind['divergence after 24 generations']}",
         "search passes": f"{blind['drawn passes it after']}",
         "search seeds": table(["seed", "generations", "same portion", "another portion"], seeds),
+        "searched at table": _searched_at(parts.results("searched at")),
     }
+
+
+def _searched_at(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A row per model and pruner, the best in bold."""
+    shown = {value for pruners in results.values() for found in pruners.values() for value in found}
+    columns = sorted(shown, reverse=True)  # uniform first
+    rows = []
+    for model, pruners in results.items():
+        for pruner, found in pruners.items():
+            cells = [number(found[c]) if c in found else "" for c in columns]
+            best = number(min(found.values()))
+            rows.append(
+                [
+                    f"{model}, {pruner_name(pruner)}",
+                    *(f"**{cell}**" if cell == best else cell for cell in cells),
+                ]
+            )
+    return table(["", *(c if c == "uniform" else percent(c) for c in columns)], rows)
 
 
 def sparse_files(parts: Parts) -> dict[str, str]:

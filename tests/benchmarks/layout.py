@@ -69,7 +69,8 @@ def provenance(part: dict[str, Any]) -> str:
     facts += [f"{name} {number}" for name, number in part.get("versions", {}).items()]
     facts += [part["note"]] if "note" in part else []
     if part.get("transcribed"):
-        facts.append("transcribed from the README" + ("" if command else "; command not kept"))
+        source = "the README" if part["transcribed"] is True else part["transcribed"]
+        facts.append(f"transcribed from {source}" + ("" if command else "; command not kept"))
     line = wrapped(f"*{', '.join(facts)}*")
     if not command:
         return line
