@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import yaml
 from helpers import CALIBRATION_TEXT, EVERY, SHIPPED, TEST_TEXT
 from llmcompressor import oneshot
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from dlp_plugin import (
@@ -251,6 +253,20 @@ class TestGoingOn:
         assert [c.sparsity for c in found.cells] == [0.6, 0.7]
         assert len(json.loads((copied / "results.json").read_text())["cells"]) == 6
 
+    def test_what_another_plan_made_is_measured_anew(
+        self, compared: Callable[..., Comparison], copied: Path
+    ) -> None:
+        """A plan that an earlier version kept under another name is made, and its cell with it."""
+        path = copied / "results.json"
+        content = json.loads(path.read_text())
+        del content["plans"]["owl:0.1"]["0.7"]
+        for cell in content["cells"]:
+            cell["perplexity"] = 1.0
+        path.write_text(json.dumps(content))
+        found = compared(copied, "uniform,owl:0.1", 0.5, 0.7)
+        anew = [(c.method, c.target) for c in found.cells if c.perplexity != 1]
+        assert anew == [("owl:0.1", "0.7")]
+
     def test_a_comparison_broken_off_goes_on(
         self,
         compared: Callable[..., Comparison],
@@ -338,6 +354,30 @@ class TestWhatIsWritten:
         draw(finished[1], tmp_path)
         for name in ("perplexity.png", "sparsities.png"):
             assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_a_plan_has_one_color_in_all_panels_and_one_place_in_the_legend(
+        self,
+        compared: Callable[..., Comparison],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        methods = "uniform-refined,owl"
+        found = compared(tmp_path, methods, "4:8", 0.5, refine=1, pruners=["wanda", "admm"])
+        figures: list[Figure] = []
+        monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+        monkeypatch.setattr("dlp_plugin.comparison.pictures.replacing", nullcontext)
+        draw(found, tmp_path)
+        search, _, sparsities = figures
+        names = ["uniform refined 1", "uniform refined 1, 0.2 easier", "owl:0.08"]
+        for figure, shown in ((search, names[:2]), (sparsities, names)):
+            (legend,) = figure.legends
+            assert {text.get_text() for text in legend.get_texts()} == set(shown)
+            lines = [line for axes in figure.axes for line in axes.get_lines()]
+            colors = {(line.get_label(), line.get_color()) for line in lines}
+            assert len([name for name, _ in colors if name in shown]) == len(shown)
+        for axes in search.axes:
+            highest = max(max(line.get_ydata()) for line in axes.get_lines())
+            assert axes.get_ylim()[0] <= 0 < highest < axes.get_ylim()[1]
 
     def test_pictures_need_matplotlib(
         self,

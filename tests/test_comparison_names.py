@@ -8,9 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from dlp_plugin.comparison.names import contender_named
+import dlp_plugin
+from dlp_plugin.comparison.names import PRUNERS, contender_named, pruner_named
 from dlp_plugin.comparison.results import Cell, Comparison
+from dlp_plugin.modifiers.feeding import easier
 from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, Linear
+
+
+@pytest.mark.parametrize("repair", ["", "-polished", "-reconstructed", "-polished-reconstructed"])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_plans_for_a_pruner_are_searched_where_its_stage_has_them_searched(
+    name: str, repair: str
+) -> None:
+    pruner = pruner_named(name + repair)
+    stage = getattr(dlp_plugin, pruner.modifier)(sparsity=0.5, **pruner.fields)
+    assert pruner.way.easier == easier(stage)
 
 
 class TestMethodNames:

@@ -39,7 +39,11 @@ def draw(found: Comparison, folder: str | Path) -> None:
         for axes, field in zip(grid, fields, strict=True):
             draw(found, axes, field)
         grid[0].set_ylabel(label)
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
+        named: dict[str, Any] = {}
+        for axes in grid:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                named.setdefault(label, handle)
+        figure.legend(list(named.values()), list(named), loc="outside right center")
         with replacing(Path(folder) / file) as beside:
             figure.savefig(beside, dpi=150)
 
@@ -84,18 +88,28 @@ def _named(model: str, bits: int) -> str:
 
 
 def _sparsities(found: Comparison, axes: Any, target: str) -> None:
+    colors = _colors(found)
     for name, plan in _plans_at(found, target).items():
-        axes.plot([block.sparsity for block in plan.blocks], marker=".", label=name)
+        sparsities = [block.sparsity for block in plan.blocks]
+        axes.plot(sparsities, marker=".", label=name, color=colors[name])
     axes.set(title=f"target {target}", xlabel="block", ylim=(0, 1))
 
 
 def _searches(found: Comparison, axes: Any, target: str) -> None:
+    colors = _colors(found)
     for name, plan in _plans_at(found, target).items():
         if plan.search:
             steps = plan.search
             losses = [step.divergence for step in steps]
-            axes.plot([step.tokens for step in steps], losses, label=name)
-    axes.set(title=f"target {target}", xlabel="tokens run", ylim=(0, None))
+            axes.plot([step.tokens for step in steps], losses, label=name, color=colors[name])
+    axes.axhline(0, color="none")  # in sight, whatever the other panels show
+    axes.set(title=f"target {target}", xlabel="tokens run")
+
+
+def _colors(found: Comparison) -> dict[str, str]:
+    """A color for every plan's name, the same in every panel."""
+    names = [name for target in found.values("target") for name in _plans_at(found, target)]
+    return {name: f"C{place % 10}" for place, name in enumerate(dict.fromkeys(names))}
 
 
 def _plans_at(found: Comparison, target: str) -> dict[str, Plan]:

@@ -113,6 +113,12 @@ def compare(
     def keep(method: str, target: str, plan: Plan, seconds: float) -> None:
         found.plans.setdefault(method, {})[target] = plan
         found.decided.setdefault(method, {})[target] = seconds
+        found.cells = [  # those that another plan than this one made
+            cell
+            for cell in found.cells
+            if (found.plan_name(cell.method, cell.target, cell.pruner), cell.target)
+            != (method, target)
+        ]
         found.save(path)
 
     wanted = {

@@ -16,7 +16,7 @@ from dlp_plugin import host
 from dlp_plugin.evaluation.causal import check_causal
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.files import check_writable
-from dlp_plugin.modifiers.feeding import FedStage, all_blocks, check_stage, fed_blocks
+from dlp_plugin.modifiers.feeding import FedStage, all_blocks, check_stage, easier, fed_blocks
 from dlp_plugin.modifiers.fitting import check_fits
 from dlp_plugin.modifiers.scoring_pass import ScoringPass
 from dlp_plugin.planning.allocation import check_sparsity
@@ -279,7 +279,7 @@ class AllocationModifier(Modifier, Method):
             structure=self._structure,
             unseen=self._pass.unseen,
             refine=self.refine,
-            easier=min((fed.easier for fed in self._stages), default=0.0),
+            easier=min((easier(fed.stage) for fed in self._stages), default=0.0),
             search=self.search,
             seed=self.seed,
             progress_path=None if self.plan_path is None else _search_path(self.plan_path),

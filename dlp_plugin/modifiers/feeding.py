@@ -27,7 +27,7 @@ from dlp_plugin.pruning.magnitude import OneShotMagnitudeModifier
 from dlp_plugin.scoring.blocks import Block, group_by_block, outer_block
 from dlp_plugin.search.decide import COMPENSATED, REPAIRED
 
-__all__ = ["FedStage", "all_blocks", "check_stage", "fed_blocks"]
+__all__ = ["FedStage", "all_blocks", "check_stage", "easier", "fed_blocks"]
 
 
 def fed_blocks(
@@ -139,14 +139,6 @@ class FedStage:
         """Whether the stage ranks weights by magnitude; the others rank about as Wanda does."""
         return isinstance(self.stage, OneShotMagnitudeModifier)
 
-    @property
-    def easier(self) -> float:
-        """How much less is pruned while a plan for the stage is refined."""
-        if isinstance(self.stage, PruningStage) and self.stage.repairs:
-            return REPAIRED
-        makes_up = isinstance(self.stage, (SparseGPTModifier, ADMMPruningModifier))
-        return COMPENSATED if makes_up else 0.0
-
     def check_single_linears(self) -> None:
         """Refuse targets that hold several Linears, which a refined plan tells apart.
 
@@ -182,6 +174,14 @@ class FedStage:
     def restore(self) -> None:
         """Make the stage read as it was written."""
         self.stage.sparsity, self.stage.ignore = self._written
+
+
+def easier(stage: StockStage) -> float:
+    """How much less is pruned while a plan for a stage is refined."""
+    if isinstance(stage, PruningStage) and stage.repairs:
+        return REPAIRED
+    makes_up = isinstance(stage, (SparseGPTModifier, ADMMPruningModifier))
+    return COMPENSATED if makes_up else 0.0
 
 
 def check_stage(stage: StockStage, decider: str) -> None:

@@ -14,7 +14,7 @@ from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.search.evolution import evolve
 from dlp_plugin.search.gradient import descend
 from dlp_plugin.search.judge import Judge
-from dlp_plugin.search.linears import shifted
+from dlp_plugin.search.linears import MOST, shifted
 from dlp_plugin.search.slopes import Slopes
 from dlp_plugin.search.strength import choose_strength
 
@@ -25,8 +25,9 @@ Search = Literal["gradient", "evolution"]
 
 # How much less is pruned while a plan is refined, where what stays will make up for what goes, and
 # where it will be repaired besides: a search at the target spares what a model needs that masks
-# alone have wrecked, which these stages do not.
+# alone have wrecked, which these stages do not. Below the least sparsity nothing is wrecked.
 COMPENSATED, REPAIRED = 0.1, 0.2
+LOWEST = 0.3
 
 
 def decide(
@@ -56,7 +57,7 @@ def decide(
     :param target: sparsity over all blocks together
     :param unseen: Linears that saw no token
     :param refine: steps of the gradient, or generations of the evolution; 0 for none
-    :param easier: how much less than ``target`` is pruned while a plan is refined; in N:M nothing
+    :param easier: how much less than ``target`` is pruned while a plan is refined, in N:M nothing
     :param seed: of the evolution
     :param progress_path: file for how far the search is
     """
@@ -75,7 +76,9 @@ def decide(
         plan = choose_strength(judge, make, method, blocks) if method.strength == "auto" else make()
         if not refine:
             return plan
-        searched_at = target if structure else max(target - easier, target / 2)
+        searched_at = target
+        if easier and not structure and LOWEST < target < MOST:
+            searched_at = round(max(target - easier, LOWEST), 6)
         if searched_at != target:
             plan = shifted(plan, blocks, searched_at)
         if search == "gradient":
