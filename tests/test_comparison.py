@@ -167,7 +167,7 @@ class TestFigures:
         tmp_path: Path,
     ) -> None:
         pruners = ["wanda", "sparsegpt", "admm", "magnitude-polished"]
-        found = compared(tmp_path, "dlp-refined,dlp", 0.5, refine=2, pruners=pruners)
+        found = compared(tmp_path, "dlp-refined,dlp", 0.5, 0.7, refine=2, pruners=pruners)
         assert list(found.plans) == [
             "dlp:0.15 refined 2",
             "dlp:0.15 refined 2, 0.1 easier",
@@ -176,12 +176,14 @@ class TestFigures:
             "dlp:0.15",
         ]
         alone = DLPModifier(refine=2)
-        stage = ADMMPruningModifier(sparsity=0.5, **EVERY)
+        stage = ADMMPruningModifier(sparsity=0.7, **EVERY)
         model = apply_recipe(SHIPPED, [alone, stage], **calibration)
-        plan = found.plan("dlp:0.15 refined 2", "0.5", "admm")
-        assert plan.searched_at == 0.3
+        assert list(found.plans["dlp:0.15 refined 2, 0.1 easier"]) == ["0.7"]
+        assert found.plan("dlp:0.15 refined 2", "0.5", "admm").searched_at is None
+        plan = found.plan("dlp:0.15 refined 2", "0.7", "admm")
+        assert plan.searched_at == 0.5
         assert plan.blocks == alone.plan.blocks
-        cell = found.cell("dlp:0.15 refined 2", "0.5", "admm")
+        cell = found.cell("dlp:0.15 refined 2", "0.7", "admm")
         assert cell.perplexity == perplexity(model, windows)
 
     def test_n_m_is_a_target_of_its_own(
@@ -362,7 +364,7 @@ class TestWhatIsWritten:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         methods = "uniform-refined,owl"
-        found = compared(tmp_path, methods, "4:8", 0.5, refine=1, pruners=["wanda", "admm"])
+        found = compared(tmp_path, methods, "4:8", 0.7, refine=1, pruners=["wanda", "admm"])
         figures: list[Figure] = []
         monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
         monkeypatch.setattr("dlp_plugin.comparison.pictures.replacing", nullcontext)

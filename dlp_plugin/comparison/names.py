@@ -12,7 +12,7 @@ from dlp_plugin.planning.allocation import check_sparsity
 from dlp_plugin.planning.methods import Method, method_of, options
 from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
-from dlp_plugin.search.decide import COMPENSATED, REPAIRED, Search
+from dlp_plugin.search.decide import COMPENSATED, REPAIRED, Search, where_to_search
 
 __all__ = [
     "PRUNERS",
@@ -121,8 +121,9 @@ class Contender:
 
     def way(self, way: Way, target: str) -> Way:
         """What of a way of judging matters to its plans."""
-        searched = self.refine > 0 and not target_of(target)[1]
-        return Way(way.by_magnitude and self.judges, way.easier if searched else 0.0)
+        sparsity, structure = target_of(target)
+        lower = self.refine > 0 and where_to_search(sparsity, structure, way.easier) < sparsity
+        return Way(way.by_magnitude and self.judges, way.easier if lower else 0.0)
 
 
 def contender_named(text: str, refine: int = 16, evolve: int = 40) -> Contender:

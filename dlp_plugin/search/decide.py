@@ -18,7 +18,7 @@ from dlp_plugin.search.linears import MOST, shifted
 from dlp_plugin.search.slopes import Slopes
 from dlp_plugin.search.strength import choose_strength
 
-__all__ = ["COMPENSATED", "REPAIRED", "Search", "decide"]
+__all__ = ["COMPENSATED", "REPAIRED", "Search", "decide", "where_to_search"]
 
 Search = Literal["gradient", "evolution"]
 """How a plan is refined: by backward passes of the pruned model, or by trial and error."""
@@ -27,7 +27,7 @@ Search = Literal["gradient", "evolution"]
 # where it will be repaired besides: a search at the target spares what a model needs that masks
 # alone have wrecked, which these stages do not. Below the least sparsity nothing is wrecked.
 COMPENSATED, REPAIRED = 0.1, 0.2
-LOWEST = 0.3
+LOWEST = 0.5
 
 
 def decide(
@@ -57,7 +57,7 @@ def decide(
     :param target: sparsity over all blocks together
     :param unseen: Linears that saw no token
     :param refine: steps of the gradient, or generations of the evolution; 0 for none
-    :param easier: how much less than ``target`` is pruned while a plan is refined, in N:M nothing
+    :param easier: how much less than ``target`` may be pruned while a plan is refined
     :param seed: of the evolution
     :param progress_path: file for how far the search is
     """
@@ -76,9 +76,7 @@ def decide(
         plan = choose_strength(judge, make, method, blocks) if method.strength == "auto" else make()
         if not refine:
             return plan
-        searched_at = target
-        if easier and not structure and LOWEST < target < MOST:
-            searched_at = round(max(target - easier, LOWEST), 6)
+        searched_at = where_to_search(target, structure, easier)
         if searched_at != target:
             plan = shifted(plan, blocks, searched_at)
         if search == "gradient":
@@ -92,3 +90,13 @@ def decide(
         return plan
     plan = shifted(plan, blocks, target)
     return plan.model_copy(update={"searched_at": searched_at})
+
+
+def where_to_search(target: float, structure: MaskStructure, easier: float) -> float:
+    """The sparsity at which a plan is refined; in N:M it is the target.
+
+    :param easier: how much less than ``target`` may be pruned meanwhile
+    """
+    if structure or not LOWEST < target < MOST:
+        return target
+    return round(max(target - easier, LOWEST), 6)
