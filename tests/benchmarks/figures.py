@@ -126,22 +126,20 @@ def search(parts: Parts) -> dict[str, str]:
     }
 
 
-def _searched_at(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A row per model and pruner, the best in bold."""
-    shown = {value for pruners in results.values() for found in pruners.values() for value in found}
+def _searched_at(results: list[dict[str, Any]]) -> str:
+    """A row per model, pruner and target, the best of it in bold."""
+    shown = {searched for row in results for searched in row["perplexity"]}
     columns = sorted(shown, reverse=True)  # uniform first
     rows = []
-    for model, pruners in results.items():
-        for pruner, found in pruners.items():
-            cells = [number(found[c]) if c in found else "" for c in columns]
-            best = number(min(found.values()))
-            rows.append(
-                [
-                    f"{model}, {pruner_name(pruner)}",
-                    *(f"**{cell}**" if cell == best else cell for cell in cells),
-                ]
-            )
-    return table(["", *(c if c == "uniform" else percent(c) for c in columns)], rows)
+    for row in results:
+        found = {searched: number(value) for searched, value in row["perplexity"].items()}
+        best = number(min(row["perplexity"].values()))
+        cells = [found.get(column, "") for column in columns]
+        cells = [f"**{cell}**" if cell == best else cell for cell in cells]
+        target = percent(row["target"])
+        rows.append([row["model"], pruner_name(row["pruner"]), target, *cells])
+    names = [c if c == "uniform" else f"at {percent(c)}" for c in columns]
+    return table(["", "pruner", "target", *names], rows)
 
 
 def sparse_files(parts: Parts) -> dict[str, str]:
