@@ -41,6 +41,14 @@ def test_json_there_and_back(plan: Plan, tmp_path: Path) -> None:
     assert again.read_bytes() == (tmp_path / "plan.json").read_bytes()
 
 
+def test_version_2_had_no_searched_at(plan: Plan) -> None:
+    content = plan.model_dump(mode="json") | {"schema_version": 2}
+    with pytest.raises(ValueError, match="schema_version"):
+        Plan.load(content)
+    del content["searched_at"]
+    assert Plan.load(content) == plan
+
+
 def test_another_target_and_alpha_from_the_same_scores(plan: Plan) -> None:
     other = plan.at(target=0.5, strength=0)
     assert [b.sparsity for b in other.blocks] == [0.5] * 3

@@ -184,7 +184,7 @@ class Plan(BaseModel):
             version = content.get("schema_version", 1 if "alpha" in content else 3)
             if version == 1 and not isinstance(version, bool):
                 return from_schema_1(content)
-            if version == 2 and isinstance(version, int):  # which has no searched_at
+            if version == 2 and isinstance(version, int) and "searched_at" not in content:
                 return content | {"schema_version": 3}
         return content
 
