@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 import yaml
 from helpers import CALIBRATION_TEXT, EVERY, SHIPPED, TEST_TEXT
 from llmcompressor import oneshot
-from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from dlp_plugin import (
@@ -355,30 +353,6 @@ class TestWhatIsWritten:
         draw(finished[1], tmp_path)
         for name in ("perplexity.png", "sparsities.png"):
             assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-    def test_a_plan_has_one_color_in_all_panels_and_one_place_in_the_legend(
-        self,
-        compared: Callable[..., Comparison],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        methods = "uniform-refined,owl"
-        found = compared(tmp_path, methods, "4:8", 0.7, refine=1, pruners=["wanda", "admm"])
-        figures: list[Figure] = []
-        monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-        monkeypatch.setattr("dlp_plugin.comparison.pictures.replacing", nullcontext)
-        draw(found, tmp_path)
-        search, _, sparsities = figures
-        names = ["uniform refined 1", "uniform refined 1, 0.2 easier", "owl:0.08"]
-        for figure, shown in ((search, names[:2]), (sparsities, names)):
-            (legend,) = figure.legends
-            assert {text.get_text() for text in legend.get_texts()} == set(shown)
-            lines = [line for axes in figure.axes for line in axes.get_lines()]
-            colors = {(line.get_label(), line.get_color()) for line in lines}
-            assert len([name for name, _ in colors if name in shown]) == len(shown)
-        for axes in search.axes:
-            highest = max(max(line.get_ydata()) for line in axes.get_lines())
-            assert axes.get_ylim()[0] <= 0 < highest < axes.get_ylim()[1]
 
     def test_pictures_need_matplotlib(
         self,

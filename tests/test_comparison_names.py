@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 import dlp_plugin
-from dlp_plugin.comparison.names import PRUNERS, contender_named, pruner_named
+from dlp_plugin.comparison.names import PRUNERS, contender_named, pruner_named, target_of
+from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison
 from dlp_plugin.modifiers.feeding import easier
 from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, Linear
+from dlp_plugin.planning.plan import Plan, SearchStep
 
 
 @pytest.mark.parametrize("repair", ["", "-polished", "-reconstructed", "-polished-reconstructed"])
@@ -102,3 +107,52 @@ class TestTheBest:
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert math.isnan(Comparison.model_validate_json(text).cells[3].perplexity)
         assert str(Comparison.model_validate_json(text)) == str(self.found)
+
+
+def test_a_plan_has_one_color_in_all_panels_and_one_place_in_the_legend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(target: str, *divergences: float) -> Plan:
+        sparsity, structure = target_of(target)
+        made = Plan.make(
+            [("a", 8, 1.0), ("b", 8, 2.0)],
+            model="m",
+            method=DLP(alpha=0.0),
+            target=sparsity,
+            mask_structure=structure,
+        )
+        steps = [
+            SearchStep(generation=place, evaluations=1, tokens=9 * place, divergence=value)
+            for place, value in enumerate(divergences)
+        ]
+        return made.model_copy(update={"search": tuple(steps)})
+
+    method, easier = "uniform refined 1", "uniform refined 1, 0.2 easier"
+    pruners = ["wanda", "admm"]
+    found = Comparison(
+        subject={},
+        dense=2.0,
+        plans={
+            method: {"4:8": plan("4:8", 0.2, 0.1), "0.7": plan("0.7", 0.9, 0.8)},
+            easier: {"0.7": plan("0.7", 0.4, 0.3)},
+            "owl": {"4:8": plan("4:8"), "0.7": plan("0.7")},
+        },
+        cells=[
+            Cell(method=m, target=t, pruner=p, perplexity=3.0, achieved=0, seconds=0)
+            for m, t, p in product([method, "owl"], ["4:8", "0.7"], pruners)
+        ],
+    )
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    monkeypatch.setattr("dlp_plugin.comparison.pictures.replacing", nullcontext)
+    draw(found, tmp_path)
+    search, _, sparsities = figures
+    for figure, shown in ((search, {method, easier}), (sparsities, {method, easier, "owl"})):
+        (legend,) = figure.legends
+        assert {text.get_text() for text in legend.get_texts()} == shown
+        lines = [line for axes in figure.axes for line in axes.get_lines()]
+        colors = {(line.get_label(), line.get_color()) for line in lines}
+        assert len([name for name, _ in colors if name in shown]) == len(shown)
+    for axes in search.axes:
+        assert axes.get_ylim()[0] <= 0
+        assert axes.get_ylim()[1] > 0.9
