@@ -242,6 +242,7 @@ class TestInRecipes:
         ("stages", "searched_at"),
         [
             ([WandaPruningModifier(sparsity=0.8, **EVERY)], None),
+            ([WandaPruningModifier(sparsity=0.65432109, **EVERY)], None),
             ([WandaPruningModifier(sparsity=0.8, polish=True, **EVERY)], 0.6),
             ([SparseGPTModifier(sparsity=0.8, **EVERY)], 0.7),
             ([StockSparseGPT(sparsity=0.8, **EVERY)], 0.7),

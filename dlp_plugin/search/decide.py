@@ -97,6 +97,6 @@ def where_to_search(target: float, structure: MaskStructure, easier: float) -> f
 
     :param easier: how much less than ``target`` may be pruned meanwhile
     """
-    if structure or not LOWEST < target < MOST:
+    if not easier or structure or not LOWEST < target < MOST:
         return target
     return round(max(target - easier, LOWEST), 6)
