@@ -4,12 +4,26 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import CALIBRATE, CALIBRATION_TEXT, ROOT, SHIPPED, command
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dlp_plugin.cli import app
+from dlp_plugin.cli.common import joined_processes
+
+
+def test_more_processes_than_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with (
+        pytest.raises(ValueError, match="started 2 processes, and this machine has 1 acc"),
+        joined_processes(),
+    ):
+        pass
 
 
 class TestMistakesAreToldInOneMessage:

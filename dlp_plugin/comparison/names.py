@@ -65,10 +65,11 @@ class Pruner:
     @property
     def way(self) -> Way:
         """How plans for it are judged."""
-        by = {name: self.modifier == modifier for name, modifier in PRUNERS.items()}
-        if by["admm"] or self.fields:
-            return Way(by["magnitude"], REPAIRED)
-        return Way(by["magnitude"], COMPENSATED if by["sparsegpt"] else 0.0)
+        easier = {PRUNERS["sparsegpt"]: COMPENSATED, PRUNERS["admm"]: REPAIRED}
+        return Way(
+            self.modifier == PRUNERS["magnitude"],
+            REPAIRED if self.fields else easier.get(self.modifier, 0.0),
+        )
 
 
 def plan_name(method: str, way: Way) -> str:
