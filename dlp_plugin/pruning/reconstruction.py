@@ -219,7 +219,7 @@ class _Trained:
                     self._dtypes.append(own[name].dtype)
                     self._weights.append(copy.requires_grad_())
                     self._masks.append((copy != 0) if weight else None)
-        self._adam = torch.optim.Adam(self._weights)
+        self._adam = torch.optim.Adam(self._weights, fused=True)
         self._kept = self._copied()
 
     def __enter__(self) -> _Trained:
@@ -276,7 +276,7 @@ class _Trained:
     def restart(self) -> None:
         """Go back to what was kept last, or to the start."""
         self._set(self._kept)
-        self._adam = torch.optim.Adam(self._weights)
+        self._adam = torch.optim.Adam(self._weights, fused=True)
 
     def write(self) -> None:
         """Give the block what was kept last."""

@@ -1,6 +1,7 @@
 """The cells of ``dlp-plugin compare`` as tables, and what they say. Standard library only."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from layout import number, percent, span, table
@@ -36,12 +37,19 @@ class Cells:
         self.zeros = {
             (c["pruner"], c["target"], c["method"]): c["achieved"] for c in cells if "achieved" in c
         }
+        self.costs = {
+            pruner: [
+                [c[cost] for c in cells if c["pruner"] == pruner and c.get(cost) is not None]
+                for cost in ("seconds", "memory")
+            ]
+            for pruner in dict.fromkeys(c["pruner"] for c in cells)
+        }
         self.columns = list(dict.fromkeys((c["pruner"], c["target"]) for c in cells))
         self.methods = list(dict.fromkeys(c["method"] for c in cells))
         self.refined = [method for method in self.methods if " " in method]  # by a search
 
     def tables(self) -> str:
-        """A table per pruner, the best of every column in bold."""
+        """A table per pruner of more than two methods, the best of every column in bold."""
         found = []
         for pruner in dict.fromkeys(pruner for pruner, _ in self.columns):
             targets = [target for one, target in self.columns if one == pruner]
@@ -58,27 +66,29 @@ class Cells:
                     shown = "" if value is None else number(value)
                     row.append(f"**{shown}**" if value == min(column) else shown)
                 rows.append(row)
-            found.append(table([pruner_name(pruner), *map(percent, targets)], rows))
+            if len(rows) > 2:
+                found.append(table([pruner_name(pruner), *map(percent, targets)], rows))
         return "\n\n".join(found)
 
-    def by_pruner(self) -> str:
-        """One table, a row per pruner and a column per target and method; the best in bold."""
-        columns = [
-            (target, method)
-            for target in dict.fromkeys(sorted(target for _, target in self.columns))
-            for method in self.methods
-        ]
+    def by_pruner(self, methods: Sequence[str]) -> str:
+        """One table, a row per pruner and a column per target and method; the best in bold.
+
+        Behind them, medians over all cells, what a cell took.
+        """
+        targets = dict.fromkeys(sorted(target for _, target in self.columns))
+        columns = [(target, method) for target in targets for method in methods]
         rows = []
-        for pruner in dict.fromkeys(pruner for pruner, _ in self.columns):
+        for pruner, (seconds, memory) in self.costs.items():
             row = [pruner_name(pruner)]
             for target, method in columns:
                 value = self.values.get((pruner, target, method))
                 best = min(v for (_, t, m), v in self.values.items() if (t, m) == (target, method))
                 shown = "" if value is None else number(value)
                 row.append(f"**{shown}**" if value == best else shown)
-            rows.append(row)
+            megabytes = f"{median(memory) / 1e6:.0f}" if memory else ""
+            rows.append([*row, f"{median(seconds):.0f}", megabytes])
         names = [f"{percent(target)}, {method_name(method)}" for target, method in columns]
-        return table(["", *names], rows)
+        return table(["", *names, "seconds", "peak MB"], rows)
 
     def ratios(self, method: str, others: Sequence[str], target: str | None = None) -> list[float]:
         """A method's perplexity to the best of others, in every cell or those of a target."""

@@ -80,14 +80,11 @@ def comparisons(parts: Parts) -> dict[str, str]:
         values[f"{name} tables"] = cells.tables()
         values[f"{name} remarks"] = bullets(remarks)
     values["real model times"] = found["real model"].times()
+    judged = ("uniform", "uniform refined 16")
+    values["real model pruners"] = found["real model"].by_pruner(judged)
     pruners = Cells(parts.results("pruners"))
-    values["pruners table"] = pruners.by_pruner()
+    values["pruners table"] = pruners.by_pruner(judged)
     values["pruners dense"] = number(pruners.dense)
-    seconds = {c["pruner"]: c["seconds"] for c in parts.results("pruners")["cells"]}
-    values["pruners seconds"] = table(
-        ["seconds to load, prune and measure, once", *map(pruner_name, seconds)],
-        [["", *(f"{value:.0f}" for value in seconds.values())]],
-    )
     ratio = pruners.values["admm", "0.7", "uniform"] / pruners.values["sparsegpt", "0.7", "uniform"]
     values["pruners admm"] = f"{ratio:.2f}"
     minutes = parts.results("comparison, time")["minutes"]
