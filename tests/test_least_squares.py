@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.pruning import least_squares
-from dlp_plugin.pruning.least_squares import PENALTY, PRUNING, STEPS, LeastSquares, least
+from dlp_plugin.pruning.least_squares import (
+    EARLY,
+    PENALTIES,
+    RELAXATION,
+    STEPS,
+    LeastSquares,
+    least,
+)
 
 
 def problem(
@@ -56,7 +63,7 @@ class TestPolish:
         weight, inputs, least_squares = problem(12, 24, seed=seed)
         mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
         mask[0], mask[1] = False, True  # an empty row and a full one
-        found = least_squares.polished(weight, weight * mask, 60)
+        found = least_squares.polished(weight, weight * mask, 60, tolerance=0)
         expected = closed_form(weight, mask, inputs, 0.01)
         assert torch.equal(found != 0, mask)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
@@ -67,18 +74,28 @@ class TestPolish:
             torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3
         )
         errors = [
-            float(((least_squares.polished(weight, pruned, steps) - weight) @ inputs.T).norm())
+            float(((least_squares.polished(weight, pruned, steps, 0) - weight) @ inputs.T).norm())
             for steps in (0, 1, 5, 20)
         ]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < errors[0]
 
+    def test_it_stops_where_little_is_left(self) -> None:
+        weight, inputs, least_squares_of = problem(16, 32, dampening=0.1)
+        pruned = weight * (weight.abs() > 0.5)
+        found, exact = (
+            least_squares_of.polished(weight, pruned, 60, tolerance) for tolerance in (1e-2, 0)
+        )
+        assert not torch.equal(found, exact)
+        errors = [float(((each - weight) @ inputs.T).norm()) for each in (found, exact, pruned)]
+        assert errors[0] < 1.05 * errors[1] < errors[2]
+
     def test_rows_that_are_computed_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
         weight, _, least_squares_of = problem(10, 8)
         pruned = weight * (weight.abs() > 0.5)
-        together = least_squares_of.polished(weight, pruned, 10)
+        together = least_squares_of.polished(weight, pruned, 10, tolerance=0)
         monkeypatch.setattr(least_squares, "_WEIGHTS", 24)  # three rows at a time
-        apart = least_squares_of.polished(weight, pruned, 10)
+        apart = least_squares_of.polished(weight, pruned, 10, tolerance=0)
         torch.testing.assert_close(apart, together)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -108,19 +125,21 @@ def naive_admm(
     gram = gram / n.outer(n)
     gram += dampening * torch.eye(len(n), dtype=torch.float64)
     w = weight.double() * n
-    inverse = torch.linalg.inv(gram + PENALTY * torch.eye(len(n), dtype=torch.float64))
-    v, u = w, torch.zeros_like(w)
+    z, v, y = w, w, torch.zeros_like(w)
     mask = torch.ones_like(w)
-    for t in range(1, STEPS + 1):
-        if t <= PRUNING:
-            going = int(count * (1 - (1 - t / PRUNING) ** 3))
-            mask = torch.ones(w.numel(), dtype=torch.float64)
-            mask[(v + u).abs().flatten().argsort(stable=True)[:going]] = 0
-            mask = mask.view(w.shape)
-        z = (v + u) * mask
-        u = u + v - z
-        v = (w @ gram + PENALTY * (z - u)) @ inverse
-    return (v + u) * mask / n
+    rhos = [rho for rho in PENALTIES for _ in range(STEPS)]
+    for t, rho in enumerate(rhos, 1):
+        if t > 1:
+            inverse = torch.linalg.inv(gram + rho * torch.eye(len(n), dtype=torch.float64))
+            v = (w @ gram + rho * z - y) @ inverse
+        v = RELAXATION * v + (1 - RELAXATION) * z
+        going = int(count * (1 - (1 - t / len(rhos)) ** EARLY))
+        mask = torch.ones(w.numel(), dtype=torch.float64)
+        mask[(v + y / rho).abs().flatten().argsort(stable=True)[:going]] = 0
+        mask = mask.view(w.shape)
+        z = (v + y / rho) * mask
+        y = y + rho * (v - z)
+    return z / n
 
 
 class TestADMM:

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from dlp_plugin.pruning.base import PruningStage
 from dlp_plugin.pruning.grams import DAMPENING, Grams, least_squares
-from dlp_plugin.pruning.least_squares import POLISHING
 
 __all__ = ["ADMMPruningModifier"]
 
@@ -80,7 +79,7 @@ class ADMMPruningModifier(PruningStage):
                     dense = module.get_parameter("weight").detach()
                     weight = problem.pruned(dense, sparsity, self.structure)
                     if self.polish:
-                        weight = problem.polished(dense, weight, POLISHING)
+                        weight = problem.polished(dense, weight)
                 update_offload_parameter(module, "weight", weight.to(dense.dtype))
 
     def _sparsity_of(self, module: torch.nn.Module) -> float:

@@ -18,7 +18,7 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
 )
 
 from dlp_plugin.pruning.distributed import gather, spread
-from dlp_plugin.pruning.least_squares import POLISHING, LeastSquares
+from dlp_plugin.pruning.least_squares import LeastSquares
 
 __all__ = ["DAMPENING", "Grams", "least_squares", "polishing"]
 
@@ -111,7 +111,7 @@ def polishing(
             if module not in dense or torch.equal(dense[module], pruned):
                 continue
             problem = least_squares(module, gram)
-            weight = problem.polished(dense.pop(module), pruned, POLISHING)
+            weight = problem.polished(dense.pop(module), pruned)
             update_offload_parameter(module, "weight", weight.to(pruned.dtype))
 
 

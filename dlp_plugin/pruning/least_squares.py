@@ -20,11 +20,15 @@ __all__ = ["LeastSquares"]
 
 # Weights that are polished at a time (rows are independent of each other), in six copies.
 _WEIGHTS = 1 << 24
-# ADMM: steps, those in which weights still go, and the penalty on what differs from the mask.
-STEPS, PRUNING = 20, 15
-PENALTY = 1.0
-# Conjugate gradients: steps at which nothing is left to gain on any Linear that was measured.
-POLISHING = 20
+# ADMM (Boyd et al. 2011): so many steps with each of these penalties on what differs from the mask
+# (section 3.4.1), over-relaxation (3.4.3), and how early weights go, as a power of the steps that
+# are left. Less than the last penalty, and masks swing to and fro on some Linears.
+STEPS, PENALTIES = 5, (0.1, 0.2, 0.4, 0.8)
+RELAXATION = 1.6
+EARLY = 8
+# Conjugate gradients: at most so many steps, and none after one that took less than this part of
+# the error.
+POLISHING, TOLERANCE = 20, 3e-4
 
 
 class LeastSquares:
@@ -40,29 +44,42 @@ class LeastSquares:
         self.gram = gram / self.norms / self.norms.unsqueeze(1)
         self.gram.diagonal().add_(dampening)
 
-    def polished(self, dense: torch.Tensor, pruned: torch.Tensor, steps: int) -> torch.Tensor:
+    def polished(
+        self,
+        dense: torch.Tensor,
+        pruned: torch.Tensor,
+        steps: int = POLISHING,
+        tolerance: float = TOLERANCE,
+    ) -> torch.Tensor:
         """The kept weights moved towards the optimum for their mask, by conjugate gradients.
 
-        All rows at once take ``steps`` steps of the method (Hestenes and Stiefel, 1952; for this
-        problem ALPS, arXiv 2406.07831, section 3.3); with as many as a row keeps weights it is
-        exact but for rounding.
+        All rows at once take steps of the method (Hestenes and Stiefel, 1952; for this problem
+        ALPS, arXiv 2406.07831, section 3.3); with as many as a row keeps weights it is exact but
+        for rounding.
 
         :param dense: ``[out, in]``, any dtype
         :param pruned: ``[out, in]``; what is zero in it stays so
+        :param steps: at most
+        :param tolerance: none follows a step that took less than this part of the squared error
         :return: float32 ``[out, in]``
         """
         return torch.cat(
             [
-                self._descended(w.float() * self.norms, z.float() * self.norms, z != 0, steps)
+                self._descended(
+                    w.float() * self.norms, z.float() * self.norms, z != 0, steps, tolerance
+                )
                 / self.norms
                 for w, z in zip(*map(self._portions, (dense, pruned)), strict=True)
             ]
         )
 
     def _descended(
-        self, dense: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, steps: int
+        self, dense: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, steps: int, tolerance: float
     ) -> torch.Tensor:
-        residual = ((dense - z) @ self.gram).mul_(mask)
+        missing = dense - z
+        residual = missing @ self.gram
+        error = (missing * residual).sum()
+        residual.mul_(mask)
         direction = residual.clone()
         square = residual.square().sum(1, keepdim=True)
         for _ in range(steps):
@@ -70,6 +87,10 @@ class LeastSquares:
             along = (direction * image).sum(1, keepdim=True)
             length = torch.where(along > 0, square / along, 0)  # 0 for a row that is there
             z = z + length * direction
+            taken = (length * square).sum()
+            if taken <= tolerance * error:
+                break
+            error -= taken
             residual = residual - length * image
             before, square = square, residual.square().sum(1, keepdim=True)
             direction = residual + torch.where(before > 0, square / before, 0) * direction
@@ -80,10 +101,11 @@ class LeastSquares:
     ) -> torch.Tensor:
         """Weights and mask at once, by the alternating direction method of multipliers.
 
-        ArXiv 2401.02938, algorithm 1, with the mask found gradually (there in section 3.3): with
-        ``t`` of the first 15 steps taken, ``1 - (1 - t / 15)^3`` of what is to go has gone.
+        ArXiv 2401.02938, algorithm 1, with the mask found gradually (there in section 3.3), a
+        penalty rho that rises, as in ALPS (arXiv 2406.07831), and over-relaxation a: with ``t`` of
+        20 steps taken, ``1 - (1 - t / 20)^8`` of what is to go has gone.
 
-            M   is 0 for the least |V + U|
+            V = a V + (1 - a) Z;   M is 0 for the least |V + U|
             Z = (V + U) M;   U = U + V - Z;   V = (W G + rho (Z - U)) (G + rho I)^-1
 
         Some seven copies of the weight in float32 are in memory, and three of the Gram matrix.
@@ -94,20 +116,28 @@ class LeastSquares:
         :return: float32 ``[out, in]``, zero where pruned
         :raises torch.linalg.LinAlgError: if the Gram matrix is not finite
         """
-        matrix = self.gram.clone()
-        matrix.diagonal().add_(PENALTY)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-        v = dense.float() * self.norms
-        u = torch.zeros_like(v)
+        v = z = dense.float() * self.norms
         target = v @ self.gram
-        for step in range(1, STEPS + 1):
-            v += u
-            if step <= PRUNING:
-                gone = least(v.abs(), sparsity, structure, 1 - (1 - step / PRUNING) ** 3)
-            z = v.masked_fill(gone, 0)
-            u = v.sub_(z)
-            v = z.sub_(u).mul_(PENALTY).add_(target) @ inverse
-        return v.add_(u).masked_fill_(gone, 0).div_(self.norms)
+        u = torch.zeros_like(v)
+        number = STEPS * len(PENALTIES)
+        for step in range(number):
+            penalty = PENALTIES[step // STEPS]
+            if step % STEPS == 0:
+                inverse = self._inverse(penalty)
+                u.mul_(PENALTIES[max(step // STEPS - 1, 0)] / penalty)  # of which it is a multiple
+            if step:
+                v = z.sub(u).mul_(penalty).add_(target) @ inverse
+            u.add_(v, alpha=RELAXATION).add_(z, alpha=1 - RELAXATION)
+            gone = least(u.abs(), sparsity, structure, 1 - (1 - (step + 1) / number) ** EARLY)
+            del v
+            z.copy_(u).masked_fill_(gone, 0)
+            u.sub_(z)
+        return z.div_(self.norms)
+
+    def _inverse(self, penalty: float) -> torch.Tensor:
+        matrix = self.gram.clone()
+        matrix.diagonal().add_(penalty)
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
     def _portions(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows = max(1, _WEIGHTS // weight.shape[1])

@@ -14,7 +14,7 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_wei
 
 from dlp_plugin.planning.structure import UNSTRUCTURED
 from dlp_plugin.pruning.grams import DAMPENING
-from dlp_plugin.pruning.least_squares import POLISHING, LeastSquares
+from dlp_plugin.pruning.least_squares import LeastSquares
 
 SHAPES = {"attention": (4096, 4096), "up, gate": (11008, 4096), "down": (4096, 11008)}
 SPARSITY = 0.7
@@ -30,7 +30,7 @@ def admm(linear: torch.nn.Linear, gram: torch.Tensor) -> None:
 
 def polish(linear: torch.nn.Linear, gram: torch.Tensor) -> None:
     pruned = linear.weight * (torch.rand_like(linear.weight) > SPARSITY)
-    LeastSquares(gram, DAMPENING).polished(linear.weight, pruned, POLISHING)
+    LeastSquares(gram, DAMPENING).polished(linear.weight, pruned)
 
 
 WAYS = {"SparseGPT": sparsegpt, "ADMM": admm, "polish": polish}
