@@ -106,7 +106,7 @@ class LeastSquares:
         20 steps taken, ``1 - (1 - t / 20)^8`` of what is to go has gone.
 
             V = a V + (1 - a) Z;   M is 0 for the least |V + U|
-            Z = (V + U) M;   U = U + V - Z;   V = (W G + rho (Z - U)) (G + rho I)^-1
+            Z = (V + U) M;   U = U + V - Z;   V = W + rho (Z - U - W) (G + rho I)^-1
 
         Some seven copies of the weight in float32 are in memory, and three of the Gram matrix.
 
@@ -116,17 +116,16 @@ class LeastSquares:
         :return: float32 ``[out, in]``, zero where pruned
         :raises torch.linalg.LinAlgError: if the Gram matrix is not finite
         """
-        v = z = dense.float() * self.norms
-        target = v @ self.gram
-        u = torch.zeros_like(v)
+        dense = dense.float() * self.norms
+        v, z, u = dense, dense.clone(), torch.zeros_like(dense)
         number = STEPS * len(PENALTIES)
         for step in range(number):
-            penalty = PENALTIES[step // STEPS]
             if step % STEPS == 0:
-                inverse = self._inverse(penalty)
-                u.mul_(PENALTIES[max(step // STEPS - 1, 0)] / penalty)  # of which it is a multiple
+                penalty, before = PENALTIES[step // STEPS], PENALTIES[max(step // STEPS - 1, 0)]
+                inverse = self._inverse(penalty).mul_(penalty)
+                u.mul_(before / penalty)
             if step:
-                v = z.sub(u).mul_(penalty).add_(target) @ inverse
+                v = torch.addmm(dense, z.sub(u).sub_(dense), inverse)
             u.add_(v, alpha=RELAXATION).add_(z, alpha=1 - RELAXATION)
             gone = least(u.abs(), sparsity, structure, 1 - (1 - (step + 1) / number) ** EARLY)
             del v
