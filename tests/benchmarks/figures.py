@@ -174,7 +174,7 @@ def gradient(parts: Parts) -> dict[str, str]:
 
 
 def _one_linear(parts: Parts, part: str, digits: int) -> dict[str, str]:
-    """What each way takes, and ADMM with its polish to SparseGPT."""
+    """What each way takes, and ADMM, which polishes too, to SparseGPT."""
     found = parts.results(part)
     linears = [
         [name, f"{each['seconds']:.{digits + 1}f}", f"{each['peak megabytes']:.0f} MB"]
@@ -182,9 +182,11 @@ def _one_linear(parts: Parts, part: str, digits: int) -> dict[str, str]:
     ]
     longer, larger = [], []
     for kind in dict.fromkeys(name.rpartition(", ")[0] for name in found):
-        host, admm, polish = (found[f"{kind}, {way}"] for way in ("SparseGPT", "ADMM", "polish"))
-        longer.append((admm["seconds"] + polish["seconds"]) / host["seconds"])
-        larger.append(admm["peak megabytes"] / host["peak megabytes"])
+        host = found[f"{kind}, SparseGPT"]
+        ways = ("ADMM",) if f"{kind}, ADMM" in found else ("ADMM alone", "polish")
+        admm = [found[f"{kind}, {way}"] for way in ways]
+        longer.append(sum(each["seconds"] for each in admm) / host["seconds"])
+        larger.append(max(each["peak megabytes"] for each in admm) / host["peak megabytes"])
     return {
         f"{part} seconds": span(longer, digits),
         f"{part} memory": span(larger, 1),

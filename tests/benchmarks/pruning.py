@@ -1,4 +1,4 @@
-"""One Linear of each kind of a 7B model: what SparseGPT, ADMM and the polish take of it.
+"""One Linear of each kind of a 7B model: what SparseGPT, ADMM and polish after Wanda take of it.
 
 Run by run.py; on its own only for one way and shape: python pruning.py WAY OUT IN
 """
@@ -25,12 +25,15 @@ def sparsegpt(linear: torch.nn.Linear, gram: torch.Tensor) -> None:
 
 
 def admm(linear: torch.nn.Linear, gram: torch.Tensor) -> None:
-    LeastSquares(gram, DAMPENING).pruned(linear.weight, SPARSITY, UNSTRUCTURED)
+    problem = LeastSquares(gram, DAMPENING)
+    problem.polished(linear.weight, problem.pruned(linear.weight, SPARSITY, UNSTRUCTURED))
 
 
 def polish(linear: torch.nn.Linear, gram: torch.Tensor) -> None:
-    pruned = linear.weight * (torch.rand_like(linear.weight) > SPARSITY)
-    LeastSquares(gram, DAMPENING).polished(linear.weight, pruned)
+    scores = linear.weight.abs() * gram.diagonal().sqrt()
+    going = int(linear.in_features * SPARSITY)
+    kept = scores > scores.kthvalue(going, dim=1, keepdim=True).values
+    LeastSquares(gram, DAMPENING).polished(linear.weight, linear.weight * kept)
 
 
 WAYS = {"SparseGPT": sparsegpt, "ADMM": admm, "polish": polish}
