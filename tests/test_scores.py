@@ -21,10 +21,11 @@ def naive(parts: Parts) -> torch.Tensor:
     return torch.cat([(w.abs().float() * n).flatten() for w, n in parts.values()])
 
 
-@pytest.fixture(params=["sorted whole", "bracketed"])
+@pytest.fixture(params=["looked through", "bracketed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to the median, on inputs small enough to check."""
     if request.param == "bracketed":
+        monkeypatch.setattr(scores, "WHOLE", 64)
         monkeypatch.setattr(scores, "SAMPLE", 64)
         monkeypatch.setattr(scores, "MARGIN", 6)
         monkeypatch.setattr(scores, "CHUNK", 256)
@@ -54,9 +55,9 @@ def test_mean_equals_the_mean_of_all_scores(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_median_of_a_large_block(seed: int) -> None:
-    """Beyond the sample's size, in the sizes that are really used."""
-    parts = random_parts([(700, 512), (512, 700)], torch.bfloat16, seed)
-    assert sum(w.numel() for w, _ in parts.values()) > scores.SAMPLE
+    """By a bracket, in the sizes that are really used."""
+    parts = random_parts([(1400, 1024), (1024, 1400)], torch.bfloat16, seed)
+    assert sum(w.numel() for w, _ in parts.values()) > scores.WHOLE
     assert block_score(parts) == naive(parts).median().item()
 
 
@@ -80,6 +81,7 @@ def test_median_with_ties_zeros_and_denormals(
     channel = torch.tensor(norms)[torch.arange(columns) % len(norms)]
     parts = {"l": (weight, channel), "m": (weight.flip(0), channel)}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "WHOLE", 32)
         patch.setattr(scores, "SAMPLE", 32)
         patch.setattr(scores, "MARGIN", 3)
         patch.setattr(scores, "CHUNK", 64)

@@ -33,7 +33,9 @@ Part = tuple[torch.Tensor, torch.Tensor]
 # Elements handled at a time: they stay in a CPU's cache and are no matter of memory,
 # and a kernel launch on so many costs nothing.
 CHUNK = 1 << 20
-# Scores drawn to bracket the median; a block with no more than these is sorted whole.
+# Scores that are looked through as they are; a bracket is no faster for so few.
+WHOLE = 1 << 21
+# Scores drawn to bracket the one in question among more.
 SAMPLE = 1 << 18
 # The bracket's first half-width in ranks of the sample: four standard deviations.
 MARGIN = int(4 * SAMPLE**0.5 / 2)
@@ -151,7 +153,7 @@ def smallest_score(parts: Mapping[str, Part], rank: int) -> float:
     :raises ValueError: if a weight is not finite (names it)
     """
     count = sum(weight.numel() for weight, _ in parts.values())
-    if count <= SAMPLE:
+    if count <= WHOLE:
         for name, (weight, _) in parts.items():
             check_finite(name, weight.dtype, [chunk.amax() for chunk in magnitudes_of(weight)])
         scores = torch.cat([_scores(*part).flatten() for part in parts.values()])
