@@ -76,9 +76,8 @@ class LeastSquares:
     def _descended(
         self, dense: torch.Tensor, z: torch.Tensor, mask: torch.Tensor, steps: int, tolerance: float
     ) -> torch.Tensor:
-        missing = dense - z
-        residual = missing @ self.gram
-        error = (missing * residual).sum()
+        residual = (dense - z) @ self.gram
+        error = ((dense - z) * residual).sum()
         residual.mul_(mask)
         direction = residual.clone()
         square = residual.square().sum(1, keepdim=True)
