@@ -73,7 +73,8 @@ class Cells:
     def by_pruner(self, methods: Sequence[str]) -> str:
         """One table, a row per pruner and a column per target and method; the best in bold.
 
-        Behind them, medians over all cells, what a cell took.
+        Behind them what a cell took, over all cells: the median of the seconds, and the least
+        memory, as a process that has searched for a plan still holds what that took.
         """
         targets = dict.fromkeys(sorted(target for _, target in self.columns))
         columns = [(target, method) for target in targets for method in methods]
@@ -85,7 +86,7 @@ class Cells:
                 best = min(v for (_, t, m), v in self.values.items() if (t, m) == (target, method))
                 shown = "" if value is None else number(value)
                 row.append(f"**{shown}**" if value == best else shown)
-            megabytes = f"{median(memory) / 1e6:.0f}" if memory else ""
+            megabytes = f"{min(memory) / 1e6:.0f}" if memory else ""
             rows.append([*row, f"{median(seconds):.0f}", megabytes])
         names = [f"{percent(target)}, {method_name(method)}" for target, method in columns]
         return table(["", *names, "seconds", "peak MB"], rows)
