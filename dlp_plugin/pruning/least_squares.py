@@ -11,6 +11,8 @@ and W becomes W * n.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from dlp_plugin.planning.structure import MaskStructure
@@ -117,19 +119,19 @@ class LeastSquares:
         """
         dense = dense.float() * self.norms
         v, z, u = dense, dense.clone(), torch.zeros_like(dense)
-        number = STEPS * len(PENALTIES)
-        for step in range(number):
-            if step % STEPS == 0:
-                penalty, before = PENALTIES[step // STEPS], PENALTIES[max(step // STEPS - 1, 0)]
-                inverse = self._inverse(penalty).mul_(penalty)
-                u.mul_(before / penalty)
-            if step:
-                v = torch.addmm(dense, z.sub(u).sub_(dense), inverse)
-            u.add_(v, alpha=RELAXATION).add_(z, alpha=1 - RELAXATION)
-            gone = least(u.abs(), sparsity, structure, 1 - (1 - (step + 1) / number) ** EARLY)
-            del v
-            z.copy_(u).masked_fill_(gone, 0)
-            u.sub_(z)
+        number, taken = STEPS * len(PENALTIES), 0
+        for before, penalty in pairwise((PENALTIES[0], *PENALTIES)):
+            inverse = self._inverse(penalty).mul_(penalty)
+            u.mul_(before / penalty)
+            for _ in range(STEPS):
+                if taken:  # before, it is the weight itself
+                    v = torch.addmm(dense, z.sub(u).sub_(dense), inverse)
+                taken += 1
+                u.add_(v, alpha=RELAXATION).add_(z, alpha=1 - RELAXATION)
+                gone = least(u.abs(), sparsity, structure, 1 - (1 - taken / number) ** EARLY)
+                del v
+                z.copy_(u).masked_fill_(gone, 0)
+                u.sub_(z)
         return z.div_(self.norms)
 
     def _inverse(self, penalty: float) -> torch.Tensor:

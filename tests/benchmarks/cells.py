@@ -25,6 +25,11 @@ def pruner_name(pruner: str) -> str:
     return ", ".join([PRUNERS[name], *repairs])
 
 
+def best_in_bold(value: float | None, column: Sequence[float]) -> str:
+    shown = "" if value is None else number(value)
+    return f"**{shown}**" if value == min(column) else shown
+
+
 class Cells:
     """The cells of a comparison."""
 
@@ -63,8 +68,7 @@ class Cells:
                     column = [
                         v for (p, t, _), v in self.values.items() if (p, t) == (pruner, target)
                     ]
-                    shown = "" if value is None else number(value)
-                    row.append(f"**{shown}**" if value == min(column) else shown)
+                    row.append(best_in_bold(value, column))
                 rows.append(row)
             if len(rows) > 2:
                 found.append(table([pruner_name(pruner), *map(percent, targets)], rows))
@@ -83,9 +87,8 @@ class Cells:
             row = [pruner_name(pruner)]
             for target, method in columns:
                 value = self.values.get((pruner, target, method))
-                best = min(v for (_, t, m), v in self.values.items() if (t, m) == (target, method))
-                shown = "" if value is None else number(value)
-                row.append(f"**{shown}**" if value == best else shown)
+                column = [v for (_, t, m), v in self.values.items() if (t, m) == (target, method)]
+                row.append(best_in_bold(value, column))
             megabytes = f"{min(memory) / 1e6:.0f}" if memory else ""
             rows.append([*row, f"{median(seconds):.0f}", megabytes])
         names = [f"{percent(target)}, {method_name(method)}" for target, method in columns]
