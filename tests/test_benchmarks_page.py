@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -50,6 +51,14 @@ def test_every_part_says_what_it_holds_for(page: ModuleType) -> None:
         if not part.get("transcribed"):
             for key in ("command", "instruction_sets", "cores", "threads", "versions"):
                 assert part[key], f"{name}: {key}"
+
+
+def test_a_command_on_the_page_runs_as_it_was_run(page: ModuleType) -> None:
+    parts = page.Parts(BENCHMARKS / "results")
+    for name, part in parts.items():
+        if command := part["command"]:
+            shown = parts.whence(name).split("```")[1].removeprefix("bash")
+            assert shlex.split(shown.replace("\\\n", "")) == shlex.split(command)
 
 
 def test_what_is_measured_and_not_shown_is_an_error(page: ModuleType) -> None:

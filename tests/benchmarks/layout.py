@@ -11,6 +11,7 @@ from textwrap import fill
 from typing import Any
 
 WIDTH = 118
+WHOLE = {"break_long_words": False, "break_on_hyphens": False}
 
 
 class Parts(dict[str, dict[str, Any]]):
@@ -38,7 +39,7 @@ class Parts(dict[str, dict[str, Any]]):
 
 
 def wrapped(paragraph: str) -> str:
-    return fill(" ".join(paragraph.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
+    return fill(" ".join(paragraph.split()), WIDTH, **WHOLE)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -75,7 +76,7 @@ def provenance(part: dict[str, Any]) -> str:
     if not command:
         return line
     held = re.sub(r"(--\S+) (?!-)", "\\1\0", command)  # an option and its value on one line
-    lines = fill(held, WIDTH - 4, subsequent_indent="    ", break_on_hyphens=False).split("\n")
+    lines = fill(held, WIDTH - 4, subsequent_indent="    ", **WHOLE).split("\n")
     return "\n".join(["```bash", " \\\n".join(lines).replace("\0", " "), "```", "", line])
 
 
@@ -94,6 +95,5 @@ def span(values: Sequence[float], digits: int = 2) -> str:
 
 def bullets(lines: Sequence[str]) -> str:
     return "\n".join(
-        fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-        for line in lines
+        fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ", **WHOLE) for line in lines
     )
