@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, make
 from helpers import (
     EVERY,
     PRUNERS,
@@ -219,6 +220,26 @@ class TestOddPipelines:
         for name, linear in linears_of(model).items():
             if name != "lm_head":
                 assert 0.4 < float((linear.weight == 0).float().mean()) < 0.6, name
+
+    @pytest.mark.parametrize("stage", EVERY_STAGE)
+    def test_blocks_that_are_applied_several_times(
+        self, stage: type, tmp_path: Path, logged: Logged
+    ) -> None:
+        """They are dense the first time only, and so reconstructed once."""
+        family = FAMILIES["albert"]
+        model = make(family.config(), tmp_path, family.kind)
+        run(
+            model,
+            [stage(sparsity=0.5, polish=True, reconstruct=1, **EVERY)],
+            random_samples(),
+            sequential_targets=family.sequential_targets,
+        )
+        told = [m.split(":")[0] for m in logged() if m.startswith("reconstructed")]
+        names = family.linears(model)
+        assert told == [f"reconstructed {block}" for block in names]
+        linears = linears_of(model)
+        for name in [name for block in names.values() for name in block]:
+            assert 0.4 < float((linears[name].weight == 0).float().mean()) < 0.6, name
 
     def test_all_at_once_and_nothing_is_held(self, make_model: MakeModel) -> None:
         """``pipeline="basic"`` runs with gradients on, and with caches."""

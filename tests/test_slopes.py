@@ -1,5 +1,7 @@
 """The cost of one more pruned weight: read off one backward pass, against a naive twin."""
 
+import math
+
 import pytest
 import torch
 from helpers import MakeModel, random_samples
@@ -151,6 +153,26 @@ def test_weights_at_either_end(make_model: MakeModel) -> None:
                 dict.fromkeys(masks.linears, sparsity), [0], structure
             )
             assert all(cost == cost for cost in costs.values())
+
+
+@pytest.mark.parametrize("by_magnitude", [False, True])
+def test_what_is_pruned_already_costs_nothing_more(
+    make_model: MakeModel, by_magnitude: bool
+) -> None:
+    """Whose zeros reach beyond the threshold and the band about it."""
+    model = make_model()
+    blocks = blocks_of(model)
+    masks = masks_of(blocks)
+    with torch.no_grad():
+        for linear in masks.linears.values():
+            linear.weight[:, : linear.in_features * 3 // 4] = 0
+    first, *others = masks.linears
+    masks = masks_of(blocks, tuple(masks.linears) if by_magnitude else ())
+    sparsities = {first: 0.8, **dict.fromkeys(others, 0.5)}
+    costs, _ = Slopes(model, blocks, masks, batches()).at(sparsities, [0])
+    assert math.isfinite(costs[first])
+    assert costs[first] != 0
+    assert [costs[name] for name in others] == [0] * len(others)
 
 
 def test_steps_go_through_the_samples_one_portion_after_the_other(

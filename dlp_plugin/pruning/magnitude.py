@@ -40,7 +40,7 @@ class OneShotMagnitudeModifier(PruningStage):
 
     requires_calibration_data: bool = False
 
-    _reached: list[torch.nn.Module] = PrivateAttr(default_factory=list)
+    _reached: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _waiting: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -67,13 +67,13 @@ class OneShotMagnitudeModifier(PruningStage):
         self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor
     ) -> None:
         """Nothing is learned from data but what has run, and is to be repaired next."""
-        self._reached.append(module)
+        self._reached.add(module)
 
     def compress_modules(self) -> None:
         """Prune the targets; of those that are repaired what has run."""
-        these = self._reached if self.repairs else list(self._waiting)
-        for module in dict.fromkeys(these):
-            self._prune(module, self._waiting.pop(module))
+        for module in list(self._waiting):
+            if module in self._reached or not self.repairs:
+                self._prune(module, self._waiting.pop(module))
         self._reached.clear()
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -90,6 +90,7 @@ class Reconstruction:
         self._names = {block: name for name, block in blocks.items()}
         self._epochs = epochs
         self._calls: dict[Module, list[_Call]] = {}
+        self._done: set[Module] = set()
         # What the dense model's last block returned for every sample, and the pruned one's
         # for the first
         self._dense: list[torch.Tensor] = []
@@ -98,7 +99,12 @@ class Reconstruction:
     def record(
         self, block: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Take in a call of a block that is not yet pruned; a forward hook."""
+        """Take in a call of a block that is not yet pruned; a forward hook.
+
+        A block that is applied again (ALBERT's are) is dense no longer, and has no target.
+        """
+        if block in self._done:
+            return
         call = _Call(*_mapped(_put_by, (args, kwargs, _first(output))))
         self._calls.setdefault(block, []).append(call)
 
@@ -109,6 +115,7 @@ class Reconstruction:
         :param pruned: the modules that the stage prunes
         """
         blocks = list(self._calls)
+        self._done.update(blocks)
         with HooksMixin.disable_hooks():
             targets = {block: self._targets(block) for block in blocks}
         yield

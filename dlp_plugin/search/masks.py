@@ -97,7 +97,8 @@ class Masks:
         count = count * together // self._ranked_together(name)  # of a matrix, in these rows
         width = max(1, int(share * together))
         low, high = (_smallest(scores, count + side) for side in (-width, width))
-        return ((scores > low) & (scores <= high)).view(weight.shape)
+        # a row of equal scores there, as the zeros of a model that is pruned already, has them all
+        return (((scores > low) | (scores == high)) & (scores <= high)).view(weight.shape)
 
     def _ranked_together(self, name: str) -> int:
         linear = self.linears[name]

@@ -279,16 +279,7 @@ def costs(parts: Parts) -> dict[str, str]:
         f"{part} table": _ways(parts.results(part), base)
         for part, base in {"statistic": "naive", "magnitude": "sorting"}.items()
     }
-    rows = []
-    for name, found in parts.results("stages").items():
-        bare, dlp = found["bare forward pass"], found["DLP"]
-        row = [name, f"{_seconds(bare)} s", f"{_seconds(dlp)} s", f"{dlp / bare:.2f}"]
-        if "Wanda" in found:
-            row.append(f"{dlp / found['Wanda']:.2f}")
-            row += [f"{_seconds(found[pruner])} s" for pruner in ("Wanda", "SparseGPT")]
-        rows.append(row + [""] * (7 - len(row)))
-    columns = ["samples x tokens", "bare", "DLP", "to bare", "to Wanda", "Wanda", "SparseGPT"]
-    values["stages table"] = table(columns, rows)
+    values |= _stages(parts)
 
     found = parts.results("samples")
     rows = [
@@ -305,6 +296,27 @@ def costs(parts: Parts) -> dict[str, str]:
     rows = [["seconds", *(f"{value:.2f}" for value in steps.values())], ["to its base", *to_base]]
     values["training table"] = table(["", *steps], rows)
     return values | _growth(parts)
+
+
+def _stages(parts: Parts) -> dict[str, str]:
+    """Seconds of epochs, and what those of what repairs take to SparseGPT's."""
+    results = parts.results("stages")
+    first = next(iter(results.values()))
+    pruners = [name for name in first if name not in ("bare forward pass", "DLP")]
+    rows = []
+    for name, found in results.items():
+        bare, dlp = found["bare forward pass"], found["DLP"]
+        row = [name, f"{_seconds(bare)} s", f"{_seconds(dlp)} s", f"{dlp / bare:.2f}"]
+        row.append(f"{dlp / found['Wanda']:.2f}" if "Wanda" in found else "")
+        rows.append(row + [f"{_seconds(found[p])} s" if p in found else "" for p in pruners])
+    columns = ["samples x tokens", "bare", "DLP", "to bare", "to Wanda", *pruners]
+    repaired = {
+        f"stages {pruner}": span(
+            [found[pruner] / found["SparseGPT"] for found in results.values() if pruner in found], 1
+        )
+        for pruner in pruners[2:]
+    }
+    return {"stages table": table(columns, rows), **repaired}
 
 
 def _growth(parts: Parts) -> dict[str, str]:
