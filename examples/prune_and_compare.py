@@ -20,6 +20,7 @@ from rich.table import Table
 from dlp_plugin import last_plans, pack
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost, zstd_bytes
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
+from dlp_plugin.comparison.storing import group_size_of
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import (
     beginning,
@@ -34,8 +35,18 @@ from dlp_plugin.planning.view import table as plan_table
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 SAMPLES = 128
-# Groups of 128 columns want Linears of as many; where a model's are not, write a recipe for it.
 BEST = "dlp_admm_reconstructed_w4a16.yaml"
+SCHEME = "scheme: W4A16\n      targets: [Linear]"
+
+
+def grouped(recipe: str, columns: int) -> str:
+    """A recipe's text, its 4 bits in groups of so many columns where they are not 128."""
+    text = (RECIPES / recipe).read_text()
+    if columns == 128:
+        return text
+    weights = f"{{num_bits: 4, strategy: group, group_size: {columns}}}"
+    groups = f"config_groups: {{group_0: {{targets: [Linear], weights: {weights}}}}}"
+    return text.replace(SCHEME, groups)
 
 
 def sparsity_of(model: torch.nn.Module) -> float:
@@ -56,6 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output.exists():
         parser.error(f"--output {arguments.output} exists already; name another folder")
+    columns = group_size_of(arguments.model)
 
     logger.disable("llmcompressor.utils.metric_logging")
     logger.remove()  # our progress, and of the others the warnings
@@ -70,9 +82,8 @@ def main() -> None:
     def apply(
         recipe: str, model: str | Path = arguments.model, output: Path | None = None
     ) -> torch.nn.Module:
-        return apply_recipe(
-            model, str(RECIPES / recipe), output, **calibrate_on(dataset, tokenizer)
-        )
+        text = grouped(recipe, columns)
+        return apply_recipe(model, text, output, **calibrate_on(dataset, tokenizer))
 
     arguments.output.mkdir(parents=True)
     pruned, quantized, best = (arguments.output / name for name in ("pruned", "w4a16", "best"))

@@ -1,6 +1,7 @@
 """The terminal tells a mistake in one message, before the work where that can be."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ class TestMistakesAreToldInOneMessage:
         assert "gone" in self.one_line("zero-shot", "./no-model", "boolq", "--output", gone)
         compare = ["--data", CALIBRATION_TEXT, "--test", CALIBRATION_TEXT, "--output", tmp_path]
         assert "gone" in self.one_line("compare", "./no-model", *compare, "--write-recipe", gone)
+
+    def test_nothing_to_draw_a_comparison_with(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        texts = ["--data", CALIBRATION_TEXT, "--test", CALIBRATION_TEXT]
+        line = self.one_line("compare", "./no-model", *texts, "--output", tmp_path / "out")
+        assert "needs matplotlib: pip install 'dlp_plugin[plot]'" in line
 
     def test_a_number_that_is_none(self, tmp_path: Path) -> None:
         output = ["--output", tmp_path / "plan.json"]

@@ -360,7 +360,7 @@ class TestWhatIsWritten:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(ImportError, match=r"dlp_plugin\[plot\]"):
             draw(finished[1], tmp_path)
 

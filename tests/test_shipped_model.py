@@ -22,7 +22,7 @@ from helpers import (
     weights_of,
     zeros,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import last_plans
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint
@@ -209,6 +209,21 @@ def test_the_example_of_the_readme(example: Callable[..., str], tmp_path: Path) 
     best = rows["the best, loaded"]
     assert best[0] >= "0.69"
     assert float(best[1]) < float(refined[1]) < float(rows["uniform"][1])
+
+
+def test_the_same_on_a_model_that_groups_of_128_do_not_fit(
+    example: Callable[..., str], tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(SHIPPED)
+    config.update({"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "model")
+    output = example("prune_and_compare.py", str(tmp_path / "model"))
+    assert "pruned weights that came back with 4 bits: 0" in output
+    for folder in ("w4a16", "best"):
+        saved = AutoConfig.from_pretrained(tmp_path / "out" / folder).quantization_config
+        (group,) = saved["config_groups"].values()
+        assert group["weights"]["group_size"] == 32
 
 
 def test_the_example_of_recovery(example: Callable[..., str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,19 @@ from dlp_plugin.comparison.results import Cell, Comparison
 from dlp_plugin.files import replacing
 from dlp_plugin.planning.plan import Plan
 
-__all__ = ["draw"]
+__all__ = ["check_drawable", "draw"]
 
 _LINES = {16: "-", 8: "--", 4: ":"}
 _MARKS = {16: "*", 8: "s", 4: "D"}
+
+
+def check_drawable() -> None:
+    """Make sure that there is something to draw with.
+
+    :raises ImportError: if matplotlib is not installed
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("drawing a comparison needs matplotlib: pip install 'dlp_plugin[plot]'")
 
 
 def draw(found: Comparison, folder: str | Path) -> None:
@@ -24,12 +34,8 @@ def draw(found: Comparison, folder: str | Path) -> None:
 
     :raises ImportError: if matplotlib is not installed
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "drawing a comparison needs matplotlib: pip install 'dlp_plugin[plot]'"
-        ) from None
+    check_drawable()
+    from matplotlib.figure import Figure
 
     def panels(
         file: str, label: str, fields: list[Any], draw: Callable[[Comparison, Any, Any], None]

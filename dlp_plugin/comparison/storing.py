@@ -37,7 +37,7 @@ def group_size_of(model: str) -> int:
     name = next(name for name, each in columns.items() if each % _GROUPS[-1])
     raise ValueError(
         f"bits: weights are quantized in groups of 128, 64 or 32 columns, and none divides the "
-        f"{columns[name]} of {name}: compare at 16 bits"
+        f"{columns[name]} of {name}: leave it at 16 bits"
     )
 
 

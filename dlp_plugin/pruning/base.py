@@ -26,8 +26,8 @@ __all__ = ["PruningStage"]
 class PruningStage(StockStage):
     """A pruning stage that takes an N for every module, and means by ``ignore`` what it says.
 
-    :param sparsity: of all targets, or one per match of ``targets``; with an N:M structure it
-        may be left out, or be a list of N / M
+    :param sparsity: of all targets, or one per match of ``targets``; with an N:M structure a
+        list of N / M. It may be left out where that structure or a modifier before says it
     :param polish: move the weights that stay to the least-squares optimum for their masks
     :param reconstruct: epochs that every block is trained for, masks held, to return what the
         dense model's does; 0 for none
@@ -51,7 +51,8 @@ class PruningStage(StockStage):
             raise ValueError(
                 f'mask_structure is {structure!r}: quote it, "2:4", which YAML reads as a number'
             )
-        return {"sparsity": None, **fields} if MaskStructure.parse(structure) else fields
+        MaskStructure.parse(structure)
+        return {"sparsity": None, **fields}
 
     @property
     def structure(self) -> MaskStructure:
