@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["check_vacant", "check_writable", "replacing"]
+__all__ = ["check_vacant", "check_writable", "exit_on_sigterm", "replacing"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
@@ -24,11 +24,17 @@ _IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
 def check_vacant(folder: str | Path) -> None:
     """Make sure before long work that :func:`replacing` may put a folder here.
 
-    :raises FileExistsError: if there is a file, or a folder that is not empty
+    :raises FileExistsError: if there is a file, or a folder that is not empty or that none can
+        take the place of
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; give a new one")
+    if folder.is_dir() and (folder.is_mount() or folder.samefile(Path.cwd())):
+        raise FileExistsError(
+            f"{folder} is the current folder or a mount point, which another cannot take the "
+            "place of; name a folder in it"
+        )
     _check_parent(folder)
 
 
@@ -74,7 +80,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
         check_vacant(target)
     _remove_what_killed_runs_left(target)
     beside = _beside(target, os.getpid())
-    with _exit_on_sigterm():
+    with exit_on_sigterm():
         try:
             yield beside
             _move(beside, target)
@@ -111,7 +117,7 @@ def _move(beside: Path, target: Path) -> None:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Have SIGTERM unwind the stack, as SIGINT does, where nobody else has taken it."""
     mine = threading.current_thread() is threading.main_thread()
     if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

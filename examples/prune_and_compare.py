@@ -114,18 +114,22 @@ def main() -> None:
             plan.save(arguments.output / "plan.json")
             plot(plan, arguments.output / "plan.png")
 
+    console = Console()
+    console.print(plan_table(plan), table)
     sizes = Table("", "MB on disk", "under zstd", "packed", title="sizes")
     folders = {"refined": pruned, "refined + W4A16": quantized, "best": best}
     for name, folder in folders.items():
+        parts = [inspect_checkpoint(folder).bytes_on_disk, zstd_bytes(folder)]
         with TemporaryDirectory() as packed:
-            pack(folder, packed)
-            written, small = (inspect_checkpoint(each).bytes_on_disk for each in (folder, packed))
-        parts = written, zstd_bytes(folder), small
+            try:
+                pack(folder, packed)
+                parts.append(inspect_checkpoint(packed).bytes_on_disk)
+            except ValueError as error:  # such as experts in 4 bits
+                logger.warning("{}", error)
         sizes.add_row(name, *(f"{part / 1e6:.2f}" for part in parts))
     lost = sum(zeros_lost(pruned, quantized).values())
 
-    console = Console()
-    console.print(plan_table(plan), table, sizes)
+    console.print(sizes)
     console.print(f"pruned weights that came back with 4 bits: {lost}")
     console.print(f"saved in {arguments.output}: pruned/, w4a16/, best/, plan.json, plan.png")
 

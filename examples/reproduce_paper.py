@@ -54,7 +54,7 @@ def recipe(pruner: str, method: str) -> list[Modifier]:
 def windows_of(source: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[torch.Tensor]:
     """Whole windows, tokenized in one go: a tokenizer may put a mark before every text."""
     if Path(source).is_file():
-        text = Path(source).read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8-sig")
     else:
         text = "\n\n".join(load_dataset(source, "wikitext-2-raw-v1", split="test")["text"])
     windows = token_windows(tokenizer(text, verbose=False)["input_ids"], length)

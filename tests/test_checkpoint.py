@@ -348,6 +348,17 @@ class TestDamagedFiles:
                 read(tmp_path)
 
 
+def test_weights_that_are_packed_in_a_way_that_is_not_read(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantized by gptq, whose weights are not read here"):
+        inspect_checkpoint(tmp_path)
+
+
 def test_a_folder_without_safetensors_may_hold_weights_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
     check_weight_files(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import CALIBRATE, CALIBRATION_TEXT, ROOT, SHIPPED, command
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dlp_plugin.cli import app
@@ -112,6 +112,20 @@ class TestMistakesAreToldInOneMessage:
         line = self.one_line("merge", adapter, merged, "--base", SHIPPED)
         assert "does not fit" in line
         assert "size mismatch" in line
+        assert not merged.exists()
+
+    @pytest.mark.parametrize(("layers", "unlike"), [(11, 11), (13, 12)])
+    def test_an_adapter_for_a_model_of_another_depth(
+        self, tmp_path: Path, layers: int, unlike: int
+    ) -> None:
+        """Of which peft loads what fits."""
+        config = AutoConfig.from_pretrained(SHIPPED, num_hidden_layers=layers)
+        adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
+        adapted.save_pretrained(tmp_path / "adapter")
+        adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+        line = self.one_line("merge", adapter, merged, "--base", SHIPPED, "--allow-dense")
+        assert "does not fit" in line
+        assert f"layers.{unlike}.self_attn.q_proj.lora_A" in line
         assert not merged.exists()
 
     def test_a_field_out_of_bounds(self, tmp_path: Path) -> None:

@@ -56,6 +56,20 @@ def test_a_recipe_whose_result_is_packed_at_once(tmp_path: Path) -> None:
     assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "plain"))
 
 
+def test_what_cannot_be_packed_is_saved_as_it_is(tmp_path: Path) -> None:
+    """Nothing of a model that is pruned to 1 % shrinks; the work is not thrown away."""
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / "recipes" / "dlp_magnitude.yaml").read_text()
+    recipe.write_text(text.replace("sparsity: 0.7", "sparsity: 0.01"))
+    data = ["--data", CALIBRATION_TEXT, "--samples", "4", "--length", "32"]
+    arguments = [SHIPPED, "--recipe", recipe, *data, "--output", tmp_path / "out", "--pack"]
+    result = command("oneshot", *arguments)
+    assert "out is saved as it is, not packed:" in result.output
+    assert "Zeros in" in result.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out"}
+
+
 def test_inspect_reads_it(pruned: Path, packed: tuple[Path, str]) -> None:
     output = " ".join(command("inspect", packed[0], "--against", pruned).output.split())
     size = (packed[0] / "model.safetensors").stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -363,6 +364,15 @@ class TestWhatIsWritten:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(ImportError, match=r"dlp_plugin\[plot\]"):
             draw(finished[1], tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    compared: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("dlp_plugin.comparison.run.load_model")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match="cannot write .*results.json: no permission"):
+        compared(tmp_path, "dlp", 0.5)
 
 
 def test_pruners_and_sparsities_are_checked_before_any_work(

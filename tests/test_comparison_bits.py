@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers import SHIPPED, VOCABULARY, command, random_samples, word_tokenizer
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from dlp_plugin.checkpoints.files import bytes_on_disk
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model
@@ -132,6 +132,13 @@ class TestGroups:
         assert group_size_of(str(SHIPPED)) == 128
         changes = {"hidden_size": 128, "intermediate_size": 96}
         assert group_size_of(str(saved_model(tmp_path, **changes))) == 32
+
+    def test_experts_count_which_transformers_holds_fused(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 64}
+        heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+        Qwen3MoeConfig(**sizes, **heads, **experts).save_pretrained(tmp_path)
+        assert group_size_of(str(tmp_path)) == 64
 
     def test_none_that_does(self, calibration: dict[str, Any], tmp_path: Path) -> None:
         model = saved_model(tmp_path / "model", intermediate_size=72)

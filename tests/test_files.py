@@ -212,6 +212,21 @@ class TestBeforeTheWork:
         with pytest.raises(PermissionError, match=r"no permission in .*; choose another folder"):
             check_writable(tmp_path / "file")
 
+    def test_a_folder_that_none_can_take_the_place_of(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A model would be written, and lost as it is renamed."""
+        message = "is the current folder or a mount point.*; name a folder in it"
+        with monkeypatch.context() as inside:
+            inside.chdir(tmp_path)
+            for folder in (".", tmp_path):
+                with pytest.raises(FileExistsError, match=message):
+                    check_vacant(folder)
+        check_vacant(tmp_path)
+        monkeypatch.setattr(Path, "is_mount", lambda _: True)
+        with pytest.raises(FileExistsError, match=message):
+            check_vacant(tmp_path)
+
     def test_what_can_be_written_may_be_there_already(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         check_writable(tmp_path / "file")

@@ -137,6 +137,15 @@ class TestDense:
         assert text.endswith("\n# A model\n")
         assert_it_comes_back(source, packed)
 
+    def test_further_chat_templates_go_along(self, source: Path) -> None:
+        template = Path("additional_chat_templates", "tool_use.jinja")
+        (source / template.parent).mkdir()
+        (source / template).write_text("{{ messages }}")
+        pack(source, source.with_name("packed"))
+        unpack(source.with_name("packed"), source.with_name("unpacked"))
+        for folder in ("packed", "unpacked"):
+            assert (source.with_name(folder) / template).read_text() == "{{ messages }}"
+
     def test_a_linear_that_would_not_shrink(self, make_model: MakeModel, tmp_path: Path) -> None:
         model = prune_rows(make_model(torch.float16))
         model.get_submodule(UP).weight.data.fill_(0.5)

@@ -56,6 +56,13 @@ def test_a_text_file_and_a_dataset_of_its_rows(tmp_path: Path) -> None:
         read_tokens(folder, tokenizer, column="body")
 
 
+def test_the_mark_that_windows_puts_before_a_text_is_none_of_it(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf7 8\r\n9")
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    assert read_tokens(tmp_path / "text.txt", tokenizer) == [7, 8, 9]
+
+
 class Table(torch.nn.Module):
     """Predicts the next token by a table of logits."""
 
@@ -143,6 +150,27 @@ class TestSourcesThatCannotBeRead:
         (tmp_path / "text.txt").write_bytes(b"ab\xff")
         with pytest.raises(ValueError, match=r"text\.txt is no UTF-8 text \(byte 2\)"):
             read_tokens(tmp_path / "text.txt", word_tokenizer())
+
+    def test_a_dataset_of_several_columns_that_tells_none_before_it_is_read(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "train.csv").write_text("title,body\n7,8 9\n")
+        with pytest.raises(ValueError, match=r"no column 'text'; it has \['title', 'body'\]"):
+            read_tokens(tmp_path, word_tokenizer(), limit=2)
+
+    def test_a_hub_that_refuses_in_a_class_of_its_own(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class RefusedError(OSError):
+            def __init__(self, reason: str, *, response: object) -> None:
+                super().__init__(reason)
+
+        def refuse(*_: object, **__: object) -> None:
+            raise RefusedError("401 Unauthorized", response=None)
+
+        monkeypatch.setattr("dlp_plugin.evaluation.text.load_dataset", refuse)
+        with pytest.raises(OSError, match=r"cannot be read \(401 Unauthorized\): check"):
+            read_tokens("some/dataset", word_tokenizer())
 
     def test_a_folder_that_holds_no_dataset(self, tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"as a dataset it cannot be read"):

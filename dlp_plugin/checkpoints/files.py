@@ -7,15 +7,26 @@ the checkpoint's, does not look whether what the index names is there, and takes
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["INDEX", "bytes_on_disk", "check_weight_files", "read_config", "shards", "weight_files"]
+__all__ = [
+    "INDEX",
+    "bytes_on_disk",
+    "check_weight_files",
+    "copy_others",
+    "read_config",
+    "shards",
+    "weight_files",
+]
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# Where transformers saves the chat templates of a tokenizer that has several.
+_TEMPLATES = "additional_chat_templates"
 
 
 def shards(folder: Path) -> list[Path]:
@@ -49,6 +60,20 @@ def bytes_on_disk(folder: Path) -> int:
     :raises FileNotFoundError: as :func:`shards` does
     """
     return sum(file.stat().st_size for file in shards(folder))
+
+
+def copy_others(source: Path, target: Path, but: str = "") -> None:
+    """Copy what a checkpoint holds beside its weights, unless the target has it already.
+
+    :param but: name of a file to leave out
+    """
+    for path in source.iterdir():
+        if path.suffix == ".safetensors" or path.name == but or (target / path.name).exists():
+            continue
+        if path.is_file():
+            shutil.copy(path, target)
+        elif path.name == _TEMPLATES:
+            shutil.copytree(path, target / path.name)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

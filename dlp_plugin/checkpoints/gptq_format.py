@@ -8,7 +8,6 @@ a column. So the conversion is exact; what has no counterpart is refused.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dlp_plugin.checkpoints.files import INDEX, read_config, weight_files
+from dlp_plugin.checkpoints.files import INDEX, copy_others, read_config, weight_files
 from dlp_plugin.files import check_vacant, replacing
 
 __all__ = ["export_gptq"]
@@ -104,10 +103,7 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
             update_safetensors_index(beside, size, weight_map)
         _write_json(beside / "config.json", {**config, "quantization_config": settings})
         _write_json(beside / "quantize_config.json", settings)
-        for file in source.iterdir():
-            stray = file.suffix == ".safetensors"  # what counts has been written by now
-            if file.is_file() and not stray and not (beside / file.name).exists():
-                shutil.copy(file, beside)
+        copy_others(source, beside)
         logger.info(f"{len(modules)} modules of {source} written in GPTQ format to {output}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from dlp_plugin.checkpoints.bits import integers_of_words, words_for, words_of_integers
-from dlp_plugin.checkpoints.files import INDEX, read_config, weight_files
+from dlp_plugin.checkpoints.files import INDEX, copy_others, read_config, weight_files
 from dlp_plugin.checkpoints.inspect import block_of
 from dlp_plugin.checkpoints.packed import packed_linears
 from dlp_plugin.checkpoints.sparse_format import (
@@ -256,10 +255,7 @@ def _write(
         readme = source.folder / _README
         if text := card(readme.read_bytes() if readme.is_file() else b""):
             (beside / _README).write_bytes(text)
-        for file in source.folder.iterdir():
-            stray = file.suffix == ".safetensors" or file.name == _README
-            if file.is_file() and not stray and not (beside / file.name).exists():
-                shutil.copy(file, beside)
+        copy_others(source.folder, beside, but=_README)
 
 
 def _linears(source: _Source) -> set[str]:

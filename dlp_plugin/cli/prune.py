@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+from loguru import logger
 
 from dlp_plugin.cli.checkpoints import show_zeros
 from dlp_plugin.cli.common import (
@@ -46,20 +47,29 @@ def oneshot(
     with reporting_errors(), joined_processes() as first:
         from dlp_plugin import last_plans
         from dlp_plugin.checkpoints.loading import apply_recipe
-        from dlp_plugin.files import check_vacant
+        from dlp_plugin.files import check_vacant, exit_on_sigterm, replacing
         from dlp_plugin.modifiers.recipe import check_recipe
         from dlp_plugin.planning.view import table
 
         check_vacant(output)
         check_recipe(recipe)
         calibration = calibration_arguments(model, data, config, split, column, length, samples)
-        with TemporaryDirectory() as beside:
-            saved = Path(beside) / "saved" if pack else output
-            apply_recipe(model, str(recipe), saved, **calibration)
-            if pack and first:
-                from dlp_plugin.checkpoints.packing import pack as write_packed
+        if pack:
+            from dlp_plugin.checkpoints.packing import pack as write_packed
 
-                write_packed(saved, output)
+            room = TemporaryDirectory(dir=output.resolve().parent, prefix=f".{output.name}.")
+            with exit_on_sigterm(), room as beside:
+                saved = Path(beside) / "saved"
+                apply_recipe(model, str(recipe), saved, **calibration)
+                if first:
+                    try:
+                        write_packed(saved, output)
+                    except ValueError as error:
+                        logger.warning("{} is saved as it is, not packed: {}", output, error)
+                        with replacing(output) as unpacked:
+                            saved.rename(unpacked)
+        else:
+            apply_recipe(model, str(recipe), output, **calibration)
         if first:
             for plan in last_plans():
                 console.print(table(plan))

@@ -46,6 +46,7 @@ from dlp_plugin.comparison.results import Cell, Comparison, Plain, quantizing, r
 from dlp_plugin.comparison.storing import group_size_of, smaller
 from dlp_plugin.evaluation.causal import check_causal
 from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.files import check_writable
 from dlp_plugin.planning.plan import Plan, package_versions
 from dlp_plugin.precision import is_native
 from dlp_plugin.scoring.blocks import outer_block
@@ -104,6 +105,7 @@ def compare(
         found.group_size = group_size_of(model)
     bench = _Bench(model, calibration, windows, sizes or widths != [16])
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     if found.dense is None:
         dense = load_model(model)
         check_causal(dense, "compare measures perplexity")

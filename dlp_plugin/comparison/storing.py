@@ -26,18 +26,21 @@ def group_size_of(model: str) -> int:
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         built = auto.from_config(load_config(model))
-    columns = {
-        name: module.in_features
+    columns = [
+        (name, module.in_features)
         for name, module in built.named_modules()
         if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
-    }
+    ]
+    for name, fused in built.named_parameters():  # experts, which may lie either way
+        if fused.ndim == 3 and "experts" in name.split("."):
+            columns += [(name, size) for size in fused.shape[1:]]
     for group in _GROUPS:
-        if all(each % group == 0 for each in columns.values()):
+        if all(each % group == 0 for _, each in columns):
             return group
-    name = next(name for name, each in columns.items() if each % _GROUPS[-1])
+    name, width = next((name, each) for name, each in columns if each % _GROUPS[-1])
     raise ValueError(
         f"bits: weights are quantized in groups of 128, 64 or 32 columns, and none divides the "
-        f"{columns[name]} of {name}: leave it at 16 bits"
+        f"{width} of {name}: leave it at 16 bits"
     )
 
 

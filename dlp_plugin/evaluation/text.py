@@ -56,7 +56,7 @@ def read_tokens(
 
     if Path(source).is_file():
         try:
-            return encode(Path(source).read_text(encoding="utf-8"))[:limit]
+            return encode(Path(source).read_text(encoding="utf-8-sig"))[:limit]
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{source} is no UTF-8 text (byte {error.start}): convert it, e.g. with iconv"
@@ -69,6 +69,8 @@ def read_tokens(
     texts: list[str] = []
     roughly = 0
     for number, row in enumerate(rows):
+        if column not in row:
+            raise ValueError(f"{source} has no column {column!r}; it has {list(row)}")
         if not isinstance(row[column], str):
             raise ValueError(
                 f"{source}: {column!r} of row {number} is {row[column]!r} instead of text: leave "
@@ -94,7 +96,8 @@ def _rows(
         rows: Dataset | IterableDataset = load(source, config, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise type(error)(
+        gone = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise (gone if isinstance(error, OSError) else ValueError)(
             f"{source} is no text file here, and as a dataset it cannot be read ({reason}): check "
             "the path, or the dataset's name, configuration and split"
         ) from error

@@ -6,6 +6,7 @@ adapter's configuration ``init_lora_weights`` and ``kasa_config``.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     :raises ValueError: if the folder holds no adapter, a damaged one, or one of another model
     """
     _need_peft()
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no adapter_config.json: give an adapter's folder")
@@ -46,14 +47,26 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     tokenizer: Any = load_tokenizer(str(folder) if trained_with else base)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
+    modules = [f"base_model.model.{n}." for n, m in model.named_modules() if not [*m.children()]]
     try:
-        return PeftModel.from_pretrained(model, str(folder)), tokenizer
-    except RuntimeError as error:  # another shape
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, UserWarning) as error:  # another shape, or modules that it lacks
         reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error))
-        raise ValueError(
-            f"the adapter in {folder} does not fit {base} ({reason.strip()}): name the model that "
-            "it was trained on (--base), or save the adapter again"
-        ) from error
+        raise ValueError(_unfit(folder, base, reason.strip())) from error
+    loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    for key in sorted(load_peft_weights(str(folder), device="cpu").keys() - loaded):
+        if not key.startswith(tuple(modules)):  # others are what peft saves twice
+            raise ValueError(_unfit(folder, base, f"which has no place for {key}"))
+    return adapted, tokenizer
+
+
+def _unfit(folder: str | Path, base: str, reason: str) -> str:
+    return (
+        f"the adapter in {folder} does not fit {base} ({reason}): name the model that it was "
+        "trained on (--base), or save the adapter again"
+    )
 
 
 def adapted_base(peft_model: PeftModel) -> torch.nn.Module:
