@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from helpers import EVERY, Logged, MakeModel, linears_of, random_samples, run, word_tokenizer, zeros
 from llmcompressor import oneshot
+from torch.utils.data import DataLoader, RandomSampler
 
 from dlp_plugin import DLPModifier, Plan, WandaPruningModifier
 from dlp_plugin.scoring.calibration import scoring_batches
@@ -202,3 +203,17 @@ def test_peak_memory_does_not_grow_with_blocks_that_stay_on_disk() -> None:
     weights, peak = (float(number) for number in done.stdout.split()[-2:])
     assert weights > 250
     assert peak < 140
+
+
+def test_a_loader_that_shuffles_gives_the_same_each_time() -> None:
+    """As the host's does by default, from torch's generator, which is left as it was."""
+    rows = [{"input_ids": torch.tensor([number])} for number in range(16)]
+    loader = DataLoader(rows, sampler=RandomSampler(rows))
+    first = scoring_batches(loader)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert [b["input_ids"].item() for b in scoring_batches(loader)] == [
+        b["input_ids"].item() for b in first
+    ]
+    assert sorted(b["input_ids"].item() for b in first) == list(range(16))
+    assert torch.equal(torch.get_rng_state(), state)

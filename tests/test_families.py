@@ -13,6 +13,7 @@ from families import FAMILIES, SIZES, Family, make
 from helpers import (
     EVERY,
     VOCABULARY,
+    Logged,
     linears_of,
     naive_scores,
     naive_scores_of,
@@ -27,7 +28,8 @@ from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from transformers import GPT2Config, Qwen3MoeConfig
 
-from dlp_plugin import DLPModifier
+import dlp_plugin
+from dlp_plugin import ADMMPruningModifier, DLPModifier
 from dlp_plugin.planning.allocation import allocate
 from dlp_plugin.scoring.blocks import outer_block
 
@@ -118,6 +120,28 @@ def test_experts_that_saw_no_token_are_named_and_stay_dense(tmp_path: Path) -> N
         for linear in (linears[n] for n in seen):
             assert zeros(linear) == int(linear.in_features * block.sparsity) * linear.out_features
     assert dlp.plan.sparsity == pytest.approx(0.6, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "stage", [dlp_plugin.WandaPruningModifier, dlp_plugin.SparseGPTModifier, ADMMPruningModifier]
+)
+def test_experts_that_a_stage_sends_no_token_stay_dense(
+    stage: type, tmp_path: Path, logged: Logged
+) -> None:
+    """The host calls them too, without a token."""
+    config = Qwen3MoeConfig(
+        **SIZES, num_experts=16, num_experts_per_tok=1, moe_intermediate_size=32
+    )
+    model = make(config, tmp_path)
+    uniform = stage(sparsity=0.6, **EVERY)
+    run(model, [uniform], random_samples(1, 8), moe_calibrate_all_experts=False)
+    experts = {name: m for name, m in linears_of(model).items() if ".experts." in name}
+    dense = [name for name, linear in experts.items() if not zeros(linear)]
+    assert 0 < len(dense) < len(experts)
+    for name in experts.keys() - {*dense}:
+        assert 0.5 < zeros(experts[name]) / experts[name].weight.numel() < 0.7, name
+    (warning,) = [m for m in logged("WARNING") if "no token reached" in m]
+    assert warning.endswith(f"{dense[0]} and {len(dense) - 1} more: left dense")
 
 
 def test_what_the_host_cannot_prune_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -153,12 +154,21 @@ class TestReconstruction:
         plain = trained(make_model(), WandaPruningModifier(sparsity=0.6, **EVERY))
         assert error(repaired, make_model()) < 0.8 * error(plain, make_model())
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_a_block_that_gains_nothing_is_left_as_it_is(
-        self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+        self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     ) -> None:
         monkeypatch.setattr("dlp_plugin.pruning.reconstruction.RATE", 1e3)
-        plain = trained(make_model(), WandaPruningModifier(sparsity=0.5, **EVERY))
-        spoilt = trained(make_model(), WandaPruningModifier(sparsity=0.5, reconstruct=1, **EVERY))
+
+        def model() -> torch.nn.Module:
+            torch.manual_seed(0)
+            wide = make_model(dtype)
+            for parameter in wide.parameters():  # more digits than training computes with
+                parameter.data += 1e-9 * torch.randn_like(parameter)
+            return wide
+
+        plain = trained(model(), WandaPruningModifier(sparsity=0.5, **EVERY))
+        spoilt = trained(model(), WandaPruningModifier(sparsity=0.5, reconstruct=1, **EVERY))
         assert_same(weights_of(spoilt), weights_of(plain))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -270,9 +280,10 @@ class TestOddPipelines:
         told = [m.split(":")[0] for m in logged() if m.startswith("reconstructed")]
         assert told == [f"reconstructed model.layers.{number}" for number in (0, 2)]
 
-    def test_a_pipeline_without_samples(self, make_model: MakeModel) -> None:
-        stage = PRUNERS[2](sparsity=0.5, polish=True, **EVERY)
-        refuses(make_model(), "this pipeline ran none.*datafree", stage, pipeline="datafree")
+    @pytest.mark.parametrize("stage", EVERY_STAGE)
+    def test_a_pipeline_without_samples(self, make_model: MakeModel, stage: type) -> None:
+        stage = stage(sparsity=0.5, polish=True, **EVERY)
+        refuses(make_model(), "no calibration sample.*datafree", stage, pipeline="datafree")
 
 
 class TestBadInput:
@@ -290,6 +301,21 @@ class TestBadInput:
         model = make_model()
         with pytest.raises(ValueError, match=f"{field} takes calibration samples.*dataset="):
             run(model, [stage], None)
+
+    @pytest.mark.parametrize("stage", [*PRUNERS[:2], ADMMPruningModifier])
+    def test_a_stage_without_samples(self, make_model: MakeModel, stage: type) -> None:
+        message = f"{stage.__name__} takes calibration samples.*: pass dataset=... to oneshot()"
+        with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
+            run(make_model(), [stage(sparsity=0.5, **EVERY)], None)
+
+    def test_several_processes_and_a_model_on_disk(
+        self, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dlp_plugin.pruning.base.is_distributed", lambda: True)
+        model = kept_on_disk(make_model(), tmp_path)
+        stage = WandaPruningModifier(sparsity=0.5, **EVERY)
+        with pytest.raises(ValueError, match="q_proj lies on disk, where several processes cannot"):
+            run(model, [stage], MANY)
 
     def test_one_batch_to_reconstruct_on(self, make_model: MakeModel) -> None:
         stage = WandaPruningModifier(sparsity=0.5, reconstruct=1, **EVERY)

@@ -62,6 +62,8 @@ class ADMMPruningModifier(PruningStage):
         self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor
     ) -> None:
         """Take in a sample's inputs."""
+        if args[0].numel():
+            self._reached.add(module)
         self._grams.add(module, args)
 
     def compress_modules(self) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_distributed
+from compressed_tensors.offload import get_offloaded_device
 from llmcompressor.core import Event, State
 from llmcompressor.utils.helpers import eval_context
+from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import distributed as dist
 
@@ -36,6 +38,7 @@ class PruningStage(StockStage):
     polish: bool = False
     reconstruct: int = Field(default=0, ge=0, strict=True)
 
+    _reached: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _heeded: list[str] = PrivateAttr(default_factory=list)
     _grams: Grams = PrivateAttr(default_factory=Grams)
     _reconstruction: Reconstruction | None = PrivateAttr(default=None)
@@ -91,8 +94,10 @@ class PruningStage(StockStage):
             )
         if self.structure:
             self.check_structure(targets)
+        self._check_places(targets)
+        self._check_samples(state)
         if self.repairs:
-            self._check_repairs(state, targets)
+            self._check_repairs(targets)
         save_under_source_names(state.model)
         self._heeded = heed_ignore(state.model, self)
         return bool(super().on_initialize(state, **kwargs))
@@ -112,28 +117,56 @@ class PruningStage(StockStage):
         for modules in targets.values():
             check_columns(modules, self.structure.m, f"add them to {type(self).__name__}.ignore")
 
+    def _check_places(self, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
+        """Make sure that no two processes would write one file.
+
+        :raises ValueError: naming the module
+        """
+        found = {name: module for modules in targets.values() for name, module in modules.items()}
+        for name, module in found.items() if is_distributed() else ():
+            if get_offloaded_device(module) == "disk":
+                raise ValueError(
+                    f"{name} lies on disk, where several processes cannot prune it: load the "
+                    "model into memory, or run one process"
+                )
+
     @property
     def repairs(self) -> bool:
         """Whether something is done for the weights that stay."""
         return self.polish or self.reconstruct > 0
 
-    def _check_repairs(self, state: State, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
-        """Make sure that there is what polish and reconstruction need.
+    @property
+    def _prunes_by_samples(self) -> bool:
+        """Whether the stage needs samples even if it repairs nothing."""
+        return bool(type(self).model_fields["requires_calibration_data"].default)
 
-        :raises ValueError: naming the field or module
+    def _check_samples(self, state: State) -> None:
+        """Make sure that there are the samples that the stage prunes by, or repairs on.
+
+        :raises ValueError: naming stage or field
         """
         kind = type(self).__name__
-        field = f"{kind}.polish" if self.polish else f"{kind}.reconstruct"
-        if not state.data.calib:
+        if self.requires_calibration_data and not state.data.calib:
+            field = "polish" if self.polish else "reconstruct"
+            what = kind if self._prunes_by_samples else f"{kind}.{field}"
+            remedy = "" if self._prunes_by_samples else ", or leave it out"
             raise ValueError(
-                f"{field} takes calibration samples, and there are none: pass dataset=... to "
-                "oneshot(), or leave it out"
+                f"{what} takes calibration samples, and there are none: pass dataset=... to "
+                f"oneshot(){remedy}"
             )
-        if self.reconstruct and len(state.data.calib) < 2:
+        if self.reconstruct and len(state.data.calib or ()) < 2:
             raise ValueError(
                 f"{kind}.reconstruct keeps one of eight batches to measure on, and there is one "
                 "batch only: give more samples, or leave it out"
             )
+
+    def _check_repairs(self, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
+        """Make sure that polish and reconstruction know the modules.
+
+        :raises ValueError: naming the module
+        """
+        kind = type(self).__name__
+        field = f"{kind}.polish" if self.polish else f"{kind}.reconstruct"
         for modules in targets.values():
             for name, module in modules.items():
                 if not isinstance(module, torch.nn.Linear):
@@ -189,9 +222,28 @@ class PruningStage(StockStage):
                 dist.barrier()  # what they share may be written by one of them
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Let go of hooks and samples."""
+        """Let go of hooks and samples.
+
+        :raises ValueError: if the stage needs samples, and none has reached what it prunes
+        """
+        self._check_reached()
+        self._reached.clear()
         self._reconstruction = None
         super().on_calibration_end(state, event, **kwargs)
+
+    def _check_reached(self) -> None:
+        kind, names = type(self).__name__, self._module_names
+        missed = [name.strip(".") for module, name in names.items() if module not in self._reached]
+        if not self.requires_calibration_data or not missed:
+            return
+        if len(missed) == len(names):
+            raise ValueError(
+                f"no calibration sample reached what {kind} prunes, so nothing was: leave out "
+                "pipeline='datafree', or name the blocks by sequential_targets"
+            )
+        if self._prunes_by_samples and not is_distributed():  # where others may have seen some
+            more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+            logger.warning("{}: no token reached {}{}: left dense", kind, missed[0], more)
 
     def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
         """Polish what is pruned within this context.

@@ -1,12 +1,14 @@
 """SparseGPT and Wanda.
 
 They carry the stock names and do what llm-compressor's do, so that recipes read the same, and
-two things that those of 0.14 do not:
+three things that those of 0.14 do not:
 
 - with an N:M structure they take a list of sparsities too, an N for each entry; the stock
   ones have one N for the whole model and ignore the list without a word;
 - on several processes they sum their statistics, as the host's GPTQ does, where the stock
-  ones prune by their own share of the data and the last writer wins.
+  ones prune by their own share of the data and the last writer wins;
+- an expert that no token was sent to stays dense, where the stock ones prune it blindly, and
+  SparseGPT empties it.
 
 What they rely on, held by ``tests/test_pruning_structures.py`` and
 ``tests/test_distributed.py``: a stage keeps a mean over samples per module (row scalars or
@@ -39,6 +41,17 @@ class _Calibrated(PruningStage):
 
     if TYPE_CHECKING:  # of the stock stage beside it
         _num_samples: dict[torch.nn.Module, int]
+
+    def calibrate_module(
+        self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
+        """Take in a sample's inputs, unless it is an expert that no token was sent to.
+
+        The host counts such a call as a sample of zeros, and prunes by it.
+        """
+        if args[0].numel():
+            self._reached.add(module)
+            super().calibrate_module(module, args, output)  # type: ignore[safe-super]
 
     def compress_modules(self) -> None:
         """Prune what has been calibrated; of several processes each some modules."""

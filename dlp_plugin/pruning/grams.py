@@ -44,6 +44,8 @@ class Grams:
 
         :param args: the module's inputs ``[..., in]`` first
         """
+        if not args[0].numel():  # an expert that no token was sent to
+            return
         device = torch.device(get_execution_device(module))
         if module not in self.samples:
             self.matrices[module] = make_empty_hessian(module, device=device)

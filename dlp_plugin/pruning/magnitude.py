@@ -40,7 +40,6 @@ class OneShotMagnitudeModifier(PruningStage):
 
     requires_calibration_data: bool = False
 
-    _reached: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _waiting: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -74,21 +73,15 @@ class OneShotMagnitudeModifier(PruningStage):
         for module in list(self._waiting):
             if module in self._reached or not self.repairs:
                 self._prune(module, self._waiting.pop(module))
-        self._reached.clear()
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Prune what saw no sample, such as some experts.
 
         :raises ValueError: if something was to be repaired and nothing ran
         """
-        if self.repairs and self._waiting.keys() == self._module_names.keys():
-            raise ValueError(
-                "OneShotMagnitudeModifier repairs on calibration samples, and this pipeline ran "
-                "none: leave out pipeline='datafree', or polish and reconstruct"
-            )
+        super().on_calibration_end(state, event, **kwargs)
         for module in list(self._waiting):
             self._prune(module, self._waiting.pop(module))
-        super().on_calibration_end(state, event, **kwargs)
 
     def _prune(self, module: torch.nn.Module, name: str) -> None:
         """Prune one matrix on its device."""

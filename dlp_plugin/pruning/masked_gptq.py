@@ -22,10 +22,11 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import (
     QuantizationArgs,
+    QuantizationScheme,
     QuantizationStrategy,
     fake_quantize,
 )
-from compressed_tensors.utils import match_named_modules, patch_attr
+from compressed_tensors.utils import match_named_modules, match_targets, patch_attr
 from compressed_tensors.utils.impl_backend import ENFORCE_EAGER, ImplBackend
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -70,22 +71,28 @@ class MaskedGPTQModifier(GPTQModifier):
                 "CT_ENFORCE_EAGER is set, which keeps MaskedGPTQModifier from masking: unset it"
             )
         check_patterns(self, targets=self.resolved_targets, ignore=self.ignore)
-        save_under_source_names(state.model)
-        done = bool(super().on_initialize(state, **kwargs))
         self._check_groups(state.model)
-        return done
+        save_under_source_names(state.model)
+        return bool(super().on_initialize(state, **kwargs))
 
     def _check_groups(self, model: torch.nn.Module) -> None:
-        """Refuse what the host lets pass until it quantizes: groups that are wider than a row.
+        """Refuse groups that do not divide a row, before modules are set up to be quantized.
 
-        Others that do not divide it too, as GPTQ cannot do what ``bypass_divisibility_checks``
-        asks for.
+        The host lets groups pass that are wider than a row, until it quantizes, and tells others
+        once its schemes are on the model, where they would stay. GPTQ cannot do what
+        ``bypass_divisibility_checks`` asks for.
         """
+        schemes = {
+            target: scheme
+            for scheme in self.resolved_config.config_groups.values()
+            if isinstance(scheme, QuantizationScheme)
+            for target in scheme.targets
+        }
         wrong = []
         with disable_onloading():
-            for name, module in match_named_modules(model, self.resolved_targets, self.ignore):
-                scheme = getattr(module, "quantization_scheme", None)
-                group = getattr(getattr(scheme, "weights", None), "group_size", None) or 0
+            for name, module in match_named_modules(model, schemes, self.ignore):
+                weights = schemes[match_targets(name, module, schemes)[0]].weights
+                group = (weights and weights.group_size) or 0
                 columns = module.get_parameter("weight").shape[-1] if group > 0 else 0
                 if group > 0 and columns % group:
                     wrong.append(f"{name} ({columns} columns, groups of {group})")

@@ -182,7 +182,8 @@ class Reconstruction:
                 else:
                     trained.restart()
                     rate /= 4
-        trained.write()
+        if least < start:
+            trained.write()
         logger.info(
             "reconstructed {}: squared error {:.4f} -> {:.4f} of the dense outputs'",
             self._names[block],

@@ -16,6 +16,9 @@ __all__ = ["Batch", "scoring_batches", "split", "together"]
 
 Batch = dict[str, Any]
 
+# Of the order in which a loader that shuffles gives its samples.
+_SEED = 0
+
 
 def scoring_batches(
     loader: Iterable[Batch], num_samples: int | None = None, main_input: str = "input_ids"
@@ -24,7 +27,8 @@ def scoring_batches(
 
     A batch that is padded is taken apart into samples, each cut down to what its
     attention mask lets through, so that no padding takes part in the forward pass: not
-    in the norms, not in a router or a recurrent state.
+    in the norms, not in a router or a recurrent state. A loader that shuffles, as
+    llm-compressor's do by default, gives the same samples in the same order each time.
 
     :param loader: batches of tensors ``[samples, ...]``, as llm-compressor makes them
     :param num_samples: take the first so many samples, over all processes of a
@@ -37,7 +41,9 @@ def scoring_batches(
         num_samples = max(num_samples * (rank + 1) // ranks - num_samples * rank // ranks, 1)
     sound = _sound(loader, main_input)
     taken = sound if num_samples is None else _first(sound, num_samples)
-    batches = [piece for batch in taken for piece in _without_padding(batch)]
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(_SEED)
+        batches = [piece for batch in taken for piece in _without_padding(batch)]
     if not batches:
         raise ValueError(
             "the calibration data holds no token: its attention masks rule out every position"
