@@ -31,6 +31,7 @@ import dlp_plugin
 from dlp_plugin import DLPModifier
 
 # On a GPU a model of 1.1 billion parameters; on a CPU what ends in minutes.
+STAGE = {"sparsity": 0.7, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
 BLOCKS, WIDTH, TOKENS = (16, 2048, 65536) if torch.cuda.is_available() else (4, 1024, 16384)
 
 
@@ -93,18 +94,15 @@ def stages(folder: Path, dataset: Dataset, pruners: bool = True) -> dict[str, fl
 
     What takes minutes, as it inverts matrices, runs in the first round only.
     """
-    stage = {"sparsity": 0.7, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
     rounds = []
     with TemporaryDirectory() as plans:
         for number in range(ROUNDS):
             seconds = {"bare forward pass": bare_forward(folder, dataset)}
             work = {"DLP": DLPModifier(sparsity=0.7, plan_path=f"{plans}/plan.json")}
             if pruners:
-                work["Wanda"] = WandaPruningModifier(**stage)
+                work["Wanda"] = WandaPruningModifier(**STAGE)
             if pruners and number == 0:
-                work["SparseGPT"] = SparseGPTModifier(**stage)
-                work["SparseGPT, polished"] = dlp_plugin.SparseGPTModifier(**stage, polish=True)
-                work["ADMM"] = dlp_plugin.ADMMPruningModifier(**stage)
+                work["SparseGPT"] = SparseGPTModifier(**STAGE)
             rounds.append(seconds | epochs(folder, dataset, work))
     return {
         name: statistics.median(one[name] for one in rounds if name in one) for name in rounds[0]
@@ -123,6 +121,21 @@ def stages_by_length() -> dict[str, dict[str, float]]:
             )
         results[f"width {WIDTH}, 128 x 512"] = stages(Path(folder), samples(128, 512), False)
     return results
+
+
+def stages_that_repair() -> dict[str, dict[str, float]]:
+    """The epochs of stages on the shipped model, which is dense before each."""
+    stages = {
+        "SparseGPT": (dlp_plugin.SparseGPTModifier, {}),
+        "SparseGPT, polished": (dlp_plugin.SparseGPTModifier, {"polish": True}),
+        "ADMM": (dlp_plugin.ADMMPruningModifier, {}),
+        "ADMM, reconstructed": (dlp_plugin.ADMMPruningModifier, {"reconstruct": 2}),
+    }
+    dataset, found = samples(128, 256), {}
+    for name, (kind, fields) in stages.items():
+        rounds = [epochs(SHIPPED, dataset, {name: kind(**STAGE, **fields)}) for _ in range(3)]
+        found[name] = {"seconds": statistics.median(one[name] for one in rounds)}
+    return found
 
 
 def growth() -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from block import magnitude, statistic
-from epochs import growth, stages_by_length
+from epochs import growth, stages_by_length, stages_that_repair
 from gradient import step_costs, tuning
 from loguru import logger
 from plans import fewer_samples, search
@@ -27,6 +27,7 @@ PARTS = {
     "statistic": statistic,
     "magnitude": magnitude,
     "stages": stages_by_length,
+    "stages that repair": stages_that_repair,
     "growth": growth,
     "training": training,
     "samples": fewer_samples,
@@ -40,6 +41,7 @@ BASES = {
     "statistic": "naive",
     "magnitude": "sorting",
     "stages": "bare forward pass",
+    "stages that repair": "SparseGPT",
     "training": "LoRA",
 }
 
