@@ -30,8 +30,8 @@ from transformers import (
 import dlp_plugin
 from dlp_plugin import DLPModifier
 
-# On a GPU a model of 1.1 billion parameters; on a CPU what ends in minutes.
 STAGE = {"sparsity": 0.7, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+# On a GPU a model of 1.1 billion parameters; on a CPU what ends in minutes.
 BLOCKS, WIDTH, TOKENS = (16, 2048, 65536) if torch.cuda.is_available() else (4, 1024, 16384)
 
 
@@ -133,7 +133,7 @@ def stages_that_repair() -> dict[str, dict[str, float]]:
     }
     dataset, found = samples(128, 256), {}
     for name, (kind, fields) in stages.items():
-        rounds = [epochs(SHIPPED, dataset, {name: kind(**STAGE, **fields)}) for _ in range(3)]
+        rounds = [epochs(SHIPPED, dataset, {name: kind(**STAGE, **fields)}) for _ in range(ROUNDS)]
         found[name] = {"seconds": statistics.median(one[name] for one in rounds)}
     return found
 

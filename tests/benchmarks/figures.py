@@ -299,24 +299,25 @@ def costs(parts: Parts) -> dict[str, str]:
 
 
 def _stages(parts: Parts) -> dict[str, str]:
-    """Seconds of epochs, and what those of what repairs take to SparseGPT's."""
-    results = parts.results("stages")
-    first = next(iter(results.values()))
-    pruners = [name for name in first if name not in ("bare forward pass", "DLP")]
+    """Seconds of epochs."""
     rows = []
-    for name, found in results.items():
+    for name, found in parts.results("stages").items():
         bare, dlp = found["bare forward pass"], found["DLP"]
         row = [name, f"{_seconds(bare)} s", f"{_seconds(dlp)} s", f"{dlp / bare:.2f}"]
-        row.append(f"{dlp / found['Wanda']:.2f}" if "Wanda" in found else "")
-        rows.append(row + [f"{_seconds(found[p])} s" if p in found else "" for p in pruners])
-    columns = ["samples x tokens", "bare", "DLP", "to bare", "to Wanda", *pruners]
-    repaired = {
-        f"stages {pruner}": span(
-            [found[pruner] / found["SparseGPT"] for found in results.values() if pruner in found], 1
-        )
-        for pruner in pruners[2:]
+        if "Wanda" in found:
+            row.append(f"{dlp / found['Wanda']:.2f}")
+            row += [f"{_seconds(found[pruner])} s" for pruner in ("Wanda", "SparseGPT")]
+        rows.append(row + [""] * (7 - len(row)))
+    columns = ["samples x tokens", "bare", "DLP", "to bare", "to Wanda", "Wanda", "SparseGPT"]
+    repairing = {name: one["seconds"] for name, one in parts.results("stages that repair").items()}
+    repairs = [
+        [name, f"{_seconds(taken)} s", f"{taken / repairing['SparseGPT']:.1f}"]
+        for name, taken in repairing.items()
+    ]
+    return {
+        "stages table": table(columns, rows),
+        "stages that repair table": table(["", "epoch", "to SparseGPT"], repairs),
     }
-    return {"stages table": table(columns, rows), **repaired}
 
 
 def _growth(parts: Parts) -> dict[str, str]:
