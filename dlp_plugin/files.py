@@ -30,7 +30,7 @@ def check_vacant(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; give a new one")
-    if folder.is_dir() and (folder.is_mount() or folder.samefile(Path.cwd())):
+    if folder.is_dir() and (folder.is_mount() or folder.samefile(os.curdir)):
         raise FileExistsError(
             f"{folder} is the current folder or a mount point, which another cannot take the "
             "place of; name a folder in it"

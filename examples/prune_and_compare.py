@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import yaml
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,7 @@ from rich.table import Table
 from dlp_plugin import last_plans, pack
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost, zstd_bytes
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
+from dlp_plugin.comparison.results import quantizing
 from dlp_plugin.comparison.storing import group_size_of
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import (
@@ -36,17 +38,15 @@ HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 SAMPLES = 128
 BEST = "dlp_admm_reconstructed_w4a16.yaml"
-SCHEME = "scheme: W4A16\n      targets: [Linear]"
 
 
 def grouped(recipe: str, columns: int) -> str:
-    """A recipe's text, its 4 bits in groups of so many columns where they are not 128."""
-    text = (RECIPES / recipe).read_text()
-    if columns == 128:
-        return text
-    weights = f"{{num_bits: 4, strategy: group, group_size: {columns}}}"
-    groups = f"config_groups: {{group_0: {{targets: [Linear], weights: {weights}}}}}"
-    return text.replace(SCHEME, groups)
+    """A recipe of this repository, its 4 bits, if any, in groups of so many columns."""
+    stages = yaml.safe_load((RECIPES / recipe).read_text())
+    quantizers = yaml.safe_load(quantizing(4, columns))["quantization_stage"]
+    for stage in stages.values():
+        stage.update({kind: found for kind, found in quantizers.items() if kind in stage})
+    return yaml.safe_dump(stages, sort_keys=False)
 
 
 def sparsity_of(model: torch.nn.Module) -> float:

@@ -187,13 +187,14 @@ def compare(
     holds its plan, and `dlp-plugin oneshot` runs it as it is.
     """
     with reporting_errors():
-        from dlp_plugin.comparison.pictures import check_drawable, draw
+        from dlp_plugin.comparison.pictures import draw
         from dlp_plugin.comparison.run import compare as run
         from dlp_plugin.comparison.view import markdown, table
         from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
         from dlp_plugin.files import check_writable, replacing
+        from dlp_plugin.planning.view import check_drawable
 
-        check_drawable()
+        check_drawable("a comparison")
         targets, best_at = _targets(sparsities, sparsity)
         if write_recipe is not None:
             check_writable(write_recipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,12 @@ from typing import Any
 from dlp_plugin.comparison.results import Cell, Comparison
 from dlp_plugin.files import replacing
 from dlp_plugin.planning.plan import Plan
+from dlp_plugin.planning.view import check_drawable
 
-__all__ = ["check_drawable", "draw"]
+__all__ = ["draw"]
 
 _LINES = {16: "-", 8: "--", 4: ":"}
 _MARKS = {16: "*", 8: "s", 4: "D"}
-
-
-def check_drawable() -> None:
-    """Make sure that there is something to draw with.
-
-    :raises ImportError: if matplotlib is not installed
-    """
-    if find_spec("matplotlib") is None:
-        raise ImportError("drawing a comparison needs matplotlib: pip install 'dlp_plugin[plot]'")
 
 
 def draw(found: Comparison, folder: str | Path) -> None:
@@ -34,7 +25,7 @@ def draw(found: Comparison, folder: str | Path) -> None:
 
     :raises ImportError: if matplotlib is not installed
     """
-    check_drawable()
+    check_drawable("a comparison")
     from matplotlib.figure import Figure
 
     def panels(

@@ -96,8 +96,8 @@ def _rows(
         rows: Dataset | IterableDataset = load(source, config, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        gone = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise (gone if isinstance(error, OSError) else ValueError)(
+        kinds = (FileNotFoundError, OSError, ValueError)  # others take more than a message
+        raise next(kind for kind in kinds if isinstance(error, kind))(
             f"{source} is no text file here, and as a dataset it cannot be read ({reason}): check "
             "the path, or the dataset's name, configuration and split"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from dlp_plugin.files import replacing
 from dlp_plugin.planning.plan import BlockPlan, Plan
 
-__all__ = ["plot", "table", "text"]
+__all__ = ["check_drawable", "plot", "table", "text"]
 
 
 def table(plan: Plan) -> Table:
@@ -75,6 +76,16 @@ def text(plan: Plan) -> str:
     return written.getvalue().rstrip()
 
 
+def check_drawable(what: str) -> None:
+    """Make sure that there is something to draw with.
+
+    :param what: is drawn, for the message
+    :raises ImportError: if matplotlib is not installed
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError(f"drawing {what} needs matplotlib: pip install 'dlp_plugin[plot]'")
+
+
 def plot(plan: Plan, path: str | Path) -> None:
     """Draw sparsity and score over depth.
 
@@ -84,12 +95,9 @@ def plot(plan: Plan, path: str | Path) -> None:
     """
     if not Path(path).suffix:
         raise ValueError(f"{path} has no suffix to tell the format; name it {path}.png")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "drawing a plan needs matplotlib: pip install 'dlp_plugin[plot]'"
-        ) from None
+    check_drawable("a plan")
+    from matplotlib.figure import Figure
+
     depth = range(len(plan.blocks))
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()

@@ -136,6 +136,11 @@ class PruningStage(StockStage):
         return self.polish or self.reconstruct > 0
 
     @property
+    def _repairing(self) -> str:
+        """The field that asks for repairs, for messages."""
+        return f"{type(self).__name__}.{'polish' if self.polish else 'reconstruct'}"
+
+    @property
     def _prunes_by_samples(self) -> bool:
         """Whether the stage needs samples even if it repairs nothing."""
         return bool(type(self).model_fields["requires_calibration_data"].default)
@@ -147,9 +152,8 @@ class PruningStage(StockStage):
         """
         kind = type(self).__name__
         if self.requires_calibration_data and not state.data.calib:
-            field = "polish" if self.polish else "reconstruct"
-            what = kind if self._prunes_by_samples else f"{kind}.{field}"
-            remedy = "" if self._prunes_by_samples else ", or leave it out"
+            repairing = self._repairing, ", or leave it out"
+            what, remedy = (kind, "") if self._prunes_by_samples else repairing
             raise ValueError(
                 f"{what} takes calibration samples, and there are none: pass dataset=... to "
                 f"oneshot(){remedy}"
@@ -165,14 +169,12 @@ class PruningStage(StockStage):
 
         :raises ValueError: naming the module
         """
-        kind = type(self).__name__
-        field = f"{kind}.polish" if self.polish else f"{kind}.reconstruct"
         for modules in targets.values():
             for name, module in modules.items():
                 if not isinstance(module, torch.nn.Linear):
                     raise ValueError(
-                        f"{name} is a {type(module).__name__}, and {field} knows Linears only: "
-                        f"add it to {kind}.ignore"
+                        f"{name} is a {type(module).__name__}, and {self._repairing} knows Linears "
+                        f"only: add it to {type(self).__name__}.ignore"
                     )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

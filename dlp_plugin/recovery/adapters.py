@@ -47,7 +47,8 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     tokenizer: Any = load_tokenizer(str(folder) if trained_with else base)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    modules = [f"base_model.model.{n}." for n, m in model.named_modules() if not [*m.children()]]
+    leaves = (name for name, module in model.named_modules() if not [*module.children()])
+    places = tuple(f"base_model.model.{name}." for name in leaves)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -57,7 +58,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
         raise ValueError(_unfit(folder, base, reason.strip())) from error
     loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     for key in sorted(load_peft_weights(str(folder), device="cpu").keys() - loaded):
-        if not key.startswith(tuple(modules)):  # others are what peft saves twice
+        if not key.startswith(places):  # others are what peft saves twice
             raise ValueError(_unfit(folder, base, f"which has no place for {key}"))
     return adapted, tokenizer
 
