@@ -15,7 +15,7 @@ MODULES = {
 
 # Floor by floor from the ground; a room imports from floors below its own.
 FLOORS = [
-    {"files", "precision", "registration"},
+    {"files", "generation", "precision", "registration"},
     {"scoring", "evaluation"},
     {"planning", "host"},
     {"experts", "search"},

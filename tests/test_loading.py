@@ -64,10 +64,10 @@ def test_a_file_in_place_of_a_folder(folder: Path) -> None:
 
 
 def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_name: str) -> None:
+    def refuse(_name: str, **_arguments: object) -> None:
         raise OSError("404 not found\nA page of advice")
 
-    monkeypatch.setattr("dlp_plugin.checkpoints.loading.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("dlp_plugin.checkpoints.sources.AutoTokenizer.from_pretrained", refuse)
     message = r"no/model is no folder here, and the hub does not give it \(404 not found\): check"
     with pytest.raises(OSError, match=message) as told:
         load_tokenizer("no/model")

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
 from safetensors import SafetensorError, safe_open
 
 __all__ = [
@@ -19,12 +22,27 @@ __all__ = [
     "check_weight_files",
     "copy_others",
     "read_config",
+    "read_index",
     "shards",
     "weight_files",
+    "write_json",
 ]
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# Endings of files with weights in whatever format, and with the names of their tensors
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
 # Where transformers saves the chat templates of a tokenizer that has several.
 _TEMPLATES = "additional_chat_templates"
 
@@ -32,13 +50,14 @@ _TEMPLATES = "additional_chat_templates"
 def shards(folder: Path) -> list[Path]:
     """Safetensors files that hold a checkpoint's weights.
 
-    Files that belong to something else, such as an adapter or a leftover, do not count: where
-    there is an index, it says which do, and else ``model.safetensors`` where there is one.
+    Files that belong to something else, such as an adapter or a leftover, do not count. Which
+    do is told as in transformers: ``model.safetensors`` does where there is one, and else those
+    that the index names.
 
     :raises FileNotFoundError: if there is none, or one that the index names is missing
     :raises ValueError: if the index is damaged
     """
-    files = [folder / name for name in sorted(set(_index(folder).values()))]
+    files = [folder / name for name in sorted(set(_places(folder).values()))]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
@@ -62,18 +81,18 @@ def bytes_on_disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in shards(folder))
 
 
-def copy_others(source: Path, target: Path, but: str = "") -> None:
-    """Copy what a checkpoint holds beside its weights, unless the target has it already.
+def copy_others(source: Path, target: Path, but: Collection[str] = ()) -> None:
+    """Copy what a checkpoint holds beside its weights, byte for byte.
 
-    :param but: name of a file to leave out
+    :param but: names of files to leave out, ``config.json`` besides
     """
     for path in source.iterdir():
-        if path.suffix == ".safetensors" or path.name == but or (target / path.name).exists():
+        if path.name.endswith(_WEIGHTS) or path.name in ("config.json", *but):
             continue
         if path.is_file():
             shutil.copy(path, target)
         elif path.name == _TEMPLATES:
-            shutil.copytree(path, target / path.name)
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -85,7 +104,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
     """
     held = [(key, file) for file in shards(folder) for key in _keys(file)]
-    said = [(key, folder / name) for key, name in _index(folder).items()]
+    said = [(key, folder / name) for key, name in _places(folder).items()]
     for key, file in sorted(set(said).difference(held)):
         raise ValueError(
             f"{file} does not hold {key}, as {INDEX} says: fetch or save the checkpoint again"
@@ -115,11 +134,16 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return _read_json(folder / "config.json")
 
 
-def _index(folder: Path) -> dict[str, str]:
-    """Tensor to file name by the index; empty where there is none."""
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """What stands in a checkpoint's index; None where there is none that counts.
+
+    One that does not name ``model.safetensors`` beside it is a leftover, or that file is.
+
+    :raises ValueError: if it is damaged
+    """
     content = _read_json(folder / INDEX)
     if content is None:
-        return {}
+        return None
     weight_map: Any = content.get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
@@ -127,7 +151,30 @@ def _index(folder: Path) -> dict[str, str]:
             f"{folder / INDEX} has no weight_map from tensors to files: fetch or save the "
             "checkpoint again"
         )
-    return dict(weight_map)
+    if (folder / _SINGLE).is_file() and _SINGLE not in names:
+        _tell_of_two_sets(folder)
+        return None
+    return content
+
+
+@cache
+def _tell_of_two_sets(folder: Path) -> None:
+    logger.warning(
+        "{} holds {} and an index of other files: the former counts, as in transformers, and vLLM "
+        "goes by the index; remove the one that is not wanted",
+        folder,
+        _SINGLE,
+    )
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Tensor to file name by the index; empty where there is none that counts."""
+    return dict((read_index(folder) or {}).get("weight_map", {}))
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping as transformers writes it."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -28,8 +28,6 @@ __all__ = ["Checkpoint", "Zeros", "block_of", "inspect_checkpoint", "zeros_lost"
 
 # safetensors looks for these among numpy's own attributes, where ml_dtypes puts none.
 _BY_TORCH = ("F8", "F6", "F4")
-# Ways to quantize whose weights stand in tensors that only their own kernels read.
-_UNREAD = ("auto-round", "awq", "bitsandbytes", "gptq", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -302,13 +300,16 @@ def _quantization(folder: Path) -> _Quantization:
         return _Quantization(compressed, {}, compressed.format)
     if not config:
         return _Quantization(None, {}, None)
-    if (method := config.get("quant_method")) in _UNREAD:
+    if (method := config.get("quant_method")) == "fp8":  # a weight is 0 where its 8 bits are
+        return _Quantization(None, {}, method)
+    from dlp_plugin.checkpoints.packed import packed_linears
+    from dlp_plugin.checkpoints.stored import QUANT_METHOD
+
+    if method != QUANT_METHOD:
         raise ValueError(
             f"{folder} is quantized by {method}, whose weights are not read here: give the "
             "checkpoint that it was made from"
         )
-    from dlp_plugin.checkpoints.packed import packed_linears
-
     packed = packed_linears(folder)
     source = (config.get("source") or {}).get("format")
     known = [config["quant_method"], *([source] if source else [])] if packed else []

@@ -17,22 +17,20 @@ from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import remove_dispatch
 from llmcompressor import oneshot
 from llmcompressor.utils.dev import get_main_device
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CompressedTensorsConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
+from dlp_plugin.checkpoints.quantized import as_plain, check_known, dequantizing, quantization_of
+from dlp_plugin.checkpoints.saving import save_like
+from dlp_plugin.checkpoints.sources import fetching, load_config, load_tokenizer, model_class
+from dlp_plugin.checkpoints.trust import trusts_remote_code
 from dlp_plugin.files import check_vacant, replacing
+from dlp_plugin.generation import make_savable
 from dlp_plugin.precision import Stored, narrow, widen
 
 __all__ = [
     "apply_recipe",
     "load_config",
+    "load_dense",
     "load_model",
     "load_stored",
     "load_to_prune",
@@ -61,12 +59,22 @@ def load_to_prune(name: str | Path) -> tuple[PreTrainedModel, Stored]:
     :return: the model, and its checkpoint's dtypes for :func:`dlp_plugin.precision.narrow`
     :raises FileNotFoundError: as :func:`load_model` does, likewise ``ValueError``
     """
-    quantization = getattr(load_config(name), "quantization_config", None) or {}
-    if quantization.get("quant_method") == "compressed-tensors":
-        model = load_stored(name, quantization_config=CompressedTensorsConfig(dequantize=True))
-    else:
-        model = load_stored(name)
+    model = load_dense(name)
     return model, widen(model, get_main_device())
+
+
+def load_dense(name: str | Path) -> PreTrainedModel:
+    """Load a model to change and save it, in the checkpoint's dtype; dequantized if need be.
+
+    :raises FileNotFoundError: as :func:`load_model` does
+    :raises ValueError: likewise, and if it is something that could not be saved
+    """
+    arguments = dequantizing(str(name), quantization_of(load_config(name)))
+    model = load_stored(name, **arguments)
+    if arguments:
+        model = as_plain(model)
+    make_savable(model, quiet=True)
+    return model
 
 
 def apply_recipe(
@@ -84,34 +92,38 @@ def apply_recipe(
     if output is not None:
         check_vacant(output)
     model, stored = load_to_prune(name)
-    pruned: Any = oneshot(model=model, recipe=recipe, **calibration)
-    if output is not None:
-        if stored.dtypes:
-            narrow(remove_dispatch(pruned), stored)
-        # The host writes the model on the first process only, and all take part.
-        with replacing(output) if is_source_process() else TemporaryDirectory() as folder:
-            pruned.save_pretrained(folder, save_compressed=True)
-            calibration["tokenizer"].save_pretrained(folder)
+    with _origin_as_dense(name, model):
+        trusted = trusts_remote_code()
+        pruned: Any = oneshot(
+            model=model, recipe=recipe, trust_remote_code_model=trusted, **calibration
+        )
+        if output is not None:
+            if stored.dtypes:
+                narrow(remove_dispatch(pruned), stored)
+            # The host writes the model on the first process only, and all take part.
+            with replacing(output) if is_source_process() else TemporaryDirectory() as folder:
+                tokenizer = calibration["tokenizer"]
+                save_like(name, pruned, Path(folder), tokenizer, save_compressed=True)
     return pruned  # type: ignore[no-any-return]
 
 
-def load_config(name: str | Path) -> Any:
-    """Load a model's configuration.
+@contextmanager
+def _origin_as_dense(name: str | Path, model: PreTrainedModel) -> Iterator[None]:
+    """Show the host a configuration without quantization where the model has none any more.
 
-    :raises FileNotFoundError: if there is no such folder
+    It reads the one that the model came from, and refuses what is quantized there.
     """
-    with _fetching(name):
-        return AutoConfig.from_pretrained(name)
-
-
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    :raises FileNotFoundError: if there is no such folder
-    """
-    with _fetching(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    return tokenizer
+    if not quantization_of(load_config(name)):
+        yield
+        return
+    config: Any = model.config
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        origin, config.name_or_path = config.name_or_path, folder
+        try:
+            yield
+        finally:
+            config.name_or_path = origin
 
 
 def load_stored(name: str | Path, **arguments: Any) -> PreTrainedModel:
@@ -120,10 +132,15 @@ def load_stored(name: str | Path, **arguments: Any) -> PreTrainedModel:
     :param arguments: further ones of ``from_pretrained()``
     :raises FileNotFoundError: as :func:`load_model` does, likewise ``ValueError``
     """
-    auto: Any = AutoModelForCausalLM
-    with _fetching(name):
-        model, info = auto.from_pretrained(
-            name, dtype="auto", output_loading_info=True, **arguments
+    config = load_config(name)
+    check_known(str(name), quantization_of(config))
+    with fetching(name, "model"):
+        model, info = model_class(config).from_pretrained(
+            name,
+            dtype="auto",
+            output_loading_info=True,
+            trust_remote_code=trusts_remote_code(),
+            **arguments,
         )
     for kind in ("missing", "unexpected"):
         if keys := sorted(info[f"{kind}_keys"]):
@@ -135,28 +152,3 @@ def load_stored(name: str | Path, **arguments: Any) -> PreTrainedModel:
                 "transformers gives its weights"
             )
     return model  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _fetching(name: str | Path) -> Iterator[None]:
-    """Tell in one line what is wrong with a folder or name; a path is no name on the hub."""
-    path = Path(name)
-    pathlike = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2
-    if not path.is_dir() and (pathlike or path.exists()):
-        what = "is a file, not a folder" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"model {name} {what}: give the folder of a saved model")
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(
-            f"the weights of {name} cannot be read ({error}): a file is damaged or was not "
-            "written to its end; fetch or save it again"
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if path.is_dir():
-            raise ValueError(f"{name} holds no model that can be loaded: {reason}") from error
-        raise OSError(
-            f"{name} is no folder here, and the hub does not give it ({reason}): check the name, "
-            "and the network"
-        ) from error

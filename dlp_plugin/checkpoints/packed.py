@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,15 @@ from safetensors import safe_open
 from dlp_plugin.checkpoints.files import read_config, weight_files
 from dlp_plugin.checkpoints.stored import PARTS, QUANT_METHOD, Stored, read_stored
 
-__all__ = ["check_parts", "packed_linears"]
+__all__ = ["README", "check_parts", "packed_linears", "with_card", "without_card"]
+
+README = "README.md"
+_CARD = """\
+> Packed by dlp_plugin: `import dlp_plugin` before `AutoModelForCausalLM.from_pretrained(...)`,
+> which then gives the dense model, bit for bit. vLLM knows it where dlp_plugin is installed, and
+> `dlp-plugin unpack` writes the folder that this was packed from.
+
+"""
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -73,3 +82,15 @@ def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path])
                         f"{key} of {file} is {found.get_dtype()} {found.get_shape()}, and by "
                         f"config.json {dtypes[part]} {list(shape)}: {again}"
                     )
+
+
+def with_card(text: bytes) -> bytes:
+    """README.md with a word on how to load what is packed, behind the front matter."""
+    front = re.match(rb"---\r?\n.*?\r?\n---\r?\n\s*", text, re.DOTALL)
+    place = front.end() if front else 0
+    return text[:place] + _CARD.encode() + text[place:]
+
+
+def without_card(text: bytes) -> bytes:
+    """README.md less that word."""
+    return text.replace(_CARD.encode(), b"")

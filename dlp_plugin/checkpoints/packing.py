@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,14 +13,21 @@ from loguru import logger
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import PreTrainedModel
 
 from dlp_plugin.checkpoints.bits import integers_of_words, words_for, words_of_integers
-from dlp_plugin.checkpoints.files import INDEX, copy_others, read_config, weight_files
+from dlp_plugin.checkpoints.files import (
+    INDEX,
+    copy_others,
+    read_config,
+    read_index,
+    weight_files,
+    write_json,
+)
 from dlp_plugin.checkpoints.inspect import block_of
-from dlp_plugin.checkpoints.packed import packed_linears
+from dlp_plugin.checkpoints.names import SourceNames
+from dlp_plugin.checkpoints.packed import README, packed_linears, with_card, without_card
+from dlp_plugin.checkpoints.sources import built
 from dlp_plugin.checkpoints.sparse_format import (
     PARTS,
     QUANT_METHOD,
@@ -37,13 +42,6 @@ from dlp_plugin.files import check_vacant, replacing
 
 __all__ = ["Packed", "pack", "unpack"]
 
-_CARD = """\
-> Packed by dlp_plugin: `import dlp_plugin` before `AutoModelForCausalLM.from_pretrained(...)`,
-> which then gives the dense model, bit for bit. vLLM knows it where dlp_plugin is installed, and
-> `dlp-plugin unpack` writes the folder that this was packed from.
-
-"""
-_README = "README.md"
 _KNOWN = ("compressed-tensors", "pack-quantized")
 # A pack-quantized Linear's own tensors; only the last may be missing.
 _QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -161,7 +159,7 @@ def pack(
         }
         return {**opened.config, "quantization_config": settings}
 
-    _write(opened, output, convert, config, _with_card, advance)
+    _write(opened, output, convert, config, with_card, advance)
     logger.info(f"{len(linears)} Linears of {opened.folder} packed to {output}")
     return Packed(linears, len(names) - len(linears), before, after)
 
@@ -204,7 +202,7 @@ def unpack(source: str | Path, output: str | Path, advance: Advance = lambda _: 
         quantization = restored.pop("quantization_config")["source"]
         return restored | ({"quantization_config": quantization} if quantization else {})
 
-    _write(opened, output, convert, config, _without_card, advance)
+    _write(opened, output, convert, config, without_card, advance)
     logger.info(f"{len(linears)} Linears of {source} unpacked to {output}")
 
 
@@ -246,40 +244,30 @@ def _write(
                 save_file(tensors, beside / shard.name, metadata=metadata or {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, shard.name)
             size += _size(tensors)
-        _write_json(beside / "config.json", config())
-        index = source.folder / INDEX
-        if index.is_file():
-            content = json.loads(index.read_text(encoding="utf-8"))
+        write_json(beside / "config.json", config())
+        if content := read_index(source.folder):
             total = {**(content.get("metadata") or {}), "total_size": size}
-            _write_json(beside / INDEX, {**content, "metadata": total, "weight_map": weight_map})
-        readme = source.folder / _README
+            write_json(beside / INDEX, {**content, "metadata": total, "weight_map": weight_map})
+        readme = source.folder / README
         if text := card(readme.read_bytes() if readme.is_file() else b""):
-            (beside / _README).write_bytes(text)
-        copy_others(source.folder, beside, but=_README)
+            (beside / README).write_bytes(text)
+        copy_others(source.folder, beside, [README])
 
 
 def _linears(source: _Source) -> set[str]:
     """Full names of the Linears of blocks, by the names that their weights have in the files.
 
-    transformers may know them by other names, or make one weight of several, as of experts: such
-    stay as they are.
+    Experts, of which transformers makes one weight, stay as they are.
     """
-    auto: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(AutoConfig.from_pretrained(source.folder))
-    transforms = get_model_conversion_mapping(model)
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    state = model.state_dict()
+    model = built(source.folder)
+    names = SourceNames(model)
     linears = set()
     for key in source.places:
         name, _, local = key.rpartition(".")
         if local not in ("weight", "weight_packed") or block_of(name) is None:
             continue
-        full, converted = rename_source_key(
-            f"{name}.weight", renamings, converters, model.base_model_prefix, state
-        )
-        if converted is None and full in state and "experts" not in full.split("."):
+        full = names.weight(f"{name}.weight")
+        if full is not None and "experts" not in full.split("."):
             module = model.get_submodule(full.removesuffix(".weight"))
             if isinstance(module, torch.nn.Linear):
                 linears.add(name)
@@ -355,20 +343,5 @@ def _encoded(
     )
 
 
-def _with_card(text: bytes) -> bytes:
-    """README.md with a word on how to load what is packed, behind the front matter."""
-    front = re.match(rb"---\r?\n.*?\r?\n---\r?\n\s*", text, re.DOTALL)
-    place = front.end() if front else 0
-    return text[:place] + _CARD.encode() + text[place:]
-
-
-def _without_card(text: bytes) -> bytes:
-    return text.replace(_CARD.encode(), b"")
-
-
 def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from loguru import logger
@@ -93,13 +93,14 @@ def merge(
     `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
     """
     with reporting_errors():
+        from dlp_plugin.checkpoints.saving import save_like
         from dlp_plugin.files import check_vacant, replacing
         from dlp_plugin.recovery import load_adapter, sparse_merge
 
         check_vacant(output)
         adapted, tokenizer = load_adapter(adapter, base)
-        merged: Any = sparse_merge(adapted, allow_dense=allow_dense)
+        source = str(adapted.get_base_model().name_or_path)
+        merged = sparse_merge(adapted, allow_dense=allow_dense)
         with replacing(output) as folder:
-            merged.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_like(source, merged, folder, tokenizer)
         show_zeros(output)

@@ -28,8 +28,8 @@ from dlp_plugin.checkpoints.files import bytes_on_disk, shards
 from dlp_plugin.checkpoints.loading import (
     apply_recipe,
     load_config,
+    load_dense,
     load_model,
-    load_stored,
     load_to_prune,
 )
 from dlp_plugin.comparison.memory import peak, reset_peak
@@ -189,7 +189,7 @@ class _Bench:
             value, _, size = self._stored(quantizing(bits, found.group_size))
             return Plain(perplexity=value, bytes=size)
         with TemporaryDirectory() as folder:
-            load_stored(self.model).save_pretrained(folder)
+            load_dense(self.model).save_pretrained(folder)
             return Plain(perplexity=found.dense or math.nan, bytes=bytes_on_disk(Path(folder)))
 
     def _stored(self, recipe: str, plan: Plan | None = None) -> tuple[float, float, int]:

@@ -16,6 +16,7 @@ from dlp_plugin import host
 from dlp_plugin.evaluation.causal import check_causal
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.files import check_writable
+from dlp_plugin.generation import make_savable
 from dlp_plugin.modifiers.feeding import FedStage, all_blocks, check_stage, easier, fed_blocks
 from dlp_plugin.modifiers.fitting import check_fits
 from dlp_plugin.modifiers.scoring_pass import ScoringPass
@@ -117,6 +118,7 @@ class AllocationModifier(Modifier, Method):
         """
         host.keep_all_modifiers_when_saved()
         save_under_source_names(state.model)
+        make_savable(state.model)
         stages = host.stages_after(self, AllocationModifier)  # type: ignore[type-abstract]
         self._check_recipe(stages)
         plan = None if self.from_plan is None else Plan.load(self.from_plan)

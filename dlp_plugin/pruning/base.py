@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import distributed as dist
 
 from dlp_plugin.experts import save_under_source_names
+from dlp_plugin.generation import make_savable
 from dlp_plugin.host import StockStage, block_names, heed_ignore, stage_targets
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.pruning.grams import Grams, polishing
@@ -99,6 +100,7 @@ class PruningStage(StockStage):
         if self.repairs:
             self._check_repairs(targets)
         save_under_source_names(state.model)
+        make_savable(state.model)
         self._heeded = heed_ignore(state.model, self)
         return bool(super().on_initialize(state, **kwargs))
 

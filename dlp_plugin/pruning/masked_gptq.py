@@ -35,6 +35,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 
 from dlp_plugin.experts import save_under_source_names
+from dlp_plugin.generation import make_savable
 from dlp_plugin.host import check_patterns
 
 __all__ = ["MaskedGPTQModifier"]
@@ -73,6 +74,7 @@ class MaskedGPTQModifier(GPTQModifier):
         check_patterns(self, targets=self.resolved_targets, ignore=self.ignore)
         self._check_groups(state.model)
         save_under_source_names(state.model)
+        make_savable(state.model)
         return bool(super().on_initialize(state, **kwargs))
 
     def _check_groups(self, model: torch.nn.Module) -> None:

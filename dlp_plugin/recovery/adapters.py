@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dlp_plugin.checkpoints.files import check_weight_files
-from dlp_plugin.checkpoints.loading import load_stored, load_tokenizer
+from dlp_plugin.checkpoints.loading import load_dense, load_tokenizer
 from dlp_plugin.recovery.layers import AdapterLayer
 from dlp_plugin.recovery.masks import is_offloaded, is_plain, on_meta
 
@@ -42,7 +42,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {folder} does not say what model it is for: name it")
-    model: Any = load_stored(base)
+    model: Any = load_dense(base)
     trained_with = (Path(folder) / "tokenizer_config.json").is_file()
     tokenizer: Any = load_tokenizer(str(folder) if trained_with else base)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
