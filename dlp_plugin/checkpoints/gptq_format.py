@@ -7,7 +7,7 @@ a column. So the conversion is exact; what has no counterpart is refused.
 
 from __future__ import annotations
 
-import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,9 +24,18 @@ from compressed_tensors.utils.safetensors_load import update_safetensors_index
 from loguru import logger
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from dlp_plugin.checkpoints.files import INDEX, copy_others, read_config, weight_files
+from dlp_plugin.checkpoints.files import (
+    copy_others,
+    read_config,
+    read_index,
+    weight_files,
+    write_json,
+)
+from dlp_plugin.checkpoints.names import linears_of_blocks
+from dlp_plugin.checkpoints.old_readers import readable_config, rewrite_tokenizer
+from dlp_plugin.checkpoints.sources import built
 from dlp_plugin.files import check_vacant, replacing
 
 __all__ = ["export_gptq"]
@@ -80,8 +89,11 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
             tensor: torch.Tensor = opened.get_tensor(key)
         return tensor
 
-    settings = _settings(args, modules)
-    twins = {kept: name for name, kept in _tied(source).items() if name not in places}
+    model = built(source)
+    dense = linears_of_blocks(model, places) - modules
+    settings = _settings(args, modules, dense)
+    tied: dict[str, str] = model.all_tied_weights_keys  # to the names that files have them by
+    twins = {kept: name for name, kept in tied.items() if name not in places}
     with replacing(output) as beside:
         beside.mkdir()
         weight_map: dict[str, str] = {}
@@ -99,21 +111,14 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
             save_file(tensors, beside / shard.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, shard.name)
             size += sum(tensor.nbytes for tensor in tensors.values())
-        if (source / INDEX).is_file():
+        if read_index(source):
             update_safetensors_index(beside, size, weight_map)
-        _write_json(beside / "config.json", {**config, "quantization_config": settings})
-        _write_json(beside / "quantize_config.json", settings)
-        copy_others(source, beside)
+        readable = readable_config({**config, "quantization_config": None})
+        write_json(beside / "config.json", {**readable, "quantization_config": settings})
+        write_json(beside / "quantize_config.json", settings)
+        copy_others(source, beside, ["quantize_config.json"])
+        rewrite_tokenizer(beside)
         logger.info(f"{len(modules)} modules of {source} written in GPTQ format to {output}")
-
-
-def _tied(source: Path) -> dict[str, str]:
-    """Tensors that files may leave out because they are another's, to that other's name."""
-    auto: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(AutoConfig.from_pretrained(source))
-    tied: dict[str, str] = model.all_tied_weights_keys
-    return tied
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -176,11 +181,14 @@ def _only_scheme(config: QuantizationConfig) -> QuantizationArgs:
     return args
 
 
-def _settings(args: QuantizationArgs, modules: set[str]) -> dict[str, Any]:
+def _settings(args: QuantizationArgs, modules: set[str], dense: set[str]) -> dict[str, Any]:
     """What stands as ``quantization_config`` and in ``quantize_config.json``.
 
     :param modules: full names of the quantized modules
+    :param dense: of the Linears of blocks that are not, which GPTQModel and vLLM look up in
+        ``dynamic``
     """
+    left: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(dense)}
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -189,6 +197,7 @@ def _settings(args: QuantizationArgs, modules: set[str]) -> dict[str, Any]:
         "sym": args.symmetric,
         "desc_act": False,
         "lm_head": any(name.split(".")[-1] == "lm_head" for name in modules),
+        **({"dynamic": left} if left else {}),
     }
 
 
@@ -274,7 +283,3 @@ def _in_half_if_exact(scale: torch.Tensor) -> torch.Tensor:
 
 def _is_packed(key: str) -> bool:
     return key.endswith(".weight_packed")
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")

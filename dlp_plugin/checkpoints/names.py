@@ -5,13 +5,17 @@ It may know them by other names than the files, or make one weight of several, a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-__all__ = ["SourceNames"]
+from dlp_plugin.checkpoints.inspect import block_of
+
+__all__ = ["SourceNames", "linears_of_blocks"]
 
 
 class SourceNames:
@@ -48,3 +52,25 @@ class SourceNames:
             key, self._renamings, self._converters, self._prefix, self._state
         )
         return full, pattern is not None
+
+
+def linears_of_blocks(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
+    """Full names of the Linears of blocks, by the names that their weights have in the files.
+
+    Experts, of which transformers makes one weight, are none.
+
+    :param model: on the meta device or with weights
+    :param keys: names of the files' tensors
+    """
+    names = SourceNames(model)
+    linears = set()
+    for key in keys:
+        name, _, local = key.rpartition(".")
+        if local not in ("weight", "weight_packed") or block_of(name) is None:
+            continue
+        full = names.weight(f"{name}.weight")
+        if full is not None and "experts" not in full.split("."):
+            module = model.get_submodule(full.removesuffix(".weight"))
+            if isinstance(module, torch.nn.Linear):
+                linears.add(name)
+    return linears

@@ -24,8 +24,7 @@ from dlp_plugin.checkpoints.files import (
     weight_files,
     write_json,
 )
-from dlp_plugin.checkpoints.inspect import block_of
-from dlp_plugin.checkpoints.names import SourceNames
+from dlp_plugin.checkpoints.names import linears_of_blocks
 from dlp_plugin.checkpoints.packed import README, packed_linears, with_card, without_card
 from dlp_plugin.checkpoints.sources import built
 from dlp_plugin.checkpoints.sparse_format import (
@@ -118,7 +117,7 @@ def pack(
             return pack(folder, output, advance)
     opened = _opened(Path(source))
     bits = _bits(opened)
-    names = _linears(opened)
+    names = linears_of_blocks(built(opened.folder), opened.places)
     quantized = {k.removesuffix(_WORDS) for k in opened.places if k.endswith(_WORDS)}
     if outside := sorted(quantized - names):
         raise ValueError(
@@ -252,26 +251,6 @@ def _write(
         if text := card(readme.read_bytes() if readme.is_file() else b""):
             (beside / README).write_bytes(text)
         copy_others(source.folder, beside, [README])
-
-
-def _linears(source: _Source) -> set[str]:
-    """Full names of the Linears of blocks, by the names that their weights have in the files.
-
-    Experts, of which transformers makes one weight, stay as they are.
-    """
-    model = built(source.folder)
-    names = SourceNames(model)
-    linears = set()
-    for key in source.places:
-        name, _, local = key.rpartition(".")
-        if local not in ("weight", "weight_packed") or block_of(name) is None:
-            continue
-        full = names.weight(f"{name}.weight")
-        if full is not None and "experts" not in full.split("."):
-            module = model.get_submodule(full.removesuffix(".weight"))
-            if isinstance(module, torch.nn.Linear):
-                linears.add(name)
-    return linears
 
 
 def _bits(source: _Source) -> set[int]:
