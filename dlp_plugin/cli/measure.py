@@ -18,6 +18,7 @@ from dlp_plugin.cli.common import (
     Model,
     Samples,
     Split,
+    TestSplit,
     calibration_arguments,
     checked_length,
     console,
@@ -36,7 +37,7 @@ def ppl(
     model: Model,
     data: Data,
     config: Config = None,
-    split: Split = "test",
+    split: TestSplit = None,
     column: Column = "text",
     length: Length = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
@@ -53,7 +54,9 @@ def ppl(
 
         length = checked_length(model, length)
         tokenizer = load_tokenizer(model)
-        tokens = read_tokens(data, tokenizer, config=config, split=split, column=column)
+        tokens = read_tokens(
+            data, tokenizer, config=config, split=split, usual_split="test", column=column
+        )
         windows = token_windows(tokens, length, beginning(tokenizer))
         loaded = load_model(model)
         check_causal(loaded, "ppl measures perplexity")
@@ -171,10 +174,10 @@ def compare(
         str | None, typer.Option(help="The sparsity it shall have; by default the highest.")
     ] = None,
     config: Config = None,
-    split: Split = "train",
+    split: Split = None,
     column: Column = "text",
     test_config: Config = None,
-    test_split: Split = "test",
+    test_split: TestSplit = None,
     samples: Samples = 128,
     length: Length = None,
 ) -> None:
@@ -200,7 +203,14 @@ def compare(
             check_writable(write_recipe)
         calibration = calibration_arguments(model, data, config, split, column, length, samples)
         tokenizer, length = calibration["tokenizer"], calibration["max_seq_length"]
-        tokens = read_tokens(test, tokenizer, config=test_config, split=test_split, column=column)
+        tokens = read_tokens(
+            test,
+            tokenizer,
+            config=test_config,
+            split=test_split,
+            usual_split="test",
+            column=column,
+        )
         found = run(
             model,
             calibration,
