@@ -49,6 +49,7 @@ def ppl(
     with reporting_errors():
         from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
         from dlp_plugin.evaluation.causal import check_causal
+        from dlp_plugin.evaluation.finite import check_finite
         from dlp_plugin.evaluation.perplexity import perplexity
         from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
 
@@ -62,6 +63,7 @@ def ppl(
         check_causal(loaded, "ppl measures perplexity")
         with progress_bar("Measuring", len(windows)) as advance:
             value = perplexity(loaded, windows, batch_size, advance)
+        check_finite(value, f"the perplexity of {model}", loaded)
         console.print(
             f"perplexity {value:.4f} ({len(tokens):,} tokens in {len(windows):,} windows "
             f"of {length})"
@@ -228,10 +230,10 @@ def compare(
         console.print(table(found))
         with replacing(output / "table.md") as beside:
             beside.write_text(markdown(found))
-        if write_recipe is not None:
-            _write_best(found, best_at, write_recipe)
         draw(found, output)
         console.print("written:", str(output), markup=False)
+        if write_recipe is not None:
+            _write_best(found, best_at, write_recipe)
 
 
 def _targets(sparsities: str, sparsity: str | None) -> tuple[list[str], str | None]:
