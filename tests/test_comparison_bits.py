@@ -232,6 +232,8 @@ class TestTheAnswer:
     def test_none_is_as_small(self) -> None:
         (text,) = view.verdicts(self.found((16, float("nan"), 9)))
         assert text.endswith("No pruned model is as small. Larger and no better are 1 of 1 pruned.")
+        (text,) = view.verdicts(self.found((4, float("nan"), 3)))
+        assert "No pruned model of finite perplexity is as small. Larger and no" in text
         assert view.verdicts(self.found()) == []
 
 

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import dlp_plugin
+from dlp_plugin.comparison import view
 from dlp_plugin.comparison.names import PRUNERS, contender_named, pruner_named, target_of
 from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison
@@ -100,6 +101,15 @@ class TestTheBest:
         assert self.found.best(pruner="wanda") == self.found.cells[2]
         with pytest.raises(ValueError, match=r"measured at 0.6; there are 0.5, 0.7"):
             self.found.best("0.6")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_it_is_none_where_none_is_finite(self, value: float) -> None:
+        cells = [cell("a", 0.5, "wanda", value), cell("b", 0.5, "wanda", value)]
+        found = self.found.model_copy(update={"cells": cells})
+        with pytest.raises(ValueError, match=r"no perplexity at 0.5 is finite, .*: prune less"):
+            found.best()
+        shown = [list(column.cells) for column in view.table(found).columns]
+        assert shown[2] == [f"{value} ({value})"] * 2  # none in bold
 
     def test_an_undefined_perplexity_survives_the_file(self, tmp_path: Path) -> None:
         self.found.save(tmp_path / "r.json")

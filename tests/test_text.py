@@ -168,7 +168,7 @@ class TestSourcesThatCannotBeRead:
         def refuse(*_: object, **__: object) -> None:
             raise RefusedError("401 Unauthorized", response=None)
 
-        monkeypatch.setattr("dlp_plugin.evaluation.text.load_dataset", refuse)
+        monkeypatch.setattr("dlp_plugin.evaluation.sources.load_dataset", refuse)
         with pytest.raises(OSError, match=r"cannot be read \(401 Unauthorized\): check"):
             read_tokens("some/dataset", word_tokenizer())
 

@@ -177,6 +177,18 @@ def test_limit_takes_the_first_questions_and_the_mean_is_over_tasks(
     assert results["mean"]["acc"] in (0, 1)
 
 
+def test_scores_that_no_choice_can_be_made_by(tokenizer: object, task_folder: Path) -> None:
+    """The harness takes the first of several NaN for the best."""
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.nan
+    message = (
+        r"log-probability of a choice by .* is nan; model\.layers\.3\.mlp\.up_proj\.weight hold"
+    )
+    with pytest.raises(ValueError, match=message):
+        zero_shot(model, tokenizer, "continuation", limit=1, task_folder=task_folder)
+
+
 def test_the_papers_seven_are_known_to_the_harness() -> None:
     names = TASK_SETS["paper7"]
     assert len(set(names)) == len(names) == 7

@@ -28,6 +28,7 @@ __all__ = [
     "Model",
     "Samples",
     "Split",
+    "TestSplit",
     "app",
     "calibration_arguments",
     "checked_length",
@@ -58,14 +59,20 @@ Model = Annotated[str, typer.Argument(help="A model id on the hub, or a local fo
 Data = Annotated[
     str,
     typer.Option(
-        help="A text file, or a dataset as `datasets.load_dataset` knows it.", show_default=False
+        help="A text, a data file (.jsonl, .csv, .parquet ...), a folder of such, or a dataset as "
+        "`datasets.load_dataset` knows it.",
+        show_default=False,
     ),
 ]
 Config = Annotated[
     str | None, typer.Option(help="The dataset's configuration, e.g. `wikitext-2-raw-v1`.")
 ]
-Split = Annotated[str, typer.Option(help="The dataset's split.")]
-Column = Annotated[str, typer.Option(help="The dataset's text column.")]
+_SPLIT = "The dataset's split; not needed for a file, or a folder of one split."
+Split = Annotated[str | None, typer.Option(help=_SPLIT, show_default="train")]
+TestSplit = Annotated[str | None, typer.Option(help=_SPLIT, show_default="test")]
+Column = Annotated[
+    str, typer.Option(help="The dataset's column of texts, or of chats for the chat template.")
+]
 Samples = Annotated[
     int, typer.Option(min=1, help="Calibration samples, spread evenly over the text.")
 ]
@@ -107,7 +114,7 @@ def calibration_arguments(
     model: str,
     data: str,
     config: str | None,
-    split: str,
+    split: str | None,
     column: str,
     length: int | None,
     samples: int,

@@ -18,6 +18,7 @@ from dlp_plugin.cli.common import (
     Model,
     Samples,
     Split,
+    TestSplit,
     calibration_arguments,
     checked_length,
     console,
@@ -36,7 +37,7 @@ def ppl(
     model: Model,
     data: Data,
     config: Config = None,
-    split: Split = "test",
+    split: TestSplit = None,
     column: Column = "text",
     length: Length = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
@@ -48,17 +49,21 @@ def ppl(
     with reporting_errors():
         from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
         from dlp_plugin.evaluation.causal import check_causal
+        from dlp_plugin.evaluation.finite import check_finite
         from dlp_plugin.evaluation.perplexity import perplexity
         from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
 
         length = checked_length(model, length)
         tokenizer = load_tokenizer(model)
-        tokens = read_tokens(data, tokenizer, config=config, split=split, column=column)
+        tokens = read_tokens(
+            data, tokenizer, config=config, split=split, usual_split="test", column=column
+        )
         windows = token_windows(tokens, length, beginning(tokenizer))
         loaded = load_model(model)
         check_causal(loaded, "ppl measures perplexity")
         with progress_bar("Measuring", len(windows)) as advance:
             value = perplexity(loaded, windows, batch_size, advance)
+        check_finite(value, f"the perplexity of {model}", loaded)
         console.print(
             f"perplexity {value:.4f} ({len(tokens):,} tokens in {len(windows):,} windows "
             f"of {length})"
@@ -171,10 +176,10 @@ def compare(
         str | None, typer.Option(help="The sparsity it shall have; by default the highest.")
     ] = None,
     config: Config = None,
-    split: Split = "train",
+    split: Split = None,
     column: Column = "text",
     test_config: Config = None,
-    test_split: Split = "test",
+    test_split: TestSplit = None,
     samples: Samples = 128,
     length: Length = None,
 ) -> None:
@@ -200,7 +205,14 @@ def compare(
             check_writable(write_recipe)
         calibration = calibration_arguments(model, data, config, split, column, length, samples)
         tokenizer, length = calibration["tokenizer"], calibration["max_seq_length"]
-        tokens = read_tokens(test, tokenizer, config=test_config, split=test_split, column=column)
+        tokens = read_tokens(
+            test,
+            tokenizer,
+            config=test_config,
+            split=test_split,
+            usual_split="test",
+            column=column,
+        )
         found = run(
             model,
             calibration,
@@ -218,10 +230,10 @@ def compare(
         console.print(table(found))
         with replacing(output / "table.md") as beside:
             beside.write_text(markdown(found))
-        if write_recipe is not None:
-            _write_best(found, best_at, write_recipe)
         draw(found, output)
         console.print("written:", str(output), markup=False)
+        if write_recipe is not None:
+            _write_best(found, best_at, write_recipe)
 
 
 def _targets(sparsities: str, sparsity: str | None) -> tuple[list[str], str | None]:

@@ -65,7 +65,7 @@ def score(
         ),
     ] = None,
     config: Config = None,
-    split: Split = "train",
+    split: Split = None,
     column: Column = "text",
     samples: Samples = 128,
     length: Length = None,

@@ -34,7 +34,7 @@ def oneshot(
     output: Annotated[Path, typer.Option(help="Folder to save the model in; new or empty.")],
     pack: Annotated[bool, typer.Option("--pack", help="Save it in the sparse format.")] = False,
     config: Config = None,
-    split: Split = "train",
+    split: Split = None,
     column: Column = "text",
     samples: Samples = 128,
     length: Length = None,

@@ -80,6 +80,7 @@ class Cell(BaseModel):
     :param method: full name, as :func:`~dlp_plugin.comparison.names.contender_named` gives it
     :param target: a sparsity or N:M, as :func:`~dlp_plugin.comparison.names.target_named`
         writes it
+    :param perplexity: infinite or NaN where the pruned model has collapsed
     :param achieved: zeros among the weights of the pruned Linears, with those that quantizing
         rounded to zero
     :param seconds: to load, prune, quantize, store and measure; making the plan is not in it
@@ -108,9 +109,10 @@ class Cell(BaseModel):
         return target_of(self.target)[0]
 
 
-def best_of(cells: Iterable[Cell]) -> Cell:
-    """The cell with the least perplexity; of equal ones the first."""
-    return min(cells, key=lambda cell: (math.isnan(cell.perplexity), cell.perplexity))
+def best_of(cells: Iterable[Cell]) -> Cell | None:
+    """The cell with the least perplexity, of equal ones the first; None if none is finite."""
+    finite = (cell for cell in cells if math.isfinite(cell.perplexity))
+    return min(finite, key=lambda cell: cell.perplexity, default=None)
 
 
 class Comparison(BaseModel):
@@ -178,7 +180,7 @@ class Comparison(BaseModel):
         :param target: at this one; by default at the highest sparsity, whatever its structure
         :param pruner: with this one; any by default
         :param bits: at so many; any by default
-        :raises ValueError: if there is no such cell
+        :raises ValueError: if there is no such cell, or none of finite perplexity
         """
         highest = max((cell.sparsity for cell in self.cells), default=math.nan)
         cells = [
@@ -193,7 +195,12 @@ class Comparison(BaseModel):
                 f"nothing was measured at {target or 'any sparsity'}; there are "
                 f"{', '.join(self.values('target'))}"
             )
-        return best_of(cells)
+        if (best := best_of(cells)) is None:
+            raise ValueError(
+                f"no perplexity at {cells[0].target} is finite, so none is the best: prune less, "
+                "or with another pruner"
+            )
+        return best
 
     def recipe(self, target: str | None = None) -> str:
         """The recipe of the best cell over methods and pruners, with its figures on top.

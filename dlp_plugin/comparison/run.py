@@ -45,6 +45,7 @@ from dlp_plugin.comparison.planning import PlanningModifier
 from dlp_plugin.comparison.results import Cell, Comparison, Plain, quantizing, recipe_of
 from dlp_plugin.comparison.storing import group_size_of, smaller
 from dlp_plugin.evaluation.causal import check_causal
+from dlp_plugin.evaluation.finite import check_finite
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.files import check_writable
 from dlp_plugin.planning.plan import Plan, package_versions
@@ -91,8 +92,8 @@ def compare(
     :param evolve: generations of the evolution, for those that are evolved
     :param report: called with every cell that is measured now
     :return: what was asked for, of all that ``results.json`` holds
-    :raises ValueError: if an argument is amiss, or the folder holds results of another model
-        or other data
+    :raises ValueError: if an argument is amiss, the folder holds results of another model or
+        other data, or the model's perplexity is not finite before it is pruned
     """
     asked = [contender_named(text, refine, evolve) for text in methods]
     contenders = {contender.name: contender for contender in asked}
@@ -106,10 +107,12 @@ def compare(
     bench = _Bench(model, calibration, windows, sizes or widths != [16])
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
-    if found.dense is None:
+    if not math.isfinite(found.dense or math.nan):
         dense = load_model(model)
         check_causal(dense, "compare measures perplexity")
-        found.dense, _ = _measured(dense, windows)
+        value = perplexity(dense, windows)
+        found.dense = check_finite(value, f"the perplexity of {model}", dense)
+        _let_go(dense)
         found.save(path)
 
     def keep(method: str, target: str, plan: Plan, seconds: float) -> None:

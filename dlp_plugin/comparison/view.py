@@ -44,7 +44,8 @@ def _entry(found: Comparison, cell: Cell | None) -> str:
 
 
 def _is_best(found: Comparison, cell: Cell) -> bool:
-    return cell == found.best(cell.target, cell.pruner, cell.bits)
+    key = (cell.target, cell.pruner, cell.bits)
+    return cell == best_of(c for c in found.cells if (c.target, c.pruner, c.bits) == key)
 
 
 def _hidden(found: Comparison) -> list[str]:
@@ -112,8 +113,7 @@ def verdicts(found: Comparison) -> list[str]:
         fits = [cell for cell in cells if (cell.bytes or 0) <= plain.bytes]
         worse = [c for c in cells if c not in fits and not c.perplexity < plain.perplexity]
         text = f"Plain {bits} bits: {_figures(plain)}. "
-        if fits:
-            best = best_of(fits)
+        if best := best_of(fits):
             share = best.perplexity / plain.perplexity
             text += (
                 f"The best pruned model that is no larger has {_figures(best)}, {share:.3f} times "
@@ -121,7 +121,7 @@ def verdicts(found: Comparison) -> list[str]:
                 "bits). "
             )
         else:
-            text += "No pruned model is as small. "
+            text += f"No pruned model {'of finite perplexity ' if fits else ''}is as small. "
         sentences.append(f"{text}Larger and no better are {len(worse)} of {len(cells)} pruned.")
     return sentences
 

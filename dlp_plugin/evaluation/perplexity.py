@@ -35,7 +35,8 @@ def perplexity(
     :param batch_size: windows of equal length evaluated together
     :param advance: called with the number of windows done, for a progress bar
     :return: ``exp`` of the mean negative log-likelihood per predicted token; infinite where
-        that is beyond a float's range, as of a model that has collapsed
+        that is beyond a float's range, as of a model that has collapsed, and NaN where the
+        model's logits are not finite
     """
     was_training = model.training
     model.eval()
@@ -52,6 +53,8 @@ def perplexity(
                     total += losses.cpu().double().sum().item()
                     count += len(losses)
             advance(len(batch))
+            if not math.isfinite(total):
+                break  # it will not be a number again
     finally:
         model.train(was_training)
     try:

@@ -1,4 +1,4 @@
-"""Text files and datasets to token windows, for calibration and for measuring."""
+"""Files and datasets to token windows, for calibration and for measuring."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
+
+from dlp_plugin.evaluation.sources import read_pieces
 
 __all__ = ["beginning", "calibrate_on", "calibration_set", "read_tokens", "token_windows"]
 
@@ -31,77 +33,58 @@ def read_tokens(
     tokenizer: PreTrainedTokenizerBase,
     *,
     config: str | None = None,
-    split: str = "train",
+    split: str | None = None,
+    usual_split: str = "train",
     column: str = "text",
     limit: int | None = None,
 ) -> list[int]:
-    """Tokens of a text file or of a dataset, as one stream without special tokens.
+    """Tokens of a file or of a dataset, as one stream without special tokens.
 
-    Rows of a dataset are joined by a blank line, as is usual for WikiText.
+    JSON, CSV, Parquet and Arrow files are read as datasets, by their ending; every other file
+    is a text. Both may be compressed. Rows of a dataset are joined by a blank line, as is usual
+    for WikiText; a text file in a folder is one row. Conversations (lists of ``role`` and
+    ``content``, or ShareGPT's ``from`` and ``value``) become what the tokenizer's chat template
+    makes of them.
 
-    :param source: a text file, or what ``datasets.load_dataset`` takes: a name on the
-        hub or a local folder
+    :param source: a file, or what ``datasets.load_dataset`` takes: a name on the hub or a
+        local folder
     :param config: the dataset's configuration, e.g. ``wikitext-2-raw-v1``
-    :param split: the dataset's split
-    :param column: the dataset's column that holds the text
+    :param split: the dataset's split; None for ``usual_split``, or for the only one that a
+        file or local folder has
+    :param usual_split: the split to take where none is asked for, and there are several
+    :param column: the dataset's column that holds the text; a text file has none
     :param limit: tokens wanted; a dataset is then streamed and read no further
     :raises FileNotFoundError: if there is neither such a file nor such a dataset
-    :raises ValueError: if the file is not UTF-8, or the dataset has no such column or no text
-        in one of its rows
+    :raises ValueError: if it cannot be read or holds white space only; if a text is not UTF-8;
+        if a dataset has no such split or column, or no text in one of its rows
     """
 
     def encode(text: str) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return list(ids)
 
-    if Path(source).is_file():
-        try:
-            return encode(Path(source).read_text(encoding="utf-8-sig"))[:limit]
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{source} is no UTF-8 text (byte {error.start}): convert it, e.g. with iconv"
-            ) from None
-    rows = _rows(str(source), config, split, streaming=limit is not None)
-    if rows.column_names is not None and column not in rows.column_names:
-        raise ValueError(f"{source} has no column {column!r}; it has {rows.column_names}")
-
     # Encoded as one text: tokenizers treat the beginning of a text in their own way.
-    texts: list[str] = []
+    pieces: list[str] = []
     roughly = 0
-    for number, row in enumerate(rows):
-        if column not in row:
-            raise ValueError(f"{source} has no column {column!r}; it has {list(row)}")
-        if not isinstance(row[column], str):
-            raise ValueError(
-                f"{source}: {column!r} of row {number} is {row[column]!r} instead of text: leave "
-                "such rows out, or name another column"
-            )
-        texts.append(row[column])
-        roughly += 0 if limit is None else len(encode(row[column]))
+    for piece in read_pieces(
+        source,
+        tokenizer,
+        config=config,
+        split=split,
+        usual_split=usual_split,
+        column=column,
+        streaming=limit is not None,
+    ):
+        pieces.append(piece)
+        roughly += 0 if limit is None else len(encode(piece))
         if limit is not None and roughly >= limit:
-            tokens = encode("\n\n".join(texts))
+            tokens = encode("".join(pieces))
             if len(tokens) >= limit:
                 return tokens[:limit]
-    return encode("\n\n".join(texts))
-
-
-def _rows(
-    source: str, config: str | None, split: str, streaming: bool
-) -> Dataset | IterableDataset:
-    local = source.startswith((".", "/", "~")) or source.endswith((".txt", ".md", ".text"))
-    if local and not Path(source).exists():
-        raise FileNotFoundError(f"there is no file or folder {source}: check the path")
-    try:
-        load: Any = load_dataset  # typed for a literal ``streaming`` only
-        rows: Dataset | IterableDataset = load(source, config, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        kinds = (FileNotFoundError, OSError, ValueError)  # others take more than a message
-        raise next(kind for kind in kinds if isinstance(error, kind))(
-            f"{source} is no text file here, and as a dataset it cannot be read ({reason}): check "
-            "the path, or the dataset's name, configuration and split"
-        ) from error
-    return rows
+    text = "".join(pieces)
+    if not text.strip():
+        raise ValueError(f"{source} holds nothing but white space: give one with text in it")
+    return encode(text)
 
 
 def token_windows(

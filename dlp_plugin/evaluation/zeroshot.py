@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from dlp_plugin.evaluation.finite import check_finite
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -61,7 +63,7 @@ def zero_shot(
         the task has it (no error with one question only); ``mean`` to the tasks' mean ``acc``
     :raises ImportError: if lm-evaluation-harness is not installed
     :raises ValueError: before any evaluation, if a task is unknown or has no accuracy, or
-        a number is out of bounds
+        a number is out of bounds; after it, if the model gives a choice no finite score
     """
     for name, number in {"batch_size": batch_size, "limit": limit}.items():
         if number is not None and number < 1:
@@ -73,6 +75,17 @@ def zero_shot(
         raise ImportError(
             "zero-shot accuracy needs lm-evaluation-harness: pip install 'dlp_plugin[eval]'"
         ) from error
+
+    class Checked(HFLM):  # type: ignore[misc]
+        """Tells of scores that no choice can be made by, of which the harness makes one."""
+
+        def loglikelihood(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+            scores: list[tuple[float, bool]] = super().loglikelihood(*args, **kwargs)
+            for score, _ in scores:
+                check_finite(
+                    score, f"the log-probability of a choice by {model.name_or_path}", model
+                )
+            return scores
 
     names = _names(tasks)
     set_seed(SEED)
@@ -89,7 +102,7 @@ def zero_shot(
     was_training = model.training
     try:
         with _hushed("lm_eval.models.huggingface"):
-            wrapped = HFLM(
+            wrapped = Checked(
                 pretrained=model,
                 tokenizer=deepcopy(tokenizer),  # it may be given a token to pad with
                 batch_size=batch_size,

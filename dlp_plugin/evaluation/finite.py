@@ -1,0 +1,44 @@
+"""Figures that are no numbers, and what in a model they come from."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+__all__ = ["check_finite"]
+
+
+def check_finite(figure: float, what: str, model: torch.nn.Module) -> float:
+    """Refuse a figure that says nothing.
+
+    :param figure: what was measured
+    :param what: what it is of which model, for the message
+    :param model: where it stands
+    :return: the figure
+    :raises ValueError: naming a weight that is not finite, or else what the model may lack
+    """
+    if math.isfinite(figure):
+        return figure
+    if name := _broken(model):
+        reason = f"{name} holds NaN or infinity: take a checkpoint that does not"
+    elif math.isnan(figure):
+        kind = str(getattr(model, "dtype", "its dtype")).removeprefix("torch.")
+        reason = (
+            f"its weights are finite, so what it computes of them overflows {kind}: set a wider "
+            "dtype in its config.json"
+        )
+    else:
+        reason = (
+            "it gives a part of the text no probability at all: prune it less, or check that the "
+            "text is of a kind that it was trained on"
+        )
+    raise ValueError(f"{what} is {figure}; {reason}")
+
+
+def _broken(model: torch.nn.Module) -> str | None:
+    """The first parameter or buffer that is not finite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            return name
+    return None

@@ -1,0 +1,183 @@
+"""Files and datasets as one text: what reads them, and what of a row is text."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetsError
+from fsspec.utils import infer_compression
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["read_pieces"]
+
+# What ``datasets`` reads rows of: ending to its reader and how.
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+_TEXTS = (".txt", ".md", ".text")
+_ENCODING = "utf-8-sig"  # Windows puts a mark before a text
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
+
+Rows = Dataset | IterableDataset
+
+
+def read_pieces(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: str | None,
+    split: str | None,
+    usual_split: str,
+    column: str,
+    streaming: bool,
+) -> Iterator[str]:
+    """Pieces that, put together, are the text of a file or dataset.
+
+    Arguments as in :func:`dlp_plugin.evaluation.text.read_tokens`.
+
+    :param streaming: whether rows of a dataset are read no further than they are asked for
+    :raises FileNotFoundError: if there is neither such a file nor such a dataset
+    :raises ValueError: if it cannot be read, has no such split or column, or a row has no text
+    """
+    path = Path(source)
+    if path.is_file() and split is not None and split.partition("[")[0] != "train":
+        raise ValueError(
+            f"{source} is one file, so its only split is 'train', and {split!r} was asked for: "
+            "leave the split out"
+        )
+    if path.is_file() and _ending(path) not in _READERS:
+        yield _text_of(path)
+        return
+    rows = _rows(str(source), config, split, usual_split, streaming)
+    for number, row in enumerate(_reading(rows, source)):
+        if column not in row:
+            raise ValueError(
+                f"{source} has no column {column!r}; it has {list(row)}: name one of them"
+            )
+        value = row[column]
+        where = f"{source}: {column!r} of row {number}"
+        if isinstance(value, str):
+            yield f"\n\n{value}" if number else value
+        elif _is_chat(value):
+            yield _chat_text(value, tokenizer, where)
+        else:
+            raise ValueError(
+                f"{where} is {value!r} instead of text: leave such rows out, or name another column"
+            )
+
+
+def _ending(path: Path) -> str:
+    """What tells the kind of a file: its ending before that of a compression, in lower case."""
+    inner = path.with_suffix("") if infer_compression(path.name.lower()) else path
+    return inner.suffix.lower()
+
+
+def _text_of(path: Path) -> str:
+    compression = infer_compression(path.name.lower())
+    try:
+        with fsspec.open(str(path), "rt", encoding=_ENCODING, compression=compression) as opened:
+            text: str = opened.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no UTF-8 text (byte {error.start}): convert it, e.g. with iconv"
+        ) from None
+    except Exception as error:  # every compression has errors of its own
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({reason}): is it damaged?") from error
+    return text
+
+
+def _rows(
+    source: str, config: str | None, split: str | None, usual_split: str, streaming: bool
+) -> Rows:
+    path = Path(source)
+    local = source.startswith((".", "/", "~")) or _ending(path) in (*_TEXTS, *_READERS)
+    if local and not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {source}: check the path")
+    arguments: dict[str, Any] = {"path": source, "name": config}
+    try:
+        if path.is_file():
+            reader, options = _READERS[_ending(path)]
+            usual_split = "train"
+            arguments = {"path": reader, "data_files": glob.escape(source), **options}
+        elif path.is_dir():
+            made: Any = load_dataset_builder(**arguments).config
+            if len(made.data_files or ()) == 1:
+                (usual_split,) = map(str, made.data_files)
+            if hasattr(made, "sample_by"):  # the reader of text, for which a line is a row
+                arguments |= {"sample_by": "document", "encoding": _ENCODING}
+        load: Any = load_dataset  # typed for a literal ``streaming`` only
+        rows: Rows = load(**arguments, split=split or usual_split, streaming=streaming)
+    except StopIteration:  # what comes of JSON without a row
+        return Dataset.from_dict({})
+    except (OSError, ValueError, DatasetsError) as error:
+        raise _told(source, error) from error
+    return rows
+
+
+def _reading(rows: Rows, source: str | Path) -> Iterator[Any]:
+    """Rows, as far as they can be read: streamed ones are so only now."""
+    try:
+        yield from rows
+    except (OSError, ValueError, DatasetsError) as error:
+        raise _told(str(source), error) from error
+
+
+def _told(source: str, error: Exception) -> OSError | ValueError:
+    """An error of ``datasets`` in one line."""
+    cause = error.__cause__ if isinstance(error, DatasetsError) else None
+    reason = (str(cause or error).strip() or type(error).__name__).splitlines()[0]
+    if Path(source).is_file():
+        return ValueError(
+            f"{source} cannot be read by its ending ({reason}): it is damaged, or of another kind"
+        )
+    kinds = (FileNotFoundError, OSError)  # others take more than a message
+    kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
+    return kind(
+        f"{source} is no file here, and as a dataset it cannot be read ({reason}): check the "
+        "path, or the dataset's name, configuration and split"
+    )
+
+
+def _is_chat(value: object) -> bool:
+    """Whether it is a conversation: messages of ``role`` or, as in ShareGPT, ``from``."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in value)
+    )
+
+
+def _chat_text(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> str:
+    """A conversation as the tokenizer's template writes it."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{where} is a conversation, and the model's tokenizer has no chat template: give one "
+            "that has, or name a column of text"
+        )
+    told = []
+    for message in messages:
+        if "from" in message:
+            speaker = message["from"]
+            message = {"role": _ROLES.get(speaker, speaker), "content": message.get("value")}
+        # What other messages have, and this one lacks, is None in a table.
+        told.append({key: value for key, value in message.items() if value is not None})
+    try:
+        return str(tokenizer.apply_chat_template(told, tokenize=False))
+    except Exception as error:  # a template is a program
+        raise ValueError(
+            f"{where} does not suit the tokenizer's chat template ({error}): leave such rows out"
+        ) from error
