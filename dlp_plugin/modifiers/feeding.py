@@ -25,6 +25,7 @@ from dlp_plugin.pruning.admm import ADMMPruningModifier
 from dlp_plugin.pruning.base import PruningStage
 from dlp_plugin.pruning.magnitude import OneShotMagnitudeModifier
 from dlp_plugin.scoring.blocks import Block, group_by_block, outer_block
+from dlp_plugin.scoring.routers import unnamed_routers
 from dlp_plugin.search.decide import COMPENSATED, REPAIRED
 
 __all__ = ["FedStage", "all_blocks", "check_stage", "easier", "fed_blocks"]
@@ -44,7 +45,8 @@ def fed_blocks(
     names = block_names(model, sequential_targets)
     fed = []
     for stage in stages:
-        fed.append(FedStage(stage, stage_targets(model, stage), names))
+        routers = unnamed_routers(model, stage.targets)
+        fed.append(FedStage(stage, stage_targets(model, stage), names, routers))
         if not isinstance(stage, PruningStage):  # which does so itself
             heed_ignore(model, stage)
     found = {name: module for each in fed for name, module in each.inside.items()}
@@ -52,12 +54,14 @@ def fed_blocks(
 
 
 def all_blocks(model: torch.nn.Module, sequential_targets: list[str] | None) -> list[Block]:
-    """The blocks of a model with all their Linears, where no stage says which.
+    """The blocks of a model with all their Linears but routers, where no stage says which.
 
     :raises ValueError: as :func:`fed_blocks` does
     """
     names = block_names(model, sequential_targets)
-    return _blocks(model, dict(match_named_modules(model, ["Linear"])), names)
+    linears = dict(match_named_modules(model, ["Linear"]))
+    routers = unnamed_routers(model, ["Linear"])
+    return _blocks(model, {n: m for n, m in linears.items() if n not in routers}, names)
 
 
 def _blocks(
@@ -102,13 +106,16 @@ class FedStage:
         stage: StockStage,
         targets: dict[str, dict[str, torch.nn.Module]],
         block_names: list[str],
+        routers: Mapping[str, torch.nn.Linear],
     ) -> None:
         """Find each target's block.
 
+        :param routers: of the model, those that the stage's targets do not name
         :raises ValueError: if the stage prunes nothing in any block, or a target
             holds Linears of several blocks
         """
         self.stage = stage
+        self.routers = routers
         self.inside: dict[str, torch.nn.Module] = {}
         self._outside: list[str] = []
         self._blocks: list[str | None] = []
