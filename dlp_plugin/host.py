@@ -18,11 +18,12 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import active_session
@@ -44,6 +45,7 @@ __all__ = [
     "block_names",
     "calibration_arguments",
     "check_patterns",
+    "check_weights_are_own",
     "current_modifiers",
     "heed_ignore",
     "keep_all_modifiers_when_saved",
@@ -227,6 +229,32 @@ def _prunable(
         host_name = f"{target}.{name}"
         if not _ignored(host_name, module, stage.ignore):
             yield host_name.strip("."), module
+
+
+def check_weights_are_own(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> None:
+    """Make sure that pruning these modules changes no other one, and none of them twice.
+
+    :param modules: what is to be pruned, by full name
+    :raises ValueError: naming two modules that share a weight, and the entry of ``ignore`` that
+        leaves one of them out
+    """
+    owners: dict[int, str] = {}
+    embeddings = match_named_modules(model, ["Embedding"])
+    with disable_onloading():  # what is stored stays the same object
+        shared = {id(module.weight): name for name, module in embeddings}
+        for name, module in modules.items():
+            weight = id(module.get_parameter("weight"))
+            if embedding := shared.get(weight):
+                raise ValueError(
+                    f"{name} has the weight of {embedding}, which would be pruned with it: add "
+                    f"'re:.*{re.escape(name.rpartition('.')[2])}' to the stage's ignore"
+                )
+            other = owners.setdefault(weight, name)
+            if other != name:
+                raise ValueError(
+                    f"{other} and {name} share one weight, which would be counted and "
+                    f"pruned twice: add re:{name} to the stage's ignore"
+                )
 
 
 def set_sparsities(stage: StockStage, sparsities: list[float]) -> None:
