@@ -247,7 +247,7 @@ def check_weights_are_own(model: torch.nn.Module, modules: Mapping[str, torch.nn
             if embedding := shared.get(weight):
                 raise ValueError(
                     f"{name} has the weight of {embedding}, which would be pruned with it: add "
-                    f"'re:.*{re.escape(name.rpartition('.')[2])}' to the stage's ignore"
+                    f"'re:.*{re.escape(name)}' to the stage's ignore"
                 )
             other = owners.setdefault(weight, name)
             if other != name:

@@ -36,6 +36,7 @@ from pydantic import PrivateAttr
 
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.host import check_patterns, left_routers
+from dlp_plugin.pruning.finite import check_inputs
 
 __all__ = ["MaskedGPTQModifier"]
 
@@ -125,9 +126,11 @@ class MaskedGPTQModifier(GPTQModifier):
     def compress_module_list(self, module_list: list[Any]) -> None:
         """Quantize modules batch by batch, each under its mask.
 
+        :raises ValueError: naming a module whose inputs or weight are not finite
         :raises RuntimeError: if a pruned weight came back, which a change in the host
             could bring about
         """
+        check_inputs({m: self._hessians[m] for m in module_list}, self._module_names)
         for batch in assign_batches(module_list, self.batched_quantization, self.block_size):
             alive = torch.stack([module.get_parameter("weight") != 0 for module in batch])
             pruned = alive.numel() - int(alive.sum())
