@@ -18,11 +18,12 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import active_session
@@ -37,17 +38,21 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 
 from dlp_plugin.scoring.blocks import find_blocks
+from dlp_plugin.scoring.routers import unnamed_routers
 
 __all__ = [
     "StockStage",
     "block_names",
     "calibration_arguments",
     "check_patterns",
+    "check_weights_are_own",
     "current_modifiers",
     "heed_ignore",
     "keep_all_modifiers_when_saved",
     "leave_dense",
+    "left_routers",
     "reviving_modifiers",
+    "router_pattern",
     "run_once",
     "set_sparsities",
     "stage_targets",
@@ -96,14 +101,15 @@ def reviving_modifiers(modifier: Modifier, until: type[Modifier]) -> list[str]:
 def stage_targets(
     model: torch.nn.Module, stage: StockStage
 ) -> dict[str, dict[str, torch.nn.Module]]:
-    """What a pruning stage is about to prune.
+    """What a pruning stage is about to prune: no routers but those that ``targets`` name.
 
     :return: for every module that the stage's ``targets`` match, in the order of the
         stage's sparsity list, the modules below it to be pruned, by full name
     """
     check_patterns(stage, targets=stage.targets, ignore=stage.ignore)
+    routers = unnamed_routers(model, stage.targets)
     return {
-        target: dict(_prunable(target, layer, stage))
+        target: {n: m for n, m in _prunable(target, layer, stage) if n not in routers}
         for target, layer in match_named_modules(model, stage.targets)
     }
 
@@ -129,22 +135,53 @@ def check_patterns(modifier: Modifier, **fields: str | Iterable[str]) -> None:
 
 
 def heed_ignore(model: torch.nn.Module, stage: StockStage) -> list[str]:
-    """Have the host leave out what ``ignore`` names by an exact name, or a pattern with ``$``.
+    """Have the host leave out what a stage means to leave out.
 
-    It asks about the name with a dot behind it where a target is the module itself.
+    These are the routers that ``targets`` do not name, and what ``ignore`` names by an exact name
+    or a pattern with ``$``: the host asks about the name with a dot behind it where a target is the
+    module itself.
 
     :return: what was added to ``ignore`` for that
     :raises ValueError: as :func:`_check_ignore` does
     """
     _check_ignore(model, stage)
+    matches = list(match_named_modules(model, stage.targets))
+    found = [name for target, layer in matches for name, _ in _prunable(target, layer, stage)]
+    routers = left_routers(model, stage, stage.targets, found)
     missed = [
         name
-        for target, layer in match_named_modules(model, stage.targets)
+        for target, layer in matches
         for below, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES)
         if _ignored(name := f"{target}.{below}", module, stage.ignore)
         and not match_targets(name, module, stage.ignore)
     ]
-    return leave_dense(stage, [name.strip(".") for name in missed])
+    return leave_dense(stage, [*(name.strip(".") for name in missed), *routers])
+
+
+def left_routers(
+    model: torch.nn.Module, modifier: Modifier, targets: Iterable[str], found: Collection[str]
+) -> list[str]:
+    """Full names of the routers among what a modifier's targets match; tells that it leaves them.
+
+    :param targets: its entries that select modules
+    :param found: full names of what they match
+    """
+    names = [name for name in unnamed_routers(model, list(targets)) if name in found]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        logger.info(
+            "{} leaves routers dense: {}{}; to have them too, add '{}' to its targets",
+            type(modifier).__name__,
+            names[0],
+            more,
+            router_pattern(names[0]),
+        )
+    return names
+
+
+def router_pattern(name: str) -> str:
+    """An entry of ``targets`` that names a router, and those of other blocks."""
+    return rf"re:.*\.{re.escape(name.rpartition('.')[2])}$"
 
 
 def _check_ignore(model: torch.nn.Module, stage: StockStage) -> None:
@@ -192,6 +229,32 @@ def _prunable(
         host_name = f"{target}.{name}"
         if not _ignored(host_name, module, stage.ignore):
             yield host_name.strip("."), module
+
+
+def check_weights_are_own(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> None:
+    """Make sure that pruning these modules changes no other one, and none of them twice.
+
+    :param modules: what is to be pruned, by full name
+    :raises ValueError: naming two modules that share a weight, and the entry of ``ignore`` that
+        leaves one of them out
+    """
+    owners: dict[int, str] = {}
+    embeddings = match_named_modules(model, ["Embedding"])
+    with disable_onloading():  # what is stored stays the same object
+        shared = {id(module.weight): name for name, module in embeddings}
+        for name, module in modules.items():
+            weight = id(module.get_parameter("weight"))
+            if embedding := shared.get(weight):
+                raise ValueError(
+                    f"{name} has the weight of {embedding}, which would be pruned with it: add "
+                    f"'re:.*{re.escape(name)}' to the stage's ignore"
+                )
+            other = owners.setdefault(weight, name)
+            if other != name:
+                raise ValueError(
+                    f"{other} and {name} share one weight, which would be counted and "
+                    f"pruned twice: add re:{name} to the stage's ignore"
+                )
 
 
 def set_sparsities(stage: StockStage, sparsities: list[float]) -> None:

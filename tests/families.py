@@ -201,6 +201,7 @@ class Family:
     :param ignore: what the stage is told to leave
     :param unseen: pattern of Linears whose weight the model reads past their ``forward``:
         they stay dense, and count neither here nor in the plan
+    :param routers: pattern of the Linears that route, and stay dense as no target names them
     :param sequential_targets: class of the blocks, where transformers declares none
     :param kind: what makes the model
     :param samples: makes the calibration samples
@@ -210,6 +211,7 @@ class Family:
     blocks: dict[str, list[int]]
     ignore: list[str] = field(default_factory=list)
     unseen: str = "re:nothing"
+    routers: str = "re:nothing"
     sequential_targets: list[str] | None = None
     kind: type = AutoModelForCausalLM
     samples: Callable[[], Dataset] = text
@@ -220,7 +222,7 @@ class Family:
         names: dict[str, list[str]] = {block: [] for block in blocks}
         for name, linear in linears_of(model).items():
             block = outer_block(name, blocks)
-            if block and not is_match(name, linear, [self.unseen, *self.ignore]):
+            if block and not is_match(name, linear, [self.unseen, self.routers, *self.ignore]):
                 names[block].append(name)
         expected = [count for counts in self.blocks.values() for count in counts]
         assert [len(group) for group in names.values()] == expected
@@ -273,12 +275,14 @@ FAMILIES: dict[str, Family] = {
     # Blocks of several kinds
     "qwen3_next": Family(
         lambda: Qwen3NextConfig(**QWEN3_NEXT),
-        {"model.layers": [3 + 4 + 3 * 4, 4 + 4 + 3 * 4, 3 + 4 + 3 * 4]},
+        {"model.layers": [3 + 3 + 3 * 4, 4 + 3 + 3 * 4, 3 + 3 + 3 * 4]},
+        routers="re:.*shared_expert_gate$",
     ),
     "jamba": Family(
         lambda: JambaConfig(**JAMBA),
-        {"model.layers": [3 + 3, 4 + 1 + 3 * 4, 3 + 3]},
+        {"model.layers": [3 + 3, 4 + 3 * 4, 3 + 3]},
         unseen="re:.*dt_proj",
+        routers="re:.*router$",
     ),
     "nemotron_h": Family(lambda: NemotronHConfig(**NEMOTRON_H), {"model.layers": [2, 4, 2]}),
     "nemotron_h_experts": Family(  # which have no gate

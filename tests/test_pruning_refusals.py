@@ -5,10 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import EVERY, PRUNERS, MakeModel, prune, refuses
+import torch
+from helpers import (
+    EVERY,
+    PRUNERS,
+    MakeModel,
+    kept_on_disk,
+    linears_of,
+    prune,
+    refuses,
+    weights_of,
+    zeros,
+)
 from llmcompressor.modifiers import pruning
 
-from dlp_plugin import DLPModifier, Plan, SparseGPTModifier, WandaPruningModifier
+from dlp_plugin import (
+    ADMMPruningModifier,
+    DLPModifier,
+    MaskedGPTQModifier,
+    Plan,
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
 
 
 class TestBadPatterns:
@@ -146,3 +164,55 @@ class TestBadPatterns:
     def test_no_sparsity(self, make_model: MakeModel, pruner: type) -> None:
         for stage in (pruner(**EVERY), pruner(sparsity=None, **EVERY)):
             refuses(make_model(), rf"{pruner.__name__}.sparsity is not stated", stage)
+
+
+class TestSharedWeights:
+    """Pruning one module must not prune another, nor one twice."""
+
+    HEAD = (
+        "lm_head has the weight of model.embed_tokens, which would be pruned with it: add "
+        r"'re:\.\*lm_head' to the stage's ignore"
+    )
+
+    @pytest.mark.parametrize("pruner", [*PRUNERS, ADMMPruningModifier])
+    def test_a_head_that_is_tied_to_the_embeddings(
+        self, make_model: MakeModel, pruner: type
+    ) -> None:
+        tied = make_model(tie_word_embeddings=True)
+        refuses(tied, self.HEAD, pruner(sparsity=0.5, targets=["Linear"]))
+        refuses(tied, self.HEAD, pruner(sparsity=0.5, targets=["LlamaForCausalLM"]))
+        prune(make_model(), pruner(sparsity=0.5, targets=["Linear"]))
+        prune(tied, pruner(sparsity=0.5, **EVERY))
+        assert not zeros(tied.lm_head)
+
+    def test_of_a_model_on_disk(self, make_model: MakeModel, tmp_path: Path) -> None:
+        model = kept_on_disk(make_model(tie_word_embeddings=True), tmp_path)
+        refuses(model, self.HEAD, WandaPruningModifier(sparsity=0.5, targets=["Linear"]))
+
+    @pytest.mark.parametrize("pruner", [WandaPruningModifier, pruning.WandaPruningModifier])
+    def test_what_a_plan_leaves_dense_is_no_mistake(
+        self, make_model: MakeModel, pruner: type
+    ) -> None:
+        model = make_model(tie_word_embeddings=True)
+        stage = pruner(sparsity=0.5, targets=["Linear"])
+        prune(model, DLPModifier(), stage)
+        assert {n for n, linear in linears_of(model).items() if not zeros(linear)} == {"lm_head"}
+        assert stage.ignore == []
+
+    def test_two_linears(self, make_model: MakeModel) -> None:
+        model = make_model()
+        first, second = (model.model.layers[i].mlp.up_proj for i in (0, 1))
+        second.weight = first.weight
+        match = r"layers.0.mlp.up_proj and .*layers.1.mlp.up_proj share one.*add re:model.layers.1"
+        refuses(model, match, WandaPruningModifier(sparsity=0.5, **EVERY))
+
+    def test_4_bits_are_the_head_s_alone(self, make_model: MakeModel) -> None:
+        """The host unties what is to be quantized."""
+        model = make_model(tie_word_embeddings=True)
+        before = weights_of(model)
+        weights = {"num_bits": 4, "strategy": "group", "group_size": 32}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        prune(model, MaskedGPTQModifier(config_groups=groups))
+        assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+        assert len(model.lm_head.weight[0, :32].unique()) <= 16
+        assert not model.config.tie_word_embeddings

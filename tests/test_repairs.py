@@ -238,9 +238,10 @@ class TestOddPipelines:
         """They are dense the first time only, and so reconstructed once."""
         family = FAMILIES["albert"]
         model = make(family.config(), tmp_path, family.kind)
+        ignore = ["re:.*predictions.decoder"]  # which has the embeddings' weight
         run(
             model,
-            [stage(sparsity=0.5, polish=True, reconstruct=1, **EVERY)],
+            [stage(sparsity=0.5, polish=True, reconstruct=1, ignore=ignore)],
             random_samples(),
             sequential_targets=family.sequential_targets,
         )
@@ -292,7 +293,7 @@ class TestBadInput:
         with torch.no_grad():
             model.model.layers[0].input_layernorm.weight[3] = torch.inf
         stage = WandaPruningModifier(sparsity=0.5, polish=True, **EVERY)
-        refuses(model, r"inputs of model\.layers\.0\.self_attn\.q_proj were not finite", stage)
+        refuses(model, r"inputs of model\.layers\.0\.self_attn\.q_proj hold infinite", stage)
 
     @pytest.mark.parametrize("fields", [{"polish": True}, {"reconstruct": 1}])
     def test_magnitude_without_samples(self, make_model: MakeModel, fields: dict) -> None:

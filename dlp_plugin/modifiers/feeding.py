@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from compressed_tensors.distributed import is_distributed
-from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from loguru import logger
@@ -14,6 +13,7 @@ from loguru import logger
 from dlp_plugin.host import (
     StockStage,
     block_names,
+    check_weights_are_own,
     heed_ignore,
     leave_dense,
     set_sparsities,
@@ -25,6 +25,7 @@ from dlp_plugin.pruning.admm import ADMMPruningModifier
 from dlp_plugin.pruning.base import PruningStage
 from dlp_plugin.pruning.magnitude import OneShotMagnitudeModifier
 from dlp_plugin.scoring.blocks import Block, group_by_block, outer_block
+from dlp_plugin.scoring.routers import unnamed_routers
 from dlp_plugin.search.decide import COMPENSATED, REPAIRED
 
 __all__ = ["FedStage", "all_blocks", "check_stage", "easier", "fed_blocks"]
@@ -44,7 +45,8 @@ def fed_blocks(
     names = block_names(model, sequential_targets)
     fed = []
     for stage in stages:
-        fed.append(FedStage(stage, stage_targets(model, stage), names))
+        routers = unnamed_routers(model, stage.targets)
+        fed.append(FedStage(stage, stage_targets(model, stage), names, routers))
         if not isinstance(stage, PruningStage):  # which does so itself
             heed_ignore(model, stage)
     found = {name: module for each in fed for name, module in each.inside.items()}
@@ -52,12 +54,14 @@ def fed_blocks(
 
 
 def all_blocks(model: torch.nn.Module, sequential_targets: list[str] | None) -> list[Block]:
-    """The blocks of a model with all their Linears, where no stage says which.
+    """The blocks of a model with all their Linears but routers, where no stage says which.
 
     :raises ValueError: as :func:`fed_blocks` does
     """
     names = block_names(model, sequential_targets)
-    return _blocks(model, dict(match_named_modules(model, ["Linear"])), names)
+    linears = dict(match_named_modules(model, ["Linear"]))
+    routers = unnamed_routers(model, ["Linear"])
+    return _blocks(model, {n: m for n, m in linears.items() if n not in routers}, names)
 
 
 def _blocks(
@@ -76,22 +80,8 @@ def _blocks(
             f"no Linear in any block of {type(model).__name__} (the first is {names[0]}): "
             "DLP scores Linears only, and has nothing to plan for this architecture"
         )
-    _refuse_shared_weights(blocks)
+    check_weights_are_own(model, {n: m for block in blocks for n, m in block.linears.items()})
     return blocks
-
-
-def _refuse_shared_weights(blocks: Sequence[Block]) -> None:
-    """Two modules with one weight would be counted twice, and pruned twice."""
-    owners: dict[int, str] = {}
-    with disable_onloading():  # what is stored stays the same object
-        for block in blocks:
-            for name, linear in block.linears.items():
-                other = owners.setdefault(id(linear.weight), name)
-                if other != name:
-                    raise ValueError(
-                        f"{other} and {name} share one weight, which would be counted and "
-                        f"pruned twice: add re:{name} to the stage's ignore"
-                    )
 
 
 class FedStage:
@@ -102,22 +92,25 @@ class FedStage:
         stage: StockStage,
         targets: dict[str, dict[str, torch.nn.Module]],
         block_names: list[str],
+        routers: Mapping[str, torch.nn.Linear],
     ) -> None:
-        """Find each target's block.
+        """Find each target's block, and have the stage leave dense what lies in none.
 
+        :param routers: of the model, those that the stage's targets do not name
         :raises ValueError: if the stage prunes nothing in any block, or a target
             holds Linears of several blocks
         """
         self.stage = stage
+        self.routers = routers
         self.inside: dict[str, torch.nn.Module] = {}
-        self._outside: list[str] = []
+        outside: list[str] = []
         self._blocks: list[str | None] = []
         self._written = (stage.sparsity, stage.ignore)
         self._targets = targets
         kind = type(stage).__name__
         for target, modules in targets.items():
             homes = {name: outer_block(name, block_names) for name in modules}
-            self._outside += [name for name, home in homes.items() if home is None]
+            outside += [name for name, home in homes.items() if home is None]
             self.inside |= {n: m for n, m in modules.items() if homes[n] is not None}
             held = sorted({home for home in homes.values() if home is not None})
             if len(held) > 1:
@@ -133,6 +126,9 @@ class FedStage:
                 f"{stage.targets} (a list of class names, names or re: patterns), its "
                 f"ignore {stage.ignore}, the first block is {block_names[0]}"
             )
+        if outside:
+            logger.warning("Outside every block and left dense by {}: {}", kind, outside)
+            leave_dense(stage, outside)
 
     @property
     def by_magnitude(self) -> bool:
@@ -156,13 +152,7 @@ class FedStage:
         """Hand the stage one sparsity per target."""
         sparsities = {block.name: block.sparsity for block in plan.blocks}
         own = {n: s for block in plan.blocks for n, s in (block.linears or {}).items()}
-        if self._outside:
-            logger.warning(
-                "Outside every block and left dense by {}: {}",
-                type(self.stage).__name__,
-                self._outside,
-            )
-        leave_dense(self.stage, self._outside + [n for n in plan.unseen if n in self.inside])
+        leave_dense(self.stage, [name for name in plan.unseen if name in self.inside])
         set_sparsities(
             self.stage,
             [

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from dlp_plugin.host import router_pattern
 from dlp_plugin.modifiers.feeding import FedStage
 from dlp_plugin.planning.methods import METHODS
 from dlp_plugin.planning.plan import Plan
 from dlp_plugin.planning.structure import MaskStructure
-from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.scoring.blocks import Block, outer_block
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["check_fits"]
 
@@ -31,6 +36,7 @@ def check_fits(
     """
     _check_method(plan, method, settings)
     _check_structure(plan, structure)
+    _check_routers(plan, blocks, stages)
     _check_blocks(plan, blocks)
     if any(block.linears for block in plan.blocks):
         for fed in stages:
@@ -67,6 +73,25 @@ def _check_structure(plan: Plan, structure: MaskStructure) -> None:
         f"{plan.mask_structure or 'unstructured pruning'}, and the stages' "
         f"mask_structure is {structure}: {remedy}, or state the plan's"
     )
+
+
+def _check_routers(plan: Plan, blocks: Sequence[Block], stages: Sequence[FedStage]) -> None:
+    """Tell of a plan that counts routers, which stages used to prune by a class of targets."""
+    routers = {name: linear for fed in stages for name, linear in fed.routers.items()}
+    ours = {block.name: block.without(plan.unseen) for block in blocks}
+    counted: dict[str, torch.nn.Linear] = {}
+    for row in plan.blocks:
+        own = Block(row.name, {n: m for n, m in routers.items() if outer_block(n, [row.name])})
+        if row.name not in ours or row.weights != ours[row.name].weights + own.weights:
+            return  # which is told otherwise
+        counted |= own.linears
+    if counted:
+        entries = sorted({router_pattern(name) for name in counted})
+        raise ValueError(
+            f"the plan (of {plan.model}) counts routers ({next(iter(counted))}), which stay dense "
+            f"unless the stage's targets name them: add {', '.join(map(repr, entries))} to targets "
+            "to prune them by it, or score again"
+        )
 
 
 def _check_blocks(plan: Plan, blocks: Sequence[Block]) -> None:

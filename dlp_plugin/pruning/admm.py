@@ -13,6 +13,7 @@ from loguru import logger
 from pydantic import Field
 
 from dlp_plugin.pruning.base import PruningStage
+from dlp_plugin.pruning.finite import check_inputs
 from dlp_plugin.pruning.grams import DAMPENING, Grams, least_squares
 
 __all__ = ["ADMMPruningModifier"]
@@ -67,8 +68,11 @@ class ADMMPruningModifier(PruningStage):
         self._grams.add(module, args)
 
     def compress_modules(self) -> None:
-        """Prune what has been calibrated; of several processes each some modules."""
-        self._grams.check_finite(self._module_names)
+        """Prune what has been calibrated; of several processes each some modules.
+
+        :raises ValueError: naming a module whose inputs or weight are not finite
+        """
+        check_inputs(self._grams.matrices, self._module_names)
         with self._grams.shared(self._module_names) as grams:
             for module in list(grams):
                 sparsity = self._sparsity_of(module)

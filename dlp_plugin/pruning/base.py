@@ -17,7 +17,13 @@ from torch import distributed as dist
 
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.generation import make_savable
-from dlp_plugin.host import StockStage, block_names, heed_ignore, stage_targets
+from dlp_plugin.host import (
+    StockStage,
+    block_names,
+    check_weights_are_own,
+    heed_ignore,
+    stage_targets,
+)
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.pruning.grams import Grams, polishing
 from dlp_plugin.pruning.reconstruction import Reconstruction
@@ -95,7 +101,9 @@ class PruningStage(StockStage):
             )
         if self.structure:
             self.check_structure(targets)
-        self._check_places(targets)
+        found = {name: module for modules in targets.values() for name, module in modules.items()}
+        check_weights_are_own(state.model, found)
+        self._check_places(found)
         self._check_samples(state)
         if self.repairs:
             self._check_repairs(targets)
@@ -119,12 +127,11 @@ class PruningStage(StockStage):
         for modules in targets.values():
             check_columns(modules, self.structure.m, f"add them to {type(self).__name__}.ignore")
 
-    def _check_places(self, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
+    def _check_places(self, found: dict[str, torch.nn.Module]) -> None:
         """Make sure that no two processes would write one file.
 
         :raises ValueError: naming the module
         """
-        found = {name: module for modules in targets.values() for name, module in modules.items()}
         for name, module in found.items() if is_distributed() else ():
             if get_offloaded_device(module) == "disk":
                 raise ValueError(

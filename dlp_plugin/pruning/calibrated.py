@@ -32,6 +32,7 @@ from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import make_empty_row_
 
 from dlp_plugin.pruning.base import PruningStage
 from dlp_plugin.pruning.distributed import gather, spread
+from dlp_plugin.pruning.finite import check_inputs
 
 __all__ = ["SparseGPTModifier", "WandaPruningModifier"]
 
@@ -54,7 +55,11 @@ class _Calibrated(PruningStage):
             super().calibrate_module(module, args, output)  # type: ignore[safe-super]
 
     def compress_modules(self) -> None:
-        """Prune what has been calibrated; of several processes each some modules."""
+        """Prune what has been calibrated; of several processes each some modules.
+
+        :raises ValueError: naming a module whose inputs or weight are not finite
+        """
+        check_inputs(self._statistics, self._module_names)
         if not is_distributed():
             self._compress()
             return

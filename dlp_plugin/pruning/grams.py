@@ -18,6 +18,7 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
 )
 
 from dlp_plugin.pruning.distributed import gather, spread
+from dlp_plugin.pruning.finite import check_inputs
 from dlp_plugin.pruning.least_squares import LeastSquares
 
 __all__ = ["DAMPENING", "Grams", "least_squares", "polishing"]
@@ -56,19 +57,6 @@ class Grams:
         )
         self.matrices[module] = matrix.cpu() if self._offload else matrix
 
-    def check_finite(self, names: Mapping[Module, str]) -> None:
-        """Make sure that least squares can be solved.
-
-        :raises ValueError: naming the module, if its inputs were not finite
-        """
-        for module, matrix in self.matrices.items():
-            if not matrix.isfinite().all():
-                raise ValueError(
-                    f"the inputs of {names[module].strip('.')} were not finite, so no least "
-                    "squares can be solved on them: load the model in a wider dtype, or leave the "
-                    "module out by ignore"
-                )
-
     @contextmanager
     def shared(self, names: Mapping[Module, str]) -> Iterator[dict[Module, torch.Tensor]]:
         """The matrices over all processes' samples, to each process those of some modules.
@@ -103,7 +91,7 @@ def polishing(
     :param through: the part of the model that is through; the dense weights of what the stage
         prunes in it are in memory meanwhile
     """
-    grams.check_finite(names)
+    check_inputs(grams.matrices, names)
     reached = {*through, *grams.samples}  # which tracing may have told of another part
     dense = {module: _weight(module) for module in names if module in reached}
     yield

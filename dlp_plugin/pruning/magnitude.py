@@ -11,6 +11,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 
 from dlp_plugin.pruning.base import PruningStage
+from dlp_plugin.pruning.finite import check_weights
 from dlp_plugin.pruning.smallest import smallest, smallest_of_groups
 
 __all__ = ["OneShotMagnitudeModifier"]
@@ -69,10 +70,11 @@ class OneShotMagnitudeModifier(PruningStage):
         self._reached.add(module)
 
     def compress_modules(self) -> None:
-        """Prune the targets; of those that are repaired what has run."""
-        for module in list(self._waiting):
-            if module in self._reached or not self.repairs:
-                self._prune(module, self._waiting.pop(module))
+        """Prune the targets; of those that are repaired what has run.
+
+        :raises ValueError: naming a module whose weight is not finite
+        """
+        self._prune([m for m in self._waiting if m in self._reached or not self.repairs])
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Prune what saw no sample, such as some experts.
@@ -80,16 +82,18 @@ class OneShotMagnitudeModifier(PruningStage):
         :raises ValueError: if something was to be repaired and nothing ran
         """
         super().on_calibration_end(state, event, **kwargs)
-        for module in list(self._waiting):
-            self._prune(module, self._waiting.pop(module))
+        self._prune(list(self._waiting))
 
-    def _prune(self, module: torch.nn.Module, name: str) -> None:
-        """Prune one matrix on its device."""
-        logger.info("Sparsifying {}", name)
-        with torch.no_grad(), align_module_device(module):
-            weight = module.get_parameter("weight").detach().clone()
-            weight.masked_fill_(self._least(name, module, weight), 0)
-        update_offload_parameter(module, "weight", weight)
+    def _prune(self, modules: list[torch.nn.Module]) -> None:
+        """Prune one matrix after the other on its device."""
+        check_weights(modules, self._waiting)
+        for module in modules:
+            name = self._waiting.pop(module)
+            logger.info("Sparsifying {}", name)
+            with torch.no_grad(), align_module_device(module):
+                weight = module.get_parameter("weight").detach().clone()
+                weight.masked_fill_(self._least(name, module, weight), 0)
+            update_offload_parameter(module, "weight", weight)
 
     def _least(self, name: str, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Which weights of a matrix go."""

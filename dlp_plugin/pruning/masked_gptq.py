@@ -36,7 +36,8 @@ from pydantic import PrivateAttr
 
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.generation import make_savable
-from dlp_plugin.host import check_patterns
+from dlp_plugin.host import check_patterns, left_routers
+from dlp_plugin.pruning.finite import check_inputs
 
 __all__ = ["MaskedGPTQModifier"]
 
@@ -60,6 +61,7 @@ class MaskedGPTQModifier(GPTQModifier):
     """
 
     _pruned: int = PrivateAttr(default=0)
+    _written: list[str] | None = PrivateAttr(default=None)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Set up quantization as the host does.
@@ -72,10 +74,19 @@ class MaskedGPTQModifier(GPTQModifier):
                 "CT_ENFORCE_EAGER is set, which keeps MaskedGPTQModifier from masking: unset it"
             )
         check_patterns(self, targets=self.resolved_targets, ignore=self.ignore)
+        self._leave_routers(state.model)
         self._check_groups(state.model)
         save_under_source_names(state.model)
         make_savable(state.model)
         return bool(super().on_initialize(state, **kwargs))
+
+    def _leave_routers(self, model: torch.nn.Module) -> None:
+        """Add to ``ignore`` the routers that no target names: engines build them dense."""
+        found = dict(match_named_modules(model, self.resolved_targets, self.ignore))
+        if self.has_config() and (names := left_routers(model, self, self.resolved_targets, found)):
+            self._written = self.ignore
+            self.ignore = [*self.ignore, *names]
+            self.resolved_config.ignore = self.ignore
 
     def _check_groups(self, model: torch.nn.Module) -> None:
         """Refuse groups that do not divide a row, before modules are set up to be quantized.
@@ -117,9 +128,11 @@ class MaskedGPTQModifier(GPTQModifier):
     def compress_module_list(self, module_list: list[Any]) -> None:
         """Quantize modules batch by batch, each under its mask.
 
+        :raises ValueError: naming a module whose inputs or weight are not finite
         :raises RuntimeError: if a pruned weight came back, which a change in the host
             could bring about
         """
+        check_inputs({m: self._hessians[m] for m in module_list}, self._module_names)
         for batch in assign_batches(module_list, self.batched_quantization, self.block_size):
             alive = torch.stack([module.get_parameter("weight") != 0 for module in batch])
             pruned = alive.numel() - int(alive.sum())
@@ -137,6 +150,12 @@ class MaskedGPTQModifier(GPTQModifier):
                         "release of llmcompressor quantizes in an order that "
                         "MaskedGPTQModifier does not know"
                     )
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Read as it was written again."""
+        if self._written is not None:
+            self.ignore = self._written
+        return bool(super().on_finalize(state, **kwargs))
 
     def _in_quantization_order(self, batch: Sequence[Any], alive: torch.Tensor) -> torch.Tensor:
         """Sort a mask's columns, ``[batch, rows, columns]``, as the host sorts weights."""

@@ -1,0 +1,51 @@
+"""Which Linears of a model route tokens to experts, by full name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.utils.match import match_name
+
+__all__ = ["unnamed_routers"]
+
+_ROUTES = re.compile(r"(.*_)?(gate|router)")
+
+
+def unnamed_routers(model: torch.nn.Module, targets: Sequence[str]) -> dict[str, torch.nn.Linear]:
+    """Routers that a class in ``targets`` takes in with all other Linears, and no entry names.
+
+    They hold few weights, decide what every other one is used for, and engines build them dense.
+    One lies beside the experts, is called a gate or router, and has an output for each expert or
+    a single one (Qwen3-Next's ``shared_expert_gate``).
+
+    :param targets: class names, names or ``re:`` patterns
+    """
+    return {
+        name: linear
+        for name, linear in _routers(model)
+        if not any(match_name(name, target) for target in targets)
+    }
+
+
+def _routers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
+    for holder, module in model.named_modules():
+        numbers = {_experts(name, child) for name, child in module.named_children()} - {0}
+        for child_name, child in module.named_children() if numbers else ():
+            if _ROUTES.fullmatch(child_name):
+                for below, linear in child.named_modules(prefix=child_name):
+                    if isinstance(linear, torch.nn.Linear) and linear.out_features in {1, *numbers}:
+                        yield f"{holder}.{below}".strip("."), linear
+
+
+def _experts(name: str, module: torch.nn.Module) -> int:
+    """How many experts a module holds: in a list, or stacked in its parameters; 0 for none."""
+    if "expert" not in f"{name} {type(module).__name__}".lower():
+        return 0
+    if isinstance(module, torch.nn.ModuleList):
+        return sum(part.isdecimal() for part, _ in module.named_children())
+    with disable_onloading():  # shapes are known without reading weights
+        stacked = [len(each) for each in module.parameters(recurse=False) if each.ndim == 3]
+    return max(stacked, default=0)
