@@ -9,9 +9,14 @@ import torch
 from datasets import Dataset
 from helpers import CALIBRATION_TEXT, SHIPPED, VOCABULARY, Logged, MakeModel, as_if_loaded
 from loguru import logger
+from processor import head
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dlp_plugin.evaluation.text import calibration_set, read_tokens
+
+
+def pytest_report_header() -> list[str]:
+    return head()
 
 
 @pytest.fixture

@@ -203,6 +203,11 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+def before_others(*folders: Path) -> str:
+    """PYTHONPATH with these first; another, such as ``engines/avx2``, may be there already."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 Ask = Callable[..., list[Any]]
 
 
@@ -219,7 +224,7 @@ def ask(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Ask:
         )
         probe = ROOT / "tests" / "vllm_probe_packed.py"
         command = [vllm_python(), probe, folder / "jobs.json", folder / "result.json"]
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, [plugin, *path]))
+        environment["PYTHONPATH"] = before_others(plugin, *path)
         call([str(word) for word in command], HF_HUB_OFFLINE="1", **environment)
         return json.loads((folder / "result.json").read_text())
 
@@ -289,7 +294,7 @@ def test_four_bits_serve_where_vllm_has_no_kernel_for_them(
 @pytest.mark.engines
 def test_layers_of_every_kind_hold_the_slices_of_every_rank(plugin: Path) -> None:
     probe = ROOT / "tests" / "vllm_probe_layers.py"
-    call([str(vllm_python()), str(probe)], PYTHONPATH=str(plugin), OMP_NUM_THREADS="1")
+    call([str(vllm_python()), str(probe)], PYTHONPATH=before_others(plugin), OMP_NUM_THREADS="1")
 
 
 def newer(tensors: Tensors, config: dict) -> None:

@@ -59,15 +59,20 @@ def _without_json(arguments: list[str]) -> list[str]:
 
 
 def processor() -> str:
-    """The processor's name (Linux)."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return names[0] if names else platform.machine()
+    """The processor's name, or its kind where Linux does not tell it."""
+    return _cpuinfo("model name") or platform.machine()
 
 
 def instruction_sets() -> list[str]:
-    flags = re.search(r"flags\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    found = flags.group(1).split() if flags else []
+    found = _cpuinfo("flags").split()
     return [name for flag, name in INSTRUCTIONS.items() if flag in found]
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core."""
+    file = Path("/proc/cpuinfo")
+    found = re.search(rf"^{field}\s*: (.*)", file.read_text(), re.M) if file.exists() else None
+    return found.group(1) if found else ""
 
 
 def commit() -> str | None:

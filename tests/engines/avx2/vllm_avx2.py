@@ -1,6 +1,7 @@
-"""A vLLM plugin: the library that vLLM loads where a processor has no AVX-512, on any x86-64.
+"""A vLLM plugin: a processor that has AVX2 and nothing newer, on any x86-64.
 
-vLLM asks torch for the processor's instructions, and no variable changes what torch finds.
+vLLM asks torch for the processor's instructions, by which it chooses its library and the
+kernels in it, and no variable changes what torch answers. So torch is made to answer as there.
 With this folder in PYTHONPATH vLLM finds the plugin beside this file, as it finds every
 installed one (``VLLM_PLUGINS=""`` turns it off again)::
 
@@ -8,19 +9,14 @@ installed one (``VLLM_PLUGINS=""`` turns it off again)::
         bash tests/run --engines -k vllm
 """
 
-from vllm.platforms.cpu import CpuPlatform
+import torch
 
-
-class AVX2Platform(CpuPlatform):
-    @classmethod
-    def import_kernels(cls) -> None:
-        try:
-            import vllm._C_AVX2  # noqa: F401
-        except ImportError as error:
-            # Loaded all the same: the module in it is called _C, whatever the file.
-            if "does not define module export function" not in str(error):
-                raise
+NEWER = ("avx512", "avx10", "avx_vnni", "avx_ne_convert", "amx")
 
 
 def platform() -> str:
-    return "vllm_avx2.AVX2Platform"
+    """Hide what is newer, in this process, before vLLM asks; the platform is its own."""
+    has = torch.cpu.get_capabilities().items()
+    older = {name: value for name, value in has if not name.startswith(NEWER)}
+    torch.cpu.get_capabilities = lambda: older
+    return "vllm.platforms.cpu.CpuPlatform"
