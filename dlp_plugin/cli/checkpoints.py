@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dlp_plugin.cli.common import console, progress_bar, reporting_errors
+from dlp_plugin.cli.common import TrustRemoteCode, console, progress_bar, reporting_errors
 
 if TYPE_CHECKING:
     from dlp_plugin.checkpoints.inspect import Checkpoint
@@ -50,12 +50,13 @@ def inspect(
 def export_gptq(
     folder: Annotated[Path, typer.Argument(help="A W4A16 or W8A16 checkpoint of oneshot().")],
     output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a packed checkpoint in the GPTQ format, for AutoGPTQ, exllama and others.
 
     The numbers stay the same: what dequantizes to zero does so afterwards.
     """
-    with reporting_errors(host=False):
+    with reporting_errors(host=False, trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.gptq_format import export_gptq as export
 
         export(folder, output)
@@ -65,13 +66,14 @@ def export_gptq(
 def pack(
     folder: Annotated[Path, typer.Argument(help="A pruned checkpoint: dense, W4A16 or W8A16.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a pruned checkpoint small: a bit for every weight, and those that are not zero.
 
     Nothing is lost: transformers (after `import dlp_plugin`) and vLLM load it as what it was,
     bit for bit, and `dlp-plugin unpack` writes that again.
     """
-    with reporting_errors(host=False):
+    with reporting_errors(host=False, trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.packing import pack as write
 
         with progress_bar("Packing", 1) as advance:

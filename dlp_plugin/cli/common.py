@@ -17,18 +17,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from dlp_plugin.checkpoints.trust import trusting_remote_code
 from dlp_plugin.planning.methods import options
 
 __all__ = [
     "Column",
     "Config",
     "Data",
+    "Ignore",
     "Length",
     "MaskStructure",
     "Model",
     "Samples",
     "Split",
+    "Targets",
     "TestSplit",
+    "TrustRemoteCode",
     "app",
     "calibration_arguments",
     "checked_length",
@@ -75,6 +79,21 @@ Column = Annotated[
 ]
 Samples = Annotated[
     int, typer.Option(min=1, help="Calibration samples, spread evenly over the text.")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What is pruned: a class, a name or a `re:` pattern of modules; may be repeated.",
+        show_default="Linear",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="What stays dense of that, by name or `re:` pattern; may be repeated."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that lies beside the model. Read it first."),
 ]
 MaskStructure = Annotated[
     str | None, typer.Option(help="For stages of this structure: 4:8 is 4 of every 8 on average.")
@@ -205,10 +224,11 @@ def joined_processes() -> Iterator[bool]:
 
 
 @contextmanager
-def reporting_errors(host: bool = True) -> Iterator[None]:
+def reporting_errors(host: bool = True, trust_remote_code: bool = False) -> Iterator[None]:
     """Show an error as one message; of the log our progress, and the warnings of others.
 
     :param host: whether llm-compressor will be needed; importing it sets up a log of its own
+    :param trust_remote_code: whether code that comes with a model may run
     :raises typer.Exit: with code 1, once an error is reported
     """
     try:
@@ -218,7 +238,8 @@ def reporting_errors(host: bool = True) -> Iterator[None]:
             for module in ("metric_logging", "dev"):  # what it says of every run
                 logger.disable(f"llmcompressor.utils.{module}")
         _show_log()
-        yield
+        with trusting_remote_code(trust_remote_code):
+            yield
     except typer.Exit:
         raise
     except Exception as error:

@@ -14,11 +14,14 @@ from dlp_plugin.cli.common import (
     Column,
     Config,
     Data,
+    Ignore,
     Length,
     Model,
     Samples,
     Split,
+    Targets,
     TestSplit,
+    TrustRemoteCode,
     calibration_arguments,
     checked_length,
     console,
@@ -41,12 +44,13 @@ def ppl(
     column: Column = "text",
     length: Length = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model's perplexity on a text or dataset.
 
     Windows do not overlap, and every token after a window's first counts once.
     """
-    with reporting_errors():
+    with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
         from dlp_plugin.evaluation.causal import check_causal
         from dlp_plugin.evaluation.finite import check_finite
@@ -81,13 +85,14 @@ def zero_shot(
         Path | None, typer.Option(help="Folder with YAML files of tasks of your own.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model's accuracy on tasks, without examples or training.
 
     `paper7` is what the pruning papers report: BoolQ, RTE, HellaSwag, WinoGrande, ARC
     easy and challenge, OpenbookQA; and the mean. Needs `pip install 'dlp_plugin[eval]'`.
     """
-    with reporting_errors():
+    with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
         from dlp_plugin.evaluation.zeroshot import zero_shot as measure
         from dlp_plugin.files import check_writable, replacing
@@ -175,6 +180,8 @@ def compare(
     sparsity: Annotated[
         str | None, typer.Option(help="The sparsity it shall have; by default the highest.")
     ] = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
     config: Config = None,
     split: Split = None,
     column: Column = "text",
@@ -182,6 +189,7 @@ def compare(
     test_split: TestSplit = None,
     samples: Samples = 128,
     length: Length = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare methods, sparsities, pruners and bits on a model, by perplexity and bytes.
 
@@ -191,7 +199,8 @@ def compare(
     recipe is that of the least perplexity over methods, pruners and bits at one sparsity; it
     holds its plan, and `dlp-plugin oneshot` runs it as it is.
     """
-    with reporting_errors():
+    with reporting_errors(trust_remote_code=trust_remote_code):
+        from dlp_plugin.comparison.names import EVERY, Scope
         from dlp_plugin.comparison.pictures import draw
         from dlp_plugin.comparison.run import compare as run
         from dlp_plugin.comparison.view import markdown, table
@@ -200,7 +209,7 @@ def compare(
         from dlp_plugin.planning.view import check_drawable
 
         check_drawable("a comparison")
-        targets, best_at = _targets(sparsities, sparsity)
+        aims, best_at = _targets(sparsities, sparsity)
         if write_recipe is not None:
             check_writable(write_recipe)
         calibration = calibration_arguments(model, data, config, split, column, length, samples)
@@ -219,12 +228,13 @@ def compare(
             token_windows(tokens, length, beginning(tokenizer)),
             output,
             methods=methods.split(","),
-            sparsities=targets,
+            sparsities=aims,
             pruners=pruners.split(","),
             bits=bits.split(","),
             sizes=sizes,
             refine=refine,
             evolve=evolve,
+            scope=Scope(tuple(targets or EVERY.targets), tuple(ignore or ())),
             report=_tell,
         )
         console.print(table(found))

@@ -11,11 +11,14 @@ from dlp_plugin.cli.common import (
     Column,
     Config,
     Data,
+    Ignore,
     Length,
     MaskStructure,
     Model,
     Samples,
     Split,
+    Targets,
+    TrustRemoteCode,
     calibration_arguments,
     console,
     joined_processes,
@@ -64,18 +67,21 @@ def score(
             help="`median` (paper) or `mean` (its code); of `dlp` only.", show_default="median"
         ),
     ] = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
     config: Config = None,
     split: Split = None,
     column: Column = "text",
     samples: Samples = 128,
     length: Length = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a model's blocks and write the plan; the model stays as it is.
 
     A recipe prunes from it with the method's modifier, `DLPModifier: {from_plan: plan.json}`,
     at this or another sparsity and strength, without scoring again.
     """
-    with reporting_errors(), joined_processes() as first:
+    with reporting_errors(trust_remote_code=trust_remote_code), joined_processes() as first:
         from dlp_plugin.checkpoints.loading import apply_recipe
         from dlp_plugin.files import check_writable
         from dlp_plugin.planning.view import table
@@ -89,6 +95,8 @@ def score(
             mask_structure=mask_structure,
             refine=refine,
             search=search,
+            targets=targets or ["Linear"],
+            ignore=ignore or [],
             plan_path=str(output),
         )
         calibration = calibration_arguments(model, data, config, split, column, length, samples)

@@ -18,6 +18,7 @@ from dlp_plugin.cli.common import (
     Model,
     Samples,
     Split,
+    TrustRemoteCode,
     calibration_arguments,
     console,
     joined_processes,
@@ -38,13 +39,14 @@ def oneshot(
     column: Column = "text",
     samples: Samples = 128,
     length: Length = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Prune (and quantize) a model by a recipe and save it.
 
     Example: `dlp-plugin oneshot MODEL --recipe recipes/dlp_wanda.yaml --data text.txt
     --output MODEL-pruned`
     """
-    with reporting_errors(), joined_processes() as first:
+    with reporting_errors(trust_remote_code=trust_remote_code), joined_processes() as first:
         from dlp_plugin import last_plans
         from dlp_plugin.checkpoints.loading import apply_recipe
         from dlp_plugin.files import check_vacant, exit_on_sigterm, replacing
@@ -86,13 +88,14 @@ def merge(
     allow_dense: Annotated[
         bool, typer.Option(help="Merge into modules that were never pruned, too.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge an adapter (LoRA and others of peft) into a pruned model, keeping every zero.
 
     Needs `pip install 'dlp_plugin[lora]'`. To quantize what comes out:
     `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
     """
-    with reporting_errors():
+    with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.saving import save_like
         from dlp_plugin.files import check_vacant, replacing
         from dlp_plugin.recovery import load_adapter, sparse_merge

@@ -15,9 +15,11 @@ from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.search.decide import COMPENSATED, REPAIRED, Search, where_to_search
 
 __all__ = [
+    "EVERY",
     "PRUNERS",
     "Contender",
     "Pruner",
+    "Scope",
     "Way",
     "bits_named",
     "contender_named",
@@ -49,6 +51,21 @@ class Way(NamedTuple):
 
     by_magnitude: bool = False
     easier: float = 0.0
+
+
+class Scope(NamedTuple):
+    """What of a model is pruned, as a stage's fields say it.
+
+    :param targets: class names, names or ``re:`` patterns of modules
+    :param ignore: names or patterns of those that stay dense, and are not quantized either
+    """
+
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ()
+
+
+EVERY = Scope()
+"""Every Linear."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
-from dlp_plugin.comparison.names import Contender, Way, plan_name, target_of
+from dlp_plugin.comparison.names import Contender, Scope, Way, plan_name, target_of
+from dlp_plugin.host import check_patterns
 from dlp_plugin.modifiers.feeding import all_blocks
 from dlp_plugin.modifiers.scoring_pass import ScoringPass
 from dlp_plugin.planning.plan import Plan
@@ -39,6 +40,7 @@ class PlanningModifier(Modifier):
     :param keep: called with the plan's name (:func:`plan_name`), the target, the
         plan, and the seconds that deciding took after scoring
     :param progress_path: file for how far a search is
+    :param scope: what is pruned
     """
 
     requires_calibration_data: bool = False  # as in the modifiers of the methods
@@ -46,21 +48,29 @@ class PlanningModifier(Modifier):
     _wanted: Wanted = PrivateAttr()
     _keep: Callable[[str, str, Plan, float], None] = PrivateAttr()
     _progress_path: Path = PrivateAttr()
+    _scope: Scope = PrivateAttr()
     _blocks: list[Block] = PrivateAttr(default_factory=list)
     _pass: ScoringPass = PrivateAttr()
 
     def __init__(
-        self, wanted: Wanted, keep: Callable[[str, str, Plan, float], None], progress_path: Path
+        self,
+        wanted: Wanted,
+        keep: Callable[[str, str, Plan, float], None],
+        progress_path: Path,
+        scope: Scope,
     ) -> None:
         super().__init__()
         self._wanted, self._keep, self._progress_path = wanted, keep, progress_path
+        self._scope = scope
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the blocks, and in them the Linears that a stage on all Linears prunes.
 
         :raises ValueError: naming a module that a structure does not fit
         """
-        self._blocks = all_blocks(state.model, kwargs.get("sequential_targets"))
+        targets, ignore = self._scope
+        check_patterns(self, targets=targets, ignore=ignore)
+        self._blocks = all_blocks(state.model, kwargs.get("sequential_targets"), targets, ignore)
         for target in {target for _, target, _ in self._wanted}:
             _, structure = target_of(target)
             for block in self._blocks if structure else ():

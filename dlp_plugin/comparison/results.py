@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field
 
-from dlp_plugin.comparison.names import Way, plan_name, pruner_named, target_of
+from dlp_plugin.comparison.names import EVERY, Scope, Way, plan_name, pruner_named, target_of
 from dlp_plugin.files import replacing
 from dlp_plugin.planning.methods import METHODS
 from dlp_plugin.planning.plan import Plan
@@ -19,18 +19,24 @@ from dlp_plugin.planning.plan import Plan
 __all__ = ["Cell", "Comparison", "Plain", "best_of", "quantizing", "recipe_of"]
 
 
-def recipe_of(plan: Plan, pruner: str, bits: int = 16, group_size: int = 128) -> str:
+_HEAD = ["re:.*lm_head"]  # which no recipe here prunes or quantizes
+
+
+def recipe_of(
+    plan: Plan, pruner: str, bits: int = 16, group_size: int = 128, scope: Scope = EVERY
+) -> str:
     """The YAML recipe that prunes by a plan, which it holds, and quantizes below 16 bits.
 
     :param pruner: as :func:`~dlp_plugin.comparison.names.pruner_named` takes it
     :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` gives them
     :param group_size: columns that share a scale where weights are quantized
+    :param scope: what is pruned
     """
     chosen = pruner_named(pruner)
     stage: dict[str, Any] = {
         "sparsity": plan.target,
-        "targets": ["Linear"],
-        "ignore": ["re:.*lm_head"],
+        "targets": list(scope.targets),
+        "ignore": [*_HEAD, *scope.ignore],
         **chosen.fields,
     }
     if plan.mask_structure:
@@ -39,22 +45,22 @@ def recipe_of(plan: Plan, pruner: str, bits: int = 16, group_size: int = 128) ->
     modifiers = {METHODS[plan.method].modifier: given, chosen.modifier: stage}
     stages = {"pruning_modifiers": modifiers}
     if bits < 16:
-        stages["quantization_modifiers"] = _quantizers(bits, group_size)
+        stages["quantization_modifiers"] = _quantizers(bits, group_size, scope)
     return _yaml({"pruning_stage": stages})
 
 
-def quantizing(bits: int, group_size: int) -> str:
+def quantizing(bits: int, group_size: int, scope: Scope = EVERY) -> str:
     """The YAML recipe that only quantizes; arguments as in :func:`recipe_of`."""
-    modifiers = _quantizers(bits, group_size)
+    modifiers = _quantizers(bits, group_size, scope)
     return _yaml({"quantization_stage": {"quantization_modifiers": modifiers}})
 
 
-def _quantizers(bits: int, group_size: int) -> dict[str, Any]:
+def _quantizers(bits: int, group_size: int, scope: Scope) -> dict[str, Any]:
     weights = {"num_bits": bits, "strategy": "group", "group_size": group_size}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     preset = {"scheme": f"W{bits}A16", "targets": ["Linear"]}
     chosen = preset if group_size == 128 else {"config_groups": groups}
-    return {"MaskedGPTQModifier": {**chosen, "ignore": ["re:.*lm_head"]}}
+    return {"MaskedGPTQModifier": {**chosen, "ignore": [*_HEAD, *scope.ignore]}}
 
 
 def _yaml(recipe: dict[str, Any]) -> str:
@@ -126,6 +132,7 @@ class Comparison(BaseModel):
     :param cells: one per method, target, pruner and bits
     :param plain: bits to what is not pruned; those of the dense model where sizes were asked for
     :param group_size: columns that share a scale where weights are quantized
+    :param scope: what is pruned
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
@@ -137,6 +144,7 @@ class Comparison(BaseModel):
     cells: list[Cell] = Field(default_factory=list)
     plain: dict[int, Plain] = Field(default_factory=dict)
     group_size: int = 128
+    scope: Scope = EVERY
 
     def cell(self, method: str, target: str, pruner: str, bits: int = 16) -> Cell | None:
         """One cell; None if it was not measured."""
@@ -212,7 +220,7 @@ class Comparison(BaseModel):
         quantized = f", {cell.bits} bits" if cell.bits < 16 else ""
         title = f"{cell.method} at {cell.target}, {cell.pruner}{quantized}: {figures}"
         plan = self.plan(cell.method, cell.target, cell.pruner)
-        recipe = recipe_of(plan, cell.pruner, cell.bits, self.group_size)
+        recipe = recipe_of(plan, cell.pruner, cell.bits, self.group_size, self.scope)
         return f"# {self.subject['model']}, {title}\n{recipe}"
 
     def ratio(self, cell: Cell | Plain) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import remove_dispatch
+from compressed_tensors.utils import match_named_modules
 from llmcompressor.utils.dev import get_main_device
 
 from dlp_plugin.checkpoints.files import bytes_on_disk, shards
@@ -34,6 +35,8 @@ from dlp_plugin.checkpoints.loading import (
 )
 from dlp_plugin.comparison.memory import peak, reset_peak
 from dlp_plugin.comparison.names import (
+    EVERY,
+    Scope,
     bits_named,
     contender_named,
     plan_name,
@@ -51,6 +54,7 @@ from dlp_plugin.files import check_writable
 from dlp_plugin.planning.plan import Plan, package_versions
 from dlp_plugin.precision import is_native
 from dlp_plugin.scoring.blocks import outer_block
+from dlp_plugin.scoring.routers import unnamed_routers
 from dlp_plugin.search.progress import digest
 
 __all__ = ["compare"]
@@ -69,6 +73,7 @@ def compare(
     sizes: bool = False,
     refine: int = 16,
     evolve: int = 40,
+    scope: Scope = EVERY,
     report: Callable[[Cell], Any] = lambda _: None,
 ) -> Comparison:
     """Prune a model by every method, at every sparsity, with every pruner, and measure it.
@@ -90,6 +95,7 @@ def compare(
         measured then is what is stored
     :param refine: steps of the gradient, for the methods that are refined
     :param evolve: generations of the evolution, for those that are evolved
+    :param scope: what is pruned, and what is neither that nor quantized
     :param report: called with every cell that is measured now
     :return: what was asked for, of all that ``results.json`` holds
     :raises ValueError: if an argument is amiss, the folder holds results of another model or
@@ -101,9 +107,9 @@ def compare(
     widths = list(dict.fromkeys(bits_named(each) for each in bits))
     ways = {pruner_named(pruner).way for pruner in pruners}
     path = Path(folder) / "results.json"
-    found = _taken_up(path, _subject(model, calibration, windows))
+    found = _taken_up(path, _subject(model, calibration, windows), scope)
     if min(widths) < 16:
-        found.group_size = group_size_of(model)
+        found.group_size = group_size_of(model, scope.ignore)
     bench = _Bench(model, calibration, windows, sizes or widths != [16])
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
@@ -135,7 +141,7 @@ def compare(
         each for (name, target), each in wanted.items() if target not in found.plans.get(name, {})
     ]
     if missing:
-        planning = PlanningModifier(missing, keep, path.with_name("search.json"))
+        planning = PlanningModifier(missing, keep, path.with_name("search.json"), scope)
         _let_go(apply_recipe(model, planning, **calibration))
 
     for width in widths:
@@ -166,14 +172,14 @@ class _Bench:
 
     def cell(self, found: Comparison, method: str, target: str, pruner: str, bits: int) -> Cell:
         plan = found.plan(method, target, pruner)
-        recipe = recipe_of(plan, pruner, bits, found.group_size)
+        recipe = recipe_of(plan, pruner, bits, found.group_size, found.scope)
         reset_peak()
         started = time.perf_counter()
         if self.sizes:
-            value, achieved, size = self._stored(recipe, plan)
+            value, achieved, size = self._stored(recipe, plan, found.scope)
         else:
             pruned = apply_recipe(self.model, recipe, **self.calibration)
-            (value, achieved), size = _measured(pruned, self.windows, plan), None
+            (value, achieved), size = _measured(pruned, self.windows, plan, found.scope), None
         return Cell(
             method=method,
             target=target,
@@ -189,20 +195,22 @@ class _Bench:
     def plain(self, found: Comparison, bits: int) -> Plain:
         """The model that is not pruned."""
         if bits < 16:
-            value, _, size = self._stored(quantizing(bits, found.group_size))
+            value, _, size = self._stored(quantizing(bits, found.group_size, found.scope))
             return Plain(perplexity=value, bytes=size)
         with TemporaryDirectory() as folder:
             load_dense(self.model).save_pretrained(folder)
             return Plain(perplexity=found.dense or math.nan, bytes=bytes_on_disk(Path(folder)))
 
-    def _stored(self, recipe: str, plan: Plan | None = None) -> tuple[float, float, int]:
+    def _stored(
+        self, recipe: str, plan: Plan | None = None, scope: Scope = EVERY
+    ) -> tuple[float, float, int]:
         """Perplexity, sparsity and bytes of what a recipe makes, from disk."""
         with TemporaryDirectory() as folder:
             saved = Path(folder) / "saved"
             _let_go(apply_recipe(self.model, recipe, output=saved, **self.calibration))
             kept = smaller(saved)
             stored, _ = load_to_prune(kept)
-            return *_measured(stored, self.windows, plan), bytes_on_disk(kept)
+            return *_measured(stored, self.windows, plan, scope), bytes_on_disk(kept)
 
 
 def _targets(sparsities: Iterable[float | str]) -> list[str]:
@@ -216,18 +224,18 @@ def _targets(sparsities: Iterable[float | str]) -> list[str]:
 
 
 def _measured(
-    model: Any, windows: Sequence[torch.Tensor], plan: Plan | None = None
+    model: Any, windows: Sequence[torch.Tensor], plan: Plan | None = None, scope: Scope = EVERY
 ) -> tuple[float, float]:
     """Perplexity, and sparsity of what a plan prunes, of a model that is used up."""
     # oneshot() leaves it to visit the GPU at every use
     model = remove_dispatch(model).to(get_main_device())
     value = perplexity(model, windows)
     blocks = [] if plan is None else [block.name for block in plan.blocks]
-    unseen = () if plan is None else plan.unseen
+    dense = {*unnamed_routers(model, scope.targets), *([] if plan is None else plan.unseen)}
     pruned = [
         module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and outer_block(name, blocks) and name not in unseen
+        for name, module in match_named_modules(model, scope.targets, scope.ignore)
+        if isinstance(module, torch.nn.Linear) and outer_block(name, blocks) and name not in dense
     ]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
     achieved = zeros / max(sum(weight.numel() for weight in pruned), 1)
@@ -267,17 +275,19 @@ def _named(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _taken_up(path: Path, subject: dict[str, str]) -> Comparison:
+def _taken_up(path: Path, subject: dict[str, str], scope: Scope) -> Comparison:
     """What an earlier run left, if it is of the same subject."""
     if not path.exists():
-        return Comparison(subject=subject)
+        return Comparison(subject=subject, scope=scope)
     try:
         found = Comparison.model_validate_json(path.read_text())
     except ValueError:
         raise ValueError(
             f"{path} holds no comparison, or one of another version; name another folder"
         ) from None
-    if differing := [key for key in subject if found.subject.get(key) != subject[key]]:
+    differing = [key for key in subject if found.subject.get(key) != subject[key]]
+    differing += ["targets and ignore"] if found.scope != scope else []
+    if differing:
         raise ValueError(
             f"{path.parent} holds a comparison that differs in: {', '.join(differing)}; name "
             f"another folder, or delete {path} to measure all anew"

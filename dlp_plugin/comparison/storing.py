@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from compressed_tensors.utils import match_named_modules
 from loguru import logger
-from transformers import AutoModelForCausalLM
 
 from dlp_plugin.checkpoints.files import bytes_on_disk
-from dlp_plugin.checkpoints.loading import load_config
 from dlp_plugin.checkpoints.packing import pack
+from dlp_plugin.checkpoints.sources import built
 
 __all__ = ["group_size_of", "smaller"]
 
 _GROUPS = (128, 64, 32)
 
 
-def group_size_of(model: str) -> int:
+def group_size_of(model: str, ignore: Sequence[str] = ()) -> int:
     """The most columns up to 128 that may share a scale in every Linear of a model.
 
+    :param ignore: names or ``re:`` patterns of modules that are not quantized
     :raises ValueError: naming a Linear that no such group divides
     """
-    auto: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        built = auto.from_config(load_config(model))
-    columns = [
+    bare = built(model)
+    columns: list[tuple[str, Any]] = [
         (name, module.in_features)
-        for name, module in built.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+        for name, module in match_named_modules(bare, ["Linear"], [*ignore, "re:.*lm_head"])
     ]
-    for name, fused in built.named_parameters():  # experts, which may lie either way
+    for name, fused in bare.named_parameters():  # experts, which may lie either way
         if fused.ndim == 3 and "experts" in name.split("."):
             columns += [(name, size) for size in fused.shape[1:]]
     for group in _GROUPS:

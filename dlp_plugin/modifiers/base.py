@@ -57,6 +57,8 @@ class AllocationModifier(Modifier, Method):
         out, the stages' own, or that of their N:M
     :param mask_structure: ``N:M`` for a plan that no stage follows, to be pruned from later;
         otherwise the stages' own
+    :param targets: what a plan that no stage follows is for, as a stage's; otherwise theirs
+    :param ignore: likewise
     :param num_samples: use the first so many calibration samples; None for all
     :param plan_path: JSON file to write the plan to
     :param from_plan: a plan file (or its content) to prune from without scoring, at
@@ -73,6 +75,8 @@ class AllocationModifier(Modifier, Method):
 
     sparsity: float | None = None
     mask_structure: str | None = None
+    targets: list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = Field(default_factory=list)
     num_samples: int | None = Field(default=None, ge=1)
     plan_path: str | None = None
     from_plan: str | dict[str, Any] | None = None
@@ -128,7 +132,8 @@ class AllocationModifier(Modifier, Method):
         if stages:
             self._blocks, self._stages = fed_blocks(state.model, stages, targets)
         else:
-            self._blocks = all_blocks(state.model, targets)
+            host.check_patterns(self, targets=self.targets, ignore=self.ignore)
+            self._blocks = all_blocks(state.model, targets, self.targets, self.ignore)
             if self._structure:  # stages check their own
                 for block in self._blocks:
                     remedy = "take another mask_structure"

@@ -53,15 +53,22 @@ def fed_blocks(
     return _blocks(model, found, names), fed
 
 
-def all_blocks(model: torch.nn.Module, sequential_targets: list[str] | None) -> list[Block]:
-    """The blocks of a model with all their Linears but routers, where no stage says which.
+def all_blocks(
+    model: torch.nn.Module,
+    sequential_targets: list[str] | None,
+    targets: Sequence[str] = ("Linear",),
+    ignore: Sequence[str] = (),
+) -> list[Block]:
+    """The blocks of a model with what a stage would prune in them, where none is there yet.
 
+    :param targets: as a stage's; routers count where they are named
+    :param ignore: likewise
     :raises ValueError: as :func:`fed_blocks` does
     """
     names = block_names(model, sequential_targets)
-    linears = dict(match_named_modules(model, ["Linear"]))
-    routers = unnamed_routers(model, ["Linear"])
-    return _blocks(model, {n: m for n, m in linears.items() if n not in routers}, names)
+    found = match_named_modules(model, targets, ignore)
+    routers = unnamed_routers(model, targets)
+    return _blocks(model, {n: m for n, m in found if n not in routers}, names)
 
 
 def _blocks(

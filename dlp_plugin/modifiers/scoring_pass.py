@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -155,7 +156,8 @@ def _seen(norms: Mapping[str, torch.Tensor | None], block: Block) -> dict[str, t
         raise ValueError(
             f"no Linear of block {block.name} saw calibration data: the samples "
             "never reach it, or llm-compressor could not trace the model (it then warns "
-            "of fewer subgraphs than expected); leave it out with the stage's ignore"
+            "of fewer subgraphs than expected); leave it and its like out with "
+            f"'re:{_kin(block.name)}' in the stage's ignore, or --ignore"
         )
     if unseen := [name for name in norms if name not in seen]:
         logger.warning(
@@ -165,3 +167,8 @@ def _seen(norms: Mapping[str, torch.Tensor | None], block: Block) -> dict[str, t
             unseen,
         )
     return seen
+
+
+def _kin(block: str) -> str:
+    """A pattern for a block and those beside it."""
+    return re.escape(block.rpartition(".")[0]) + r"\..*"
