@@ -1,4 +1,4 @@
-"""Writing whole files and folders or nothing."""
+"""Writing whole files and folders or nothing, and one run at a time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["check_vacant", "check_writable", "exit_on_sigterm", "replacing"]
+from filelock import FileLock, Timeout
+from loguru import logger
+
+__all__ = ["check_vacant", "check_writable", "exit_on_sigterm", "replacing", "reserved"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Seconds to wait for a run that is just ending.
+_PATIENCE = 0.5
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
 
 
@@ -58,6 +64,60 @@ def _check_parent(path: Path) -> None:
         raise PermissionError(
             f"cannot write {path}: no permission in {parent}; choose another folder"
         )
+
+
+@contextmanager
+def reserved(target: str | Path, first: bool = True) -> Iterator[None]:
+    """Keep other runs from writing a file or folder, from before the work until it is done.
+
+    The system lets go of it when the process ends, however that ends; meanwhile a file beside
+    ``target`` says whose it is. Where a file system has no locks, a warning says so and the
+    work goes on.
+
+    :param target: file or folder; its parent must exist
+    :param first: whether this is the first of several processes, which holds it for all
+    :raises OSError: if the parent does not exist or cannot be written to
+    :raises BlockingIOError: if another run has it, naming that run
+    """
+    target = Path(target).resolve()
+    _check_parent(target)
+    path = target.with_name(f".{target.name}.lock")
+    # Soft locks outlive a process that is killed.
+    lock = FileLock(path, timeout=_PATIENCE, is_singleton=True, fallback_to_soft=False)
+    if lock.is_locked or not first:  # what calls this has it already
+        yield
+        return
+    with exit_on_sigterm():
+        try:
+            _acquire(lock, target)
+            yield
+        finally:
+            if lock.is_locked:
+                path.unlink(missing_ok=True)  # while nobody else can have it
+                lock.release()
+
+
+def _acquire(lock: FileLock, target: Path) -> None:
+    path = Path(lock.lock_file)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = ""
+        with suppress(OSError):
+            holder = path.read_text()
+        raise BlockingIOError(
+            f"another run is writing {target} ({holder or 'it does not say which'}): wait for its "
+            "end, or give another name"
+        ) from None
+    except OSError as error:
+        logger.warning("{} is not locked ({}): let no other run write it", target, error)
+        with suppress(OSError):
+            if not path.read_text():  # made just now
+                path.unlink()
+    else:
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        with suppress(OSError):
+            path.write_text(f"process {os.getpid()} on {platform.node()} since {now}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,27 @@ class TestGoingOn:
         assert (seen, list(sized.plain)) == (sized.cells, [16])
         assert 0 < sized.cells[0].bytes < sized.plain[16].bytes
         assert Comparison.model_validate_json((tmp_path / "results.json").read_text()) == sized
+
+
+def test_of_two_into_one_folder_the_second_is_told(
+    model: str, calibration: dict[str, Any], tmp_path: Path
+) -> None:
+    """It begins while the first measures; later it goes on with what that has found."""
+    told: list[BaseException | None] = []
+
+    def meanwhile(_: Cell) -> None:
+        with ThreadPoolExecutor() as pool:
+            second = pool.submit(compared, model, calibration, tmp_path, methods=["dlp"])
+            told.append(second.exception())
+
+    compared(model, calibration, tmp_path, report=meanwhile)
+    (error,) = told
+    assert isinstance(error, BlockingIOError)
+    assert f"another run is writing {tmp_path}/results.json" in str(error)
+    compared(model, calibration, tmp_path, methods=["dlp"])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    found = Comparison.model_validate_json((tmp_path / "results.json").read_text())
+    assert [cell.method for cell in found.cells] == ["uniform", "dlp:0.15"]
 
 
 @pytest.mark.parametrize("bits", ["3", "many", 32, ""])

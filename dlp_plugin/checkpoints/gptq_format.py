@@ -36,7 +36,7 @@ from dlp_plugin.checkpoints.files import (
 from dlp_plugin.checkpoints.names import linears_of_blocks
 from dlp_plugin.checkpoints.old_readers import readable_config, rewrite_tokenizer
 from dlp_plugin.checkpoints.sources import built
-from dlp_plugin.files import check_vacant, replacing
+from dlp_plugin.files import check_vacant, replacing, reserved
 
 __all__ = ["export_gptq"]
 
@@ -67,17 +67,21 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
     :raises FileNotFoundError: if ``source`` has no config or weights or lacks a shard, or
         the parent of ``output`` is missing
     :raises FileExistsError: if ``output`` holds something already
+    :raises BlockingIOError: if another run is writing ``output``
     :raises ValueError: if a file is damaged, the checkpoint is not pack-quantized, or the
         GPTQ format cannot hold its scheme or one of its modules
     """
     output = Path(output)
-    check_vacant(output)
-    if isinstance(source, PreTrainedModel):
+    with reserved(output):
+        check_vacant(output)
+        if not isinstance(source, PreTrainedModel):
+            return _export(Path(source), output)
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
-            export_gptq(folder, output)
-        return
-    source = Path(source)
+            return _export(Path(folder), output)
+
+
+def _export(source: Path, output: Path) -> None:
     config = _read_config(source)
     args = _only_scheme(_quantization_of(source, config))
     places = weight_files(source)

@@ -37,7 +37,7 @@ from dlp_plugin.checkpoints.sparse_format import (
     encode,
     encode_integers,
 )
-from dlp_plugin.files import check_vacant, replacing
+from dlp_plugin.files import check_vacant, replacing, reserved
 
 __all__ = ["Packed", "pack", "unpack"]
 
@@ -106,16 +106,22 @@ def pack(
     :raises FileNotFoundError: if ``source`` has no config or weights or lacks a shard, or the
         parent of ``output`` is missing
     :raises FileExistsError: if ``output`` holds something already
+    :raises BlockingIOError: if another run is writing ``output``
     :raises ValueError: if a file is damaged, ``source`` is packed already, is quantized in
         another way or where the format has no place for it, or nothing of it would shrink
     """
     output = Path(output)
-    check_vacant(output)
-    if isinstance(source, PreTrainedModel):
+    with reserved(output):
+        check_vacant(output)
+        if not isinstance(source, PreTrainedModel):
+            return _pack(Path(source), output, advance)
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
-            return pack(folder, output, advance)
-    opened = _opened(Path(source))
+            return _pack(Path(folder), output, advance)
+
+
+def _pack(source: Path, output: Path, advance: Advance) -> Packed:
+    opened = _opened(source)
     bits = _bits(opened)
     names = linears_of_blocks(built(opened.folder), opened.places)
     quantized = {k.removesuffix(_WORDS) for k in opened.places if k.endswith(_WORDS)}
@@ -170,13 +176,18 @@ def unpack(source: str | Path, output: str | Path, advance: Advance = lambda _: 
     :param output: folder to be made; it may exist if it is empty
     :param advance: called with the fraction of the tensors done by each step
     :raises FileNotFoundError: as :func:`pack` does
-    :raises FileExistsError: as :func:`pack` does
+    :raises FileExistsError: as :func:`pack` does, likewise ``BlockingIOError``
     :raises ValueError: naming file and tensor, if a file is damaged, or ``source`` is not packed
         or by a newer version
     """
     output = Path(output)
-    check_vacant(output)
-    opened = _opened(Path(source))
+    with reserved(output):
+        check_vacant(output)
+        _unpack(Path(source), output, advance)
+
+
+def _unpack(source: Path, output: Path, advance: Advance) -> None:
+    opened = _opened(source)
     linears = packed_linears(opened.folder)
     if not linears:
         raise ValueError(f"{source} is not packed; give a folder that `dlp-plugin pack` wrote")

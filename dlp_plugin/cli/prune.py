@@ -24,6 +24,7 @@ from dlp_plugin.cli.common import (
     joined_processes,
     reporting_errors,
 )
+from dlp_plugin.files import check_vacant, exit_on_sigterm, replacing, reserved
 
 __all__ = ["merge", "oneshot"]
 
@@ -46,10 +47,13 @@ def oneshot(
     Example: `dlp-plugin oneshot MODEL --recipe recipes/dlp_wanda.yaml --data text.txt
     --output MODEL-pruned`
     """
-    with reporting_errors(trust_remote_code=trust_remote_code), joined_processes() as first:
+    with (
+        reporting_errors(trust_remote_code=trust_remote_code),
+        joined_processes() as first,
+        reserved(output, first),
+    ):
         from dlp_plugin import last_plans
         from dlp_plugin.checkpoints.loading import apply_recipe
-        from dlp_plugin.files import check_vacant, exit_on_sigterm, replacing
         from dlp_plugin.modifiers.recipe import check_recipe
         from dlp_plugin.planning.view import table
 
@@ -95,9 +99,8 @@ def merge(
     Needs `pip install 'dlp_plugin[lora]'`. To quantize what comes out:
     `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
     """
-    with reporting_errors(trust_remote_code=trust_remote_code):
+    with reporting_errors(trust_remote_code=trust_remote_code), reserved(output):
         from dlp_plugin.checkpoints.saving import save_like
-        from dlp_plugin.files import check_vacant, replacing
         from dlp_plugin.recovery import load_adapter, sparse_merge
 
         check_vacant(output)

@@ -36,7 +36,9 @@ from dlp_plugin.checkpoints.loading import (
 from dlp_plugin.comparison.memory import peak, reset_peak
 from dlp_plugin.comparison.names import (
     EVERY,
+    Contender,
     Scope,
+    Way,
     bits_named,
     contender_named,
     plan_name,
@@ -50,7 +52,7 @@ from dlp_plugin.comparison.storing import group_size_of, smaller
 from dlp_plugin.evaluation.causal import check_causal
 from dlp_plugin.evaluation.finite import check_finite
 from dlp_plugin.evaluation.perplexity import perplexity
-from dlp_plugin.files import check_writable
+from dlp_plugin.files import check_writable, reserved
 from dlp_plugin.planning.plan import Plan, package_versions
 from dlp_plugin.precision import is_native
 from dlp_plugin.scoring.blocks import outer_block
@@ -100,6 +102,7 @@ def compare(
     :return: what was asked for, of all that ``results.json`` holds
     :raises ValueError: if an argument is amiss, the folder holds results of another model or
         other data, or the model's perplexity is not finite before it is pruned
+    :raises BlockingIOError: if another comparison is writing to the folder
     """
     asked = [contender_named(text, refine, evolve) for text in methods]
     contenders = {contender.name: contender for contender in asked}
@@ -107,54 +110,38 @@ def compare(
     widths = list(dict.fromkeys(bits_named(each) for each in bits))
     ways = {pruner_named(pruner).way for pruner in pruners}
     path = Path(folder) / "results.json"
-    found = _taken_up(path, _subject(model, calibration, windows), scope)
-    if min(widths) < 16:
-        found.group_size = group_size_of(model, scope.ignore)
+    subject = _subject(model, calibration, windows)
+    group_size = group_size_of(model, scope.ignore) if min(widths) < 16 else None
     bench = _Bench(model, calibration, windows, sizes or widths != [16])
     path.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(path)
-    if not math.isfinite(found.dense or math.nan):
-        dense = load_model(model)
-        check_causal(dense, "compare measures perplexity")
-        value = perplexity(dense, windows)
-        found.dense = check_finite(value, f"the perplexity of {model}", dense)
-        _let_go(dense)
-        found.save(path)
-
-    def keep(method: str, target: str, plan: Plan, seconds: float) -> None:
-        found.plans.setdefault(method, {})[target] = plan
-        found.decided.setdefault(method, {})[target] = seconds
-        found.cells = [  # those that another plan than this one made
-            cell
-            for cell in found.cells
-            if (found.plan_name(cell.method, cell.target, cell.pruner), cell.target)
-            != (method, target)
-        ]
-        found.save(path)
-
-    wanted = {
-        (plan_name(contender.name, way), target): (contender, target, way)
-        for contender, target, every in product(contenders.values(), targets, sorted(ways))
-        for way in [contender.way(every, target)]
-    }
-    missing = [
-        each for (name, target), each in wanted.items() if target not in found.plans.get(name, {})
-    ]
-    if missing:
-        planning = PlanningModifier(missing, keep, path.with_name("search.json"), scope)
-        _let_go(apply_recipe(model, planning, **calibration))
-
-    for width in widths:
-        if bench.sizes and width not in found.plain:
-            found.plain[width] = bench.plain(found, width)
+    with reserved(path):
+        check_writable(path)
+        found = _taken_up(path, subject, scope)
+        found.group_size = group_size or found.group_size
+        if not math.isfinite(found.dense or math.nan):
+            dense = load_model(model)
+            check_causal(dense, "compare measures perplexity")
+            value = perplexity(dense, windows)
+            found.dense = check_finite(value, f"the perplexity of {model}", dense)
+            _let_go(dense)
             found.save(path)
-        for pruner, target, method in product(dict.fromkeys(pruners), targets, contenders):
-            before = found.cell(method, target, pruner, width)
-            if before is None or (bench.sizes and before.bytes is None):
-                cell = bench.cell(found, method, target, pruner, width)
-                found.cells = [*(each for each in found.cells if each is not before), cell]
+        wanted = {
+            (plan_name(contender.name, way), target): (contender, target, way)
+            for contender, target, every in product(contenders.values(), targets, sorted(ways))
+            for way in [contender.way(every, target)]
+        }
+        bench.plan(found, wanted, path)
+        for width in widths:
+            if bench.sizes and width not in found.plain:
+                found.plain[width] = bench.plain(found, width)
                 found.save(path)
-                report(cell)
+            for pruner, target, method in product(dict.fromkeys(pruners), targets, contenders):
+                before = found.cell(method, target, pruner, width)
+                if before is None or (bench.sizes and before.bytes is None):
+                    cell = bench.cell(found, method, target, pruner, width)
+                    found.cells = [*(each for each in found.cells if each is not before), cell]
+                    found.save(path)
+                    report(cell)
     return found.only(contenders, targets, dict.fromkeys(pruners), widths)
 
 
@@ -169,6 +156,38 @@ class _Bench:
     calibration: Mapping[str, Any]
     windows: Sequence[torch.Tensor]
     sizes: bool
+
+    def plan(
+        self,
+        found: Comparison,
+        wanted: Mapping[tuple[str, str], tuple[Contender, str, Way]],
+        path: Path,
+    ) -> None:
+        """Make the plans that are missing, and write each down as soon as it is made.
+
+        :param wanted: a plan's name and target to what it takes to make it
+        :param path: of what was found
+        """
+
+        def keep(method: str, target: str, plan: Plan, seconds: float) -> None:
+            found.plans.setdefault(method, {})[target] = plan
+            found.decided.setdefault(method, {})[target] = seconds
+            found.cells = [  # those that another plan than this one made
+                cell
+                for cell in found.cells
+                if (found.plan_name(cell.method, cell.target, cell.pruner), cell.target)
+                != (method, target)
+            ]
+            found.save(path)
+
+        missing = [
+            each
+            for (name, target), each in wanted.items()
+            if target not in found.plans.get(name, {})
+        ]
+        if missing:
+            planning = PlanningModifier(missing, keep, path.with_name("search.json"), found.scope)
+            _let_go(apply_recipe(self.model, planning, **self.calibration))
 
     def cell(self, found: Comparison, method: str, target: str, pruner: str, bits: int) -> Cell:
         plan = found.plan(method, target, pruner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from dlp_plugin import host
 from dlp_plugin.evaluation.causal import check_causal
 from dlp_plugin.experts import save_under_source_names
-from dlp_plugin.files import check_writable
+from dlp_plugin.files import check_writable, reserved
 from dlp_plugin.generation import make_savable
 from dlp_plugin.modifiers.feeding import FedStage, all_blocks, check_stage, easier, fed_blocks
 from dlp_plugin.modifiers.fitting import check_fits
@@ -183,6 +184,11 @@ class AllocationModifier(Modifier, Method):
                 fed.check_single_linears()
 
     @property
+    def _search_path(self) -> str | None:
+        """File for how far a search is; None where there is none, or nowhere to write it."""
+        return f"{self.plan_path}.search" if self.refine and self.plan_path else None
+
+    @property
     def _runs_data(self) -> bool:
         return self.sees_activations or self.judges
 
@@ -234,6 +240,11 @@ class AllocationModifier(Modifier, Method):
                 "this pipeline runs all modifiers in one epoch: call oneshot() with "
                 "pipeline='independent', its default"
             )
+        path = self._search_path
+        with nullcontext() if path is None else reserved(path, is_source_process()):
+            self._run_and_decide(state)
+
+    def _run_and_decide(self, state: State) -> None:
         batches: list[Batch] = []
         judging: list[Batch] = []
         if self._runs_data:
@@ -289,7 +300,7 @@ class AllocationModifier(Modifier, Method):
             easier=min((easier(fed.stage) for fed in self._stages), default=0.0),
             search=self.search,
             seed=self.seed,
-            progress_path=None if self.plan_path is None else _search_path(self.plan_path),
+            progress_path=self._search_path,
         )
 
     def _fitted(self, plan: Plan) -> Plan:
@@ -315,8 +326,8 @@ class AllocationModifier(Modifier, Method):
             )
         if self.plan_path is not None and is_source_process():
             plan.save(self.plan_path)
-            if self.refine:
-                forget(_search_path(self.plan_path))
+            if self._search_path is not None:
+                forget(self._search_path)
         for fed in self._stages:
             fed.feed(plan)
 
@@ -333,10 +344,6 @@ class AllocationModifier(Modifier, Method):
             self.plan_path = None  # is written, and need not be where the recipe runs again
             self.refine = 0
         return True
-
-
-def _search_path(plan_path: str) -> str:
-    return f"{plan_path}.search"
 
 
 def last_plans() -> list[Plan]:
