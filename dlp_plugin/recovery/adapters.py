@@ -7,6 +7,8 @@ adapter's configuration ``init_lora_weights`` and ``kasa_config``.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 # Initialisations of LoRA that subtract from the base weights, or round them.
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# How peft saves a module's name, its weight, and in which dimension of what there are tokens
+_PREFIX = "base_model.model."
+_WHOLE = ("weight", "base_layer.weight")
+_ROWS = {**dict.fromkeys(_WHOLE, 0), "lora_B.weight": 0, "lora_embedding_A": 1}
+
 
 def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel, Any]:
     """Load a saved adapter and the causal language model that it belongs to.
@@ -30,11 +37,11 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     :param folder: as ``peft_model.save_pretrained()`` writes it
     :param base: the model; None for the one that the adapter was trained on
     :return: the model with the adapter on it, and the tokenizer: the one beside the adapter,
-        for which the embeddings are enlarged if need be, or the base model's
+        or the base model's; the embeddings have as many rows as in training
     :raises ValueError: if the folder holds no adapter, a damaged one, or one of another model
     """
     _need_peft()
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+    from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no adapter_config.json: give an adapter's folder")
@@ -45,10 +52,10 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     model: Any = load_dense(base)
     trained_with = (Path(folder) / "tokenizer_config.json").is_file()
     tokenizer: Any = load_tokenizer(str(folder) if trained_with else base)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+    weights = load_peft_weights(str(folder), device="cpu")
+    _resize_embeddings(model, weights, len(tokenizer), folder)
     leaves = (name for name, module in model.named_modules() if not [*module.children()])
-    places = tuple(f"base_model.model.{name}." for name in leaves)
+    places = tuple(f"{_PREFIX}{name}." for name in leaves)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -56,11 +63,48 @@ def load_adapter(folder: str | Path, base: str | None = None) -> tuple[PeftModel
     except (RuntimeError, UserWarning) as error:  # another shape, or modules that it lacks
         reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise ValueError(_unfit(folder, base, reason.strip())) from error
-    loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    for key in sorted(load_peft_weights(str(folder), device="cpu").keys() - loaded):
+    # Loaded once more, to be told what is left over; peft knows the names of transformers 4
+    result: Any = set_peft_model_state_dict(adapted, weights)
+    for key in sorted(result.unexpected_keys):
         if not key.startswith(places):  # others are what peft saves twice
             raise ValueError(_unfit(folder, base, f"which has no place for {key}"))
     return adapted, tokenizer
+
+
+def _resize_embeddings(
+    model: Any, weights: Mapping[str, torch.Tensor], tokens: int, folder: str | Path
+) -> None:
+    """Give the embeddings and the head as many rows as they had in training.
+
+    Padded ones have more than there are tokens, shrunk ones less than the base model. Where the
+    adapter says nothing of them, there is a row for every token at least.
+
+    :param weights: of the adapter's file
+    :param tokens: how many the tokenizer has
+    :raises ValueError: if they had more rows than the base model, and the file does not hold them
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    here = ends[0].weight.shape[0]
+    own: dict[int, set[str]] = {}  # the names of each weight; of a tied one two
+    for name, module in model.named_modules():
+        if module in ends:
+            own.setdefault(id(module.weight), set()).add(f"{_PREFIX}{name}.")
+    found = [
+        weights[place + part].shape[dimension]
+        for places in own.values()
+        for place, (part, dimension) in product(sorted(places), _ROWS.items())
+        if place + part in weights
+    ]
+    rows = found[0] if found else max(here, tokens)
+    for places in own.values() if found and rows > here else ():
+        if not any(place + part in weights for place in places for part in _WHOLE):
+            raise ValueError(
+                f"the adapter in {folder} was trained with {rows} rows of "
+                f"{min(places).removeprefix(_PREFIX)}weight, which its file does not hold: save "
+                "the base model as it was trained on, and name it (--base)"
+            )
+    if rows != here:
+        model.resize_token_embeddings(rows)
 
 
 def _unfit(folder: str | Path, base: str, reason: str) -> str:

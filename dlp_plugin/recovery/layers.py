@@ -9,6 +9,8 @@ each of these:
   holds a whole copy each adapter, its child ``token_adapter`` some rows of an embedding.
 * The others are adapter layers, :class:`AdapterLayer`, around their ``base_layer``; with
   several adapted parameters around one another, each of which has a ``parameter_name``.
+* With ``ensure_weight_tying`` the ``lora_A`` of a head is, transposed, the storage of the
+  ``lora_embedding_B`` of the embedding whose weight it has.
 * LoRA of a Linear, :class:`LoraLinear`, asks the :class:`Variant` that its ``lora_variant`` has
   of an adapter, and computes by itself where it has none.
 """
@@ -147,6 +149,18 @@ def adapters_in(layer: AdapterLayer, adapter_names: list[str] | None) -> list[st
     wanted = layer.active_adapters if adapter_names is None else adapter_names
     parts = [getattr(layer, part, None) or () for part in layer.adapter_layer_names]
     return [name for name in wanted if any(name in part for part in parts)]
+
+
+def is_tied_to(layer: AdapterLayer, embedding: AdapterLayer, adapter: str) -> bool:
+    """Tell whether LoRA of a Linear has the parameters of an embedding's, transposed."""
+    ends: list[Any] = [
+        getattr(layer, "lora_A", None),
+        getattr(embedding, "lora_embedding_B", None),
+    ]
+    if not all(part is not None and adapter in part for part in ends):
+        return False
+    down, up = ends
+    return bool(down[adapter].weight.data_ptr() == up[adapter].data_ptr())
 
 
 def adapted_parameter(layer: AdapterLayer) -> str:

@@ -68,7 +68,7 @@ def weights_of(model: torch.nn.Module) -> list[Weight]:
 
     :param model: a model, or a ``PeftModel`` around it
     """
-    modules = list(_walk(base_of(model)))
+    modules = list(walk(base_of(model)))
     free = {
         id(value)
         for _, module, _, _ in modules
@@ -132,7 +132,7 @@ def _stored(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     return stored
 
 
-def _walk(
+def walk(
     module: torch.nn.Module, name: str = "", copied: bool = False
 ) -> Iterator[tuple[str, torch.nn.Module, list[AdapterLayer], bool]]:
     """Walk over the base model's modules, without peft's.
@@ -144,4 +144,4 @@ def _walk(
     copied |= here
     yield name, module, layers, copied
     for child, part in module.named_children():
-        yield from _walk(part, f"{name}.{child}" if name else child, copied)
+        yield from walk(part, f"{name}.{child}" if name else child, copied)

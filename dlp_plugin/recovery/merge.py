@@ -22,6 +22,7 @@ from dlp_plugin.recovery.layers import (
     adapters_in,
 )
 from dlp_plugin.recovery.masks import Weight, masks_of, set_to_zero, some, weights_of
+from dlp_plugin.recovery.ties import untied
 from dlp_plugin.recovery.updates import is_masked
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def sparse_merge(
 
     peft itself merges, then the pruned weights are set to zero; so every kind of adapter
     works that peft can merge. What ``modules_to_save`` trained of a pruned module is masked
-    too. The masks take a byte a weight meanwhile.
+    too. The masks take a byte a weight meanwhile. A head that shares the embeddings' weight gets
+    one of its own if adapters are merged into one of the two, unless peft tied these
+    (``ensure_weight_tying``), and counts as never pruned.
 
     :param adapter_names: adapters to merge; None for the active ones
     :param masks: as :func:`masks_of` returns them, instead of the zeros of these weights
@@ -55,23 +58,27 @@ def sparse_merge(
         check_inits(peft_model, names, remedy)
     weights = weights_of(base)
     found = {**masks_of(base), **_fitting(masks or {}, weights)}
-    for name, layer in adapter_layers(base):
-        _check_mergeable(name, layer, adapter_names, found)
-    dense = [
-        weight.name
-        for weight in weights
-        if weight.name not in found
-        and any(adapters_in(layer, adapter_names) for layer in weight.layers)
-    ]
-    if dense and not allow_dense:
-        raise ValueError(
-            f"less than 1 % of the weights of {some(dense)} are zero, so they were never "
-            "pruned: allow_dense=True (--allow-dense) if they are meant to be dense; if the "
-            "adapter's initialisation changed the base weights (PiSSA, OLoRA, CorDA, LoftQ), "
-            "sparse_merge(masks=...), read by masks_of() before get_peft_model()"
-        )
-    del weights  # peft's layers go one by one then, with what they keep of before merging
-    merged: torch.nn.Module = peft_model.merge_and_unload(adapter_names=adapter_names)
+    with untied(base, adapter_names) as follow:
+        # A head that was tied is a Linear of its own by now
+        weights = [weight for weight in weights_of(base) if weight.name not in follow]
+        for name, layer in adapter_layers(base):
+            if name not in follow:
+                _check_mergeable(name, layer, adapter_names, found)
+        dense = [
+            weight.name
+            for weight in weights
+            if weight.name not in found
+            and any(adapters_in(layer, adapter_names) for layer in weight.layers)
+        ]
+        if dense and not allow_dense:
+            raise ValueError(
+                f"less than 1 % of the weights of {some(dense)} are zero, so they were never "
+                "pruned: allow_dense=True (--allow-dense) if they are meant to be dense; if the "
+                "adapter's initialisation changed the base weights (PiSSA, OLoRA, CorDA, LoftQ), "
+                "sparse_merge(masks=...), read by masks_of() before get_peft_model()"
+            )
+        del weights  # peft's layers go one by one then, with what they keep of before merging
+        merged: torch.nn.Module = peft_model.merge_and_unload(adapter_names=adapter_names)
     for weight in weights_of(merged):
         if weight.name in found:
             set_to_zero(getattr(weight.owner, weight.parameter), ~found[weight.name])

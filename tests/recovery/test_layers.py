@@ -34,6 +34,7 @@ from dlp_plugin.recovery.layers import (
     as_lora_linear,
     base_of,
     is_dora,
+    is_tied_to,
     unwrapped,
     variant_of,
 )
@@ -52,7 +53,7 @@ def lora_layer(
 def test_peft_is_imported_only_when_adapters_are_used() -> None:
     """What the host imports is its own affair, so that the files themselves are looked at."""
     files = list(Path(recovery.__file__).parent.glob("*.py"))
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         for statement in ast.parse(file.read_text()).body:
             names = [getattr(statement, "module", None) or ""]
@@ -173,6 +174,20 @@ def test_what_is_no_lora_of_a_linear_is_not_taken_for_it() -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(8, 6))
     adapted(model, lora(target_modules=["0"]))
     assert as_lora_linear(model[0]) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_of_a_head_are_tied_to_the_embedding_s_by_their_storage(
+    make_model: MakeModel, tied: bool
+) -> None:
+    model = make_model(tie_word_embeddings=True)
+    settings = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": tied}
+    peft.get_peft_model(model, lora(**settings))
+    head, embedding = model.lm_head, model.model.embed_tokens
+    assert is_tied_to(head, embedding, "default") == tied
+    assert not is_tied_to(embedding, head, "default")
+    assert not is_tied_to(head, embedding, "other")
 
 
 def test_plain_lora_has_no_variant_and_dora_has_its_own() -> None:
