@@ -10,7 +10,8 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
 - it reads ``sparsity`` (a list has one entry per match) when its epoch starts;
 - a recipe is saved as stage -> group -> modifier type -> fields;
 - a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``, and the
-  sequential one runs each block once where ``propagate_error`` is False.
+  sequential one runs each block once where ``propagate_error`` is False, and what newer
+  releases have besides.
 """
 
 from __future__ import annotations
@@ -60,6 +61,15 @@ __all__ = [
 ]
 
 StockStage = SparsityModifierBase
+
+# Arguments by which the sequential pipeline runs every block a second time, or stores its weights
+# in another form.
+_FOR_CHANGED_BLOCKS = (
+    "propagate_error",
+    "log_sequential_error",
+    "layerwise_compression",
+    "layerwise_decompression",
+)
 
 
 def current_modifiers() -> list[Modifier]:
@@ -317,12 +327,13 @@ def calibration_arguments() -> DatasetArguments:
 def run_once(model: torch.nn.Module, batches: Sequence[dict[str, Any]]) -> None:
     """Run batches through the model block by block, each block once.
 
-    The host's own sequential pipeline with the user's arguments, less the second run of
-    every block that shows the later ones what pruning has changed. The modifiers of the
-    epoch get its events. Call from within an epoch.
+    The host's own sequential pipeline with the user's arguments, less what it does for blocks
+    that have changed. The modifiers of the epoch get its events. Call from within an epoch.
     """
     arguments = copy(calibration_arguments())
-    arguments.propagate_error = False
+    for name in _FOR_CHANGED_BLOCKS:
+        if hasattr(arguments, name):  # releases differ
+            setattr(arguments, name, False)
     pipeline: Any = CalibrationPipeline.load_from_registry("sequential")
     pipeline(model, batches, arguments)
 

@@ -1,7 +1,8 @@
-"""Which processor the tests run on, and what holds them to less than it has."""
+"""What the tests run on: the processor, what holds them to less than it has, and the host."""
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from record import instruction_sets, processor
 
 HOLDING = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 """Variables by which torch's own kernels and oneDNN leave instructions unused."""
+HOST = ("llmcompressor", "compressed-tensors", "transformers")
 
 
 def head() -> list[str]:
@@ -27,4 +29,5 @@ def head() -> list[str]:
         f"torch: kernels for {torch.backends.cpu.get_cpu_capability()}, "
         f"oneDNN for {os.environ.get('ONEDNN_MAX_CPU_ISA') or 'all there is'}, "
         f"models of bfloat16 compute in {computes}",
+        "host: " + ", ".join(f"{name} {version(name)}" for name in HOST),
     ]

@@ -5,10 +5,12 @@ Each test says in words what has changed if a new release makes it fail.
 
 import pytest
 import torch
-from helpers import MakeModel, linears_of, random_samples, run
+from helpers import EVERY, MakeModel, linears_of, random_samples, run
+from llmcompressor.args import DatasetArguments
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from pydantic import PrivateAttr
 
 from dlp_plugin import DLPModifier, host
@@ -141,3 +143,32 @@ def test_the_sequential_pipeline_runs_blocks_once_without_propagation(
         "propagate_error no longer switches the second run of each block: "
         "run_once() is not what it says"
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["propagate_error", "log_sequential_error", "layerwise_compression", "layerwise_decompression"],
+)
+def test_run_once_runs_blocks_once_and_leaves_their_weights(
+    make_model: MakeModel, name: str
+) -> None:
+    """Whatever the user asks of the pruning that follows, as far as the release knows it."""
+    if name not in DatasetArguments.__dataclass_fields__:
+        pytest.skip(f"this llm-compressor has no {name}")
+    model, calls, left = make_model(hidden_size=128), [], []
+    block = model.model.layers[1].mlp
+
+    class Scorer(Watcher):
+        def on_calibration_start(self, state, event, **kwargs) -> None:
+            if calls:
+                return  # called by run_once()
+            hook = block.register_forward_hook(lambda *_: calls.append(1))
+            calls.append(0)
+            host.run_once(state.model, state.data.calib)
+            hook.remove()
+            left.extend(name for name, _ in block.up_proj.named_parameters())
+
+    quantizer = QuantizationModifier(scheme="W8A16", **EVERY)
+    run(model, [Scorer(), quantizer], random_samples(3), pipeline="sequential", **{name: True})
+    assert sum(calls) == 3
+    assert "weight" in left, "what is yet to be pruned was stored in another form by then"

@@ -20,9 +20,10 @@ def test_every_run_says_what_it_is_on(request: pytest.FixtureRequest, unheld: No
     hook = request.config.pluginmanager.hook.pytest_report_header
     told = hook(config=request.config, start_path=ROOT)
     assert processor.head() in told
-    kind, computes = processor.head()
+    kind, computes, host = processor.head()
     assert kind.endswith("), as it is")
     assert computes.endswith(("compute in bfloat16", "compute in float32"))
+    assert host.startswith("host: llmcompressor 0.")
 
 
 def test_and_what_holds_it_to_less(monkeypatch: pytest.MonkeyPatch, unheld: None) -> None:
