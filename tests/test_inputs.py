@@ -137,9 +137,9 @@ def test_cell(
         result = command(*line, *options, code=code)
         if said == "refused":
             told = result.output.strip()
-            assert told.startswith("error: ") and "\n" not in told, told
+            assert re.fullmatch("error: .*", told), told
             assert str(folder) in told
-            assert ": " in told.removeprefix("error: "), "no remedy"
+            assert re.search("[:;] ", told.removeprefix("error: ")), "no remedy"
             assert not output.exists()
         if said == "saved dense":
             config = json.loads((output / "config.json").read_text())
@@ -161,12 +161,10 @@ def test_what_was_measured_is_what_is_saved(kind: str, folder_of: Callable, tmp_
     assert (next(loaded.model.layers[0].mlp.parameters()) == 0).float().mean() > 0.4
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if CELLS[kind, "oneshot"] == "refused"])
+@pytest.mark.parametrize("kind", ["GPTQ", "bitsandbytes", "unknown"])
 def test_it_is_refused_before_weights_are_read(
     kind: str, folder_of: Callable[[str], Path], materials: Path, tmp_path: Path
 ) -> None:
-    if kind == "damaged":
-        pytest.skip("which is found out by reading them")
     folder = folder_of(kind)
     weights = folder / "model.safetensors"
     content = weights.read_bytes()

@@ -19,6 +19,7 @@ from llmcompressor import oneshot
 from llmcompressor.utils.dev import get_main_device
 from transformers import PreTrainedModel
 
+from dlp_plugin.checkpoints.files import check_weight_files
 from dlp_plugin.checkpoints.quantized import as_plain, check_known, dequantizing, quantization_of
 from dlp_plugin.checkpoints.saving import save_like
 from dlp_plugin.checkpoints.sources import fetching, load_config, load_tokenizer, model_class
@@ -29,6 +30,7 @@ from dlp_plugin.precision import Stored, narrow, widen
 
 __all__ = [
     "apply_recipe",
+    "check_prunable",
     "load_config",
     "load_dense",
     "load_model",
@@ -51,6 +53,16 @@ def load_model(name: str | Path) -> PreTrainedModel:
     device = get_main_device()
     widen(model, device)
     return model.to(device)  # type: ignore[no-any-return]
+
+
+def check_prunable(name: str | Path) -> None:
+    """Find out before long work what :func:`load_to_prune` would refuse.
+
+    :raises FileNotFoundError: as :func:`load_model` does, likewise ``ValueError``
+    """
+    dequantizing(str(name), quantization_of(load_config(name)))
+    if Path(name).is_dir():
+        check_weight_files(name)
 
 
 def load_to_prune(name: str | Path) -> tuple[PreTrainedModel, Stored]:

@@ -28,6 +28,7 @@ from llmcompressor.utils.dev import get_main_device
 from dlp_plugin.checkpoints.files import bytes_on_disk, shards
 from dlp_plugin.checkpoints.loading import (
     apply_recipe,
+    check_prunable,
     load_config,
     load_dense,
     load_model,
@@ -110,6 +111,7 @@ def compare(
     widths = list(dict.fromkeys(bits_named(each) for each in bits))
     ways = {pruner_named(pruner).way for pruner in pruners}
     path = Path(folder) / "results.json"
+    check_prunable(model)
     subject = _subject(model, calibration, windows)
     group_size = group_size_of(model, scope.ignore) if min(widths) < 16 else None
     bench = _Bench(model, calibration, windows, sizes or widths != [16])
