@@ -22,9 +22,9 @@ from loguru import logger
 __all__ = ["check_vacant", "check_writable", "exit_on_sigterm", "replacing", "reserved"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
 # Seconds to wait for a run that is just ending.
 _PATIENCE = 0.5
-_IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
 
 
 def check_vacant(folder: str | Path) -> None:
@@ -93,7 +93,8 @@ def reserved(target: str | Path, first: bool = True) -> Iterator[None]:
             yield
         finally:
             if lock.is_locked:
-                path.unlink(missing_ok=True)  # while nobody else can have it
+                with suppress(OSError):
+                    path.unlink()  # while nobody else can have it
                 lock.release()
 
 

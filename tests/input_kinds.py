@@ -11,6 +11,7 @@ import torch
 from families import EXPERTS, NO_HEAD_DIM, SIZES, llava
 from helpers import EVERY, prune, word_tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -36,7 +37,10 @@ def saved(config: PreTrainedConfig, folder: Path, kind: Any = AutoModelForCausal
         if parameter.ndim == 2 and "layers" in name:
             parameter.data[:, ::2] = 0
     model.save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.eos_token = "1"  # which lm-evaluation-harness asks for
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -177,16 +177,33 @@ def test_limit_takes_the_first_questions_and_the_mean_is_over_tasks(
     assert results["mean"]["acc"] in (0, 1)
 
 
-def test_scores_that_no_choice_can_be_made_by(tokenizer: object, task_folder: Path) -> None:
+class TestScoresThatNoChoiceCanBeMadeBy:
     """The harness takes the first of several NaN for the best."""
-    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
-    with torch.no_grad():
-        model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.nan
-    message = (
-        r"log-probability of a choice by .* is nan; model\.layers\.3\.mlp\.up_proj\.weight hold"
-    )
-    with pytest.raises(ValueError, match=message):
-        zero_shot(model, tokenizer, "continuation", limit=1, task_folder=task_folder)
+
+    @pytest.fixture
+    def model(self) -> LlamaForCausalLM:
+        found = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+        found.lm_head.weight = torch.nn.Parameter(found.lm_head.weight.detach().clone())
+        return found
+
+    def test_of_any_text(
+        self, model: LlamaForCausalLM, tokenizer: object, task_folder: Path
+    ) -> None:
+        with torch.no_grad():
+            model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.nan
+        message = r"perplexity of .* on a few tokens is nan; model\.layers\.3\.mlp\.up_proj\.weigh"
+        with pytest.raises(ValueError, match=message):
+            zero_shot(model, tokenizer, "continuation", task_folder=task_folder)
+
+    def test_of_one_token(
+        self, model: LlamaForCausalLM, tokenizer: object, task_folder: Path
+    ) -> None:
+        token = tokenizer(questions()[0]["choices"][0], add_special_tokens=False)["input_ids"][-2]
+        with torch.no_grad():
+            model.get_input_embeddings().weight[token] = torch.nan
+        message = r"log-probability of a choice by .* is nan; model\.embed_tokens\.weight holds"
+        with pytest.raises(ValueError, match=message):
+            zero_shot(model, tokenizer, "continuation", limit=1, task_folder=task_folder)
 
 
 def test_the_papers_seven_are_known_to_the_harness() -> None:

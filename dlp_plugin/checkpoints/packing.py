@@ -274,7 +274,9 @@ def _bits(source: _Source) -> set[int]:
         return set()
     method = quantization.get("quant_method")
     if method == QUANT_METHOD:
-        raise ValueError(f"{source.folder} is packed already")
+        raise ValueError(
+            f"{source.folder} is packed already; `dlp-plugin unpack` writes what it was packed from"
+        )
     kind = (method, quantization.get("format"))
     other = [] if kind == _KNOWN else ["quant_method {}, format {}".format(*kind)]
     other += [k for k in ("kv_cache_scheme", "transform_config") if quantization.get(k)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -10,9 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dlp_plugin.evaluation.finite import check_finite
+from dlp_plugin.evaluation.perplexity import perplexity
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -63,7 +66,8 @@ def zero_shot(
         the task has it (no error with one question only); ``mean`` to the tasks' mean ``acc``
     :raises ImportError: if lm-evaluation-harness is not installed
     :raises ValueError: before any evaluation, if a task is unknown or has no accuracy, or
-        a number is out of bounds; after it, if the model gives a choice no finite score
+        a number is out of bounds, or the model computes NaN; after it, if it gives a choice
+        no finite score
     """
     for name, number in {"batch_size": batch_size, "limit": limit}.items():
         if number is not None and number < 1:
@@ -99,6 +103,9 @@ def zero_shot(
         task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(SEED)
 
+    few = perplexity(model, [torch.arange(1, 5)])
+    if math.isnan(few):  # told now, as evaluating takes long
+        check_finite(few, f"the perplexity of {model.name_or_path} on a few tokens", model)
     was_training = model.training
     try:
         with _hushed("lm_eval.models.huggingface"):
