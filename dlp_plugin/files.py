@@ -60,10 +60,18 @@ def _check_parent(path: Path) -> None:
     if not parent.is_dir():
         what = "is a file" if parent.exists() else "does not exist; create it first"
         raise FileNotFoundError(f"cannot write {path}: the folder {parent} {what}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"cannot write {path}: no permission in {parent}; choose another folder"
-        )
+    trial = _beside(path.resolve(), os.getpid())
+    try:
+        trial.mkdir()
+    except FileExistsError:  # it is being written
+        return
+    except OSError as error:
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        reason = "no permission" if denied else os.strerror(error.errno or 0).lower()
+        raise type(error)(
+            f"cannot write {path}: {reason} in {parent}; choose another folder or name"
+        ) from None
+    trial.rmdir()
 
 
 @contextmanager

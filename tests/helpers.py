@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +75,18 @@ def command(*arguments: object, code: int = 0) -> Result:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     return result
+
+
+def deny_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were no permission to write results; root may write everywhere."""
+    make = Path.mkdir
+
+    def mkdir(path: Path, *arguments: object, **options: object) -> None:
+        if ".part" in path.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

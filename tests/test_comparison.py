@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import CALIBRATION_TEXT, EVERY, SHIPPED, TEST_TEXT
+from helpers import CALIBRATION_TEXT, EVERY, SHIPPED, TEST_TEXT, deny_writing
 from llmcompressor import oneshot
 from transformers import AutoTokenizer
 
@@ -370,7 +369,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(
     compared: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("dlp_plugin.comparison.run.load_model")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    deny_writing(monkeypatch)
     with pytest.raises(PermissionError, match="cannot write .*results.json: no permission"):
         compared(tmp_path, "dlp", 0.5)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import word_tokenizer
+from helpers import deny_writing, word_tokenizer
 from safetensors.torch import save_file
 
 from dlp_plugin.files import check_vacant, check_writable, replacing
@@ -205,10 +205,16 @@ class TestBeforeTheWork:
         with pytest.raises(IsADirectoryError, match=r"is a folder; name a file in it"):
             check_writable(tmp_path)
 
+    def test_a_name_that_cannot_be_made(self, tmp_path: Path) -> None:
+        for check in (check_vacant, check_writable):
+            with pytest.raises(OSError, match=r"cannot write .*: file name too long in"):
+                check(tmp_path / ("long" * 63))
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_folder_without_permission(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+        deny_writing(monkeypatch)
         with pytest.raises(PermissionError, match=r"no permission in .*; choose another folder"):
             check_writable(tmp_path / "file")
 

@@ -8,7 +8,7 @@ that dtype again (:mod:`dlp_plugin.precision`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +24,7 @@ from dlp_plugin.checkpoints.quantized import as_plain, check_known, dequantizing
 from dlp_plugin.checkpoints.saving import save_like
 from dlp_plugin.checkpoints.sources import fetching, load_config, load_tokenizer, model_class
 from dlp_plugin.checkpoints.trust import trusts_remote_code
-from dlp_plugin.files import check_vacant, replacing
+from dlp_plugin.files import check_vacant, replacing, reserved
 from dlp_plugin.generation import make_savable
 from dlp_plugin.precision import Stored, narrow, widen
 
@@ -101,10 +101,12 @@ def apply_recipe(
     :return: the model, as it was saved if it was
     :raises FileExistsError: before anything is loaded, if ``output`` holds something
     """
-    if output is not None:
-        check_vacant(output)
-    model, stored = load_to_prune(name)
-    with _origin_as_dense(name, model):
+    with ExitStack() as stack:
+        if output is not None:
+            stack.enter_context(reserved(output, is_source_process()))
+            check_vacant(output)
+        model, stored = load_to_prune(name)
+        stack.enter_context(_origin_as_dense(name, model))
         trusted = trusts_remote_code()
         pruned: Any = oneshot(
             model=model, recipe=recipe, trust_remote_code_model=trusted, **calibration

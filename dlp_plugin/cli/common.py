@@ -145,19 +145,21 @@ def calibration_arguments(
     from compressed_tensors.distributed import is_distributed
     from torch import distributed as dist
 
-    from dlp_plugin.checkpoints.loading import load_tokenizer
+    from dlp_plugin.checkpoints.loading import load_config, load_tokenizer
     from dlp_plugin.evaluation.text import (
         beginning,
         calibrate_on,
         calibration_set,
         read_tokens,
     )
+    from dlp_plugin.evaluation.vocabulary import check_vocabulary
 
     length = checked_length(model, length)
     tokenizer = load_tokenizer(model)
     # A file is read whole, so that its samples spread over it; a dataset as far as needed.
     limit = None if Path(data).is_file() else samples * length
     tokens = read_tokens(data, tokenizer, config=config, split=split, column=column, limit=limit)
+    check_vocabulary(max(tokens), load_config(model).get_text_config().vocab_size, model)
     dataset = calibration_set(tokens, length, samples, beginning(tokenizer))
     if is_distributed():
         dataset = dataset.shard(num_shards=dist.get_world_size(), index=dist.get_rank())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dlp_plugin.evaluation.vocabulary import check_tokens
 from dlp_plugin.precision import wide_enough
 
 __all__ = ["perplexity"]
@@ -37,7 +38,9 @@ def perplexity(
     :return: ``exp`` of the mean negative log-likelihood per predicted token; infinite where
         that is beyond a float's range, as of a model that has collapsed, and NaN where the
         model's logits are not finite
+    :raises ValueError: if a token is beyond the model's embeddings
     """
+    check_tokens(model, windows)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dlp_plugin.evaluation.finite import check_finite
 from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -116,6 +117,10 @@ def zero_shot(
                 softmax_dtype="float32",
             )
         found = evaluate(wrapped, {"tasks": loaded}, limit=limit, log_samples=False)["results"]
+    except IndexError:
+        known = torch.tensor(list(tokenizer.get_vocab().values()))
+        check_tokens(model, [known])
+        raise
     finally:
         model.train(was_training)
 

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 
 from dlp_plugin import host
 from dlp_plugin.evaluation.causal import check_causal
+from dlp_plugin.evaluation.vocabulary import check_tokens
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.files import check_writable, reserved
 from dlp_plugin.generation import make_savable
@@ -250,6 +251,9 @@ class AllocationModifier(Modifier, Method):
         if self._runs_data:
             main_input = getattr(state.model, "main_input_name", "input_ids")
             batches = scoring_batches(state.data.calib or (), self.num_samples, main_input)
+            check_tokens(
+                state.model, (each["input_ids"] for each in batches if "input_ids" in each)
+            )
             if self.judges:
                 batches, judging = split(batches)
             logger.info("Scoring {} blocks on {} batches", len(self._blocks), len(batches))

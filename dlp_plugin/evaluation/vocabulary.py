@@ -1,0 +1,40 @@
+"""Whether a model has an embedding for every token of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+__all__ = ["check_tokens", "check_vocabulary"]
+
+
+def check_tokens(model: Any, ids: Iterable[torch.Tensor]) -> None:
+    """Refuse token ids that a model has no embedding for, which torch tells without a name.
+
+    :param model: a model of transformers
+    :param ids: int64 tensors of any shape
+    :raises ValueError: if an id is beyond its embeddings
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
+    if rows is not None:
+        largest = max((int(each.max()) for each in ids if each.numel()), default=0)
+        check_vocabulary(largest, rows, model.name_or_path or type(model).__name__)
+
+
+def check_vocabulary(largest: int, rows: int, model: str) -> None:
+    """Refuse a vocabulary that is larger than a model's.
+
+    :param largest: the largest token id of a text, or that a tokenizer gives
+    :param rows: of the model's embeddings
+    :param model: its name, for the message
+    :raises ValueError: if it has none for that id
+    """
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, and the embeddings of {model} have {rows} rows: "
+            "take the tokenizer that it was trained with, or enlarge the embeddings "
+            "(resize_token_embeddings) and train them"
+        )
