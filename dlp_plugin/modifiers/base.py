@@ -115,7 +115,7 @@ class AllocationModifier(Modifier, Method):
 
         :raises ValueError: naming the field or module, if anything is amiss
         """
-        host.keep_all_modifiers_when_saved()
+        host.keep_all_modifiers_when_saved(state.model)
         save_under_source_names(state.model)
         stages = host.stages_after(self, AllocationModifier)  # type: ignore[type-abstract]
         self._check_recipe(stages)

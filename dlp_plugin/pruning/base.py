@@ -21,6 +21,7 @@ from dlp_plugin.host import (
     block_names,
     check_weights_are_own,
     heed_ignore,
+    keep_all_modifiers_when_saved,
     stage_targets,
 )
 from dlp_plugin.planning.structure import MaskStructure
@@ -106,6 +107,7 @@ class PruningStage(StockStage):
         self._check_samples(state)
         if self.repairs:
             self._check_repairs(targets)
+        keep_all_modifiers_when_saved(state.model)
         save_under_source_names(state.model)
         self._heeded = heed_ignore(state.model, self)
         return bool(super().on_initialize(state, **kwargs))
