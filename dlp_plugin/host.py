@@ -22,14 +22,14 @@ import os
 import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from itertools import chain, count
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.utils import match_named_modules, match_targets
+from compressed_tensors.utils import align_module_device, match_named_modules, match_targets
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
@@ -56,14 +56,15 @@ __all__ = [
     "heed_ignore",
     "keep_all_modifiers_when_saved",
     "leave_dense",
-    "reviving_modifiers",
     "run_once",
     "set_sparsities",
     "stage_targets",
     "stages_after",
+    "warn_of_lost_zeros",
 ]
 
 StockStage = SparsityModifierBase
+_PACKAGE = __name__.partition(".")[0]
 
 
 def current_modifiers() -> list[Modifier]:
@@ -74,32 +75,47 @@ def current_modifiers() -> list[Modifier]:
 
 def stages_after(modifier: Modifier, until: type[Modifier]) -> list[StockStage]:
     """Pruning stages that follow, up to the next modifier of a kind."""
-    return [other for other in _followers(modifier, until) if isinstance(other, StockStage)]
-
-
-def _followers(modifier: Modifier, until: type[Modifier]) -> Iterator[Modifier]:
-    """Modifiers that follow one, up to the next of a kind."""
     modifiers = current_modifiers()
     place = next(i for i, other in enumerate(modifiers) if other is modifier)
-    for other in modifiers[place + 1 :]:
-        if isinstance(other, until):
-            return
-        yield other
+    following = takewhile(lambda other: not isinstance(other, until), modifiers[place + 1 :])
+    return [other for other in following if isinstance(other, StockStage)]
 
 
-def reviving_modifiers(modifier: Modifier, until: type[Modifier]) -> list[str]:
-    """Names of stock quantizers after the stages of a modifier that bring zeros back.
+def warn_of_lost_zeros(
+    model: torch.nn.Module, modifiers: Sequence[Modifier], teller: Modifier | None
+) -> None:
+    """Tell of stock quantizers that bring zeros back: those of stages before, or of the model.
 
     GPTQ spreads errors over pruned weights, AutoRound learns to round them away from
     zero; both measured. Rounding to nearest, after AWQ too, leaves a zero at zero.
+
+    :param modifiers: of the whole recipe
+    :param teller: who asks; only the package's first modifier in the recipe tells, or where there
+        is none, None
     """
-    names: list[str] = []
+    ours = (each for each in modifiers if type(each).__module__.startswith(f"{_PACKAGE}."))
+    if next(ours, None) is not teller:
+        return
     pruned = False
-    for other in _followers(modifier, until):
-        pruned |= isinstance(other, StockStage)
-        if pruned and type(other).__name__ in ("GPTQModifier", "AutoRoundModifier"):
-            names.append(type(other).__name__)
-    return names
+    for modifier in modifiers:
+        kind = type(modifier).__name__
+        pruned |= isinstance(modifier, StockStage)
+        if kind in ("GPTQModifier", "AutoRoundModifier") and (pruned or _is_pruned(model)):
+            logger.warning(
+                "{} does not keep pruned weights at zero: part of the sparsity will be "
+                "lost. Write MaskedGPTQModifier instead",
+                kind,
+            )
+
+
+def _is_pruned(model: torch.nn.Module) -> bool:
+    """Whether at least 1 % of some Linear is zero."""
+    for _, linear in match_named_modules(model, ["Linear"]):
+        with align_module_device(linear):
+            weight = linear.get_parameter("weight")
+            if 100 * int((weight == 0).sum()) >= weight.numel() > 0:
+                return True
+    return False
 
 
 def stage_targets(

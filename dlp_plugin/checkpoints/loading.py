@@ -16,6 +16,7 @@ from typing import Any
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import remove_dispatch
 from llmcompressor import oneshot
+from llmcompressor.recipe import Recipe
 from llmcompressor.utils.dev import get_main_device
 from safetensors import SafetensorError
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from dlp_plugin.files import check_vacant, replacing
+from dlp_plugin.host import warn_of_lost_zeros
 from dlp_plugin.precision import Stored, narrow, widen
 
 __all__ = [
@@ -84,6 +86,7 @@ def apply_recipe(
     if output is not None:
         check_vacant(output)
     model, stored = load_to_prune(name)
+    warn_of_lost_zeros(model, Recipe.create_instance(recipe).modifiers, None)
     pruned: Any = oneshot(model=model, recipe=recipe, **calibration)
     if output is not None:
         if stored.dtypes:

@@ -36,7 +36,12 @@ from pydantic import PrivateAttr, field_serializer
 from pydantic_core import to_jsonable_python
 
 from dlp_plugin.experts import save_under_source_names
-from dlp_plugin.host import check_patterns, keep_all_modifiers_when_saved
+from dlp_plugin.host import (
+    check_patterns,
+    current_modifiers,
+    keep_all_modifiers_when_saved,
+    warn_of_lost_zeros,
+)
 from dlp_plugin.pruning.finite import check_inputs
 from dlp_plugin.scoring.routers import left_routers
 
@@ -80,6 +85,7 @@ class MaskedGPTQModifier(GPTQModifier):
                 "CT_ENFORCE_EAGER is set, which keeps MaskedGPTQModifier from masking: unset it"
             )
         keep_all_modifiers_when_saved(state.model)
+        warn_of_lost_zeros(state.model, current_modifiers(), self)
         check_patterns(self, targets=self.resolved_targets, ignore=self.ignore)
         self._leave_routers(state.model)
         self._check_groups(state.model)
@@ -114,7 +120,8 @@ class MaskedGPTQModifier(GPTQModifier):
             for name, module in match_named_modules(model, schemes, self.ignore):
                 weights = schemes[match_targets(name, module, schemes)[0]].weights
                 group = (weights and weights.group_size) or 0
-                columns = module.get_parameter("weight").shape[-1] if group > 0 else 0
+                weight = module._parameters.get("weight")  # what a pattern takes in may have none
+                columns = 0 if weight is None else weight.shape[-1]
                 if group > 0 and columns % group:
                     wrong.append(f"{name} ({columns} columns, groups of {group})")
         if wrong:
