@@ -8,7 +8,8 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
   ``PRUNABLE_LAYER_TYPES`` below each match, and asks ``ignore`` about the name
   ``<match>.<name below it>``, which ends in a dot where the match is the module;
 - it reads ``sparsity`` (a list has one entry per match) when its epoch starts;
-- a recipe is saved as stage -> group -> modifier type -> fields;
+- a recipe is saved as stage -> group -> modifier type -> fields, behind the one that lies
+  beside the model;
 - a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``, and the
   sequential one runs each block once where ``propagate_error`` is False, and what newer
   releases have besides.
@@ -18,14 +19,18 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from itertools import chain, count, takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.utils import match_named_modules, match_targets
+from compressed_tensors.utils import align_module_device, match_named_modules, match_targets
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
@@ -35,11 +40,12 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     SparsityModifierBase,
 )
 from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.transformers.utils.helpers import infer_recipe_from_model_path
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 
 from dlp_plugin.scoring.blocks import find_blocks
-from dlp_plugin.scoring.routers import unnamed_routers
+from dlp_plugin.scoring.routers import left_routers, unnamed_routers
 
 __all__ = [
     "StockStage",
@@ -51,16 +57,15 @@ __all__ = [
     "heed_ignore",
     "keep_all_modifiers_when_saved",
     "leave_dense",
-    "left_routers",
-    "reviving_modifiers",
-    "router_pattern",
     "run_once",
     "set_sparsities",
     "stage_targets",
     "stages_after",
+    "warn_of_lost_zeros",
 ]
 
 StockStage = SparsityModifierBase
+_PACKAGE = __name__.partition(".")[0]
 
 # Arguments by which the sequential pipeline runs every block a second time, or stores its weights
 # in another form.
@@ -80,32 +85,47 @@ def current_modifiers() -> list[Modifier]:
 
 def stages_after(modifier: Modifier, until: type[Modifier]) -> list[StockStage]:
     """Pruning stages that follow, up to the next modifier of a kind."""
-    return [other for other in _followers(modifier, until) if isinstance(other, StockStage)]
-
-
-def _followers(modifier: Modifier, until: type[Modifier]) -> Iterator[Modifier]:
-    """Modifiers that follow one, up to the next of a kind."""
     modifiers = current_modifiers()
     place = next(i for i, other in enumerate(modifiers) if other is modifier)
-    for other in modifiers[place + 1 :]:
-        if isinstance(other, until):
-            return
-        yield other
+    following = takewhile(lambda other: not isinstance(other, until), modifiers[place + 1 :])
+    return [other for other in following if isinstance(other, StockStage)]
 
 
-def reviving_modifiers(modifier: Modifier, until: type[Modifier]) -> list[str]:
-    """Names of stock quantizers after the stages of a modifier that bring zeros back.
+def warn_of_lost_zeros(
+    model: torch.nn.Module, modifiers: Sequence[Modifier], teller: Modifier | None
+) -> None:
+    """Tell of stock quantizers that bring zeros back: those of stages before, or of the model.
 
     GPTQ spreads errors over pruned weights, AutoRound learns to round them away from
     zero; both measured. Rounding to nearest, after AWQ too, leaves a zero at zero.
+
+    :param modifiers: of the whole recipe
+    :param teller: who asks; only the package's first modifier in the recipe tells, or where there
+        is none, None
     """
-    names: list[str] = []
+    ours = (each for each in modifiers if type(each).__module__.startswith(f"{_PACKAGE}."))
+    if next(ours, None) is not teller:
+        return
     pruned = False
-    for other in _followers(modifier, until):
-        pruned |= isinstance(other, StockStage)
-        if pruned and type(other).__name__ in ("GPTQModifier", "AutoRoundModifier"):
-            names.append(type(other).__name__)
-    return names
+    for modifier in modifiers:
+        kind = type(modifier).__name__
+        pruned |= isinstance(modifier, StockStage)
+        if kind in ("GPTQModifier", "AutoRoundModifier") and (pruned or _is_pruned(model)):
+            logger.warning(
+                "{} does not keep pruned weights at zero: part of the sparsity will be "
+                "lost. Write MaskedGPTQModifier instead",
+                kind,
+            )
+
+
+def _is_pruned(model: torch.nn.Module) -> bool:
+    """Whether at least 1 % of some Linear is zero."""
+    for _, linear in match_named_modules(model, ["Linear"]):
+        with align_module_device(linear):
+            weight = linear.get_parameter("weight")
+            if 100 * int((weight == 0).sum()) >= weight.numel() > 0:
+                return True
+    return False
 
 
 def stage_targets(
@@ -157,7 +177,7 @@ def heed_ignore(model: torch.nn.Module, stage: StockStage) -> list[str]:
     _check_ignore(model, stage)
     matches = list(match_named_modules(model, stage.targets))
     found = [name for target, layer in matches for name, _ in _prunable(target, layer, stage)]
-    routers = left_routers(model, stage, stage.targets, found)
+    routers = left_routers(model, type(stage).__name__, stage.targets, found)
     missed = [
         name
         for target, layer in matches
@@ -166,32 +186,6 @@ def heed_ignore(model: torch.nn.Module, stage: StockStage) -> list[str]:
         and not match_targets(name, module, stage.ignore)
     ]
     return leave_dense(stage, [*(name.strip(".") for name in missed), *routers])
-
-
-def left_routers(
-    model: torch.nn.Module, modifier: Modifier, targets: Iterable[str], found: Collection[str]
-) -> list[str]:
-    """Full names of the routers among what a modifier's targets match; tells that it leaves them.
-
-    :param targets: its entries that select modules
-    :param found: full names of what they match
-    """
-    names = [name for name in unnamed_routers(model, list(targets)) if name in found]
-    if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        logger.info(
-            "{} leaves routers dense: {}{}; to have them too, add '{}' to its targets",
-            type(modifier).__name__,
-            names[0],
-            more,
-            router_pattern(names[0]),
-        )
-    return names
-
-
-def router_pattern(name: str) -> str:
-    """An entry of ``targets`` that names a router, and those of other blocks."""
-    return rf"re:.*\.{re.escape(name.rpartition('.')[2])}$"
 
 
 def _check_ignore(model: torch.nn.Module, stage: StockStage) -> None:
@@ -338,27 +332,52 @@ def run_once(model: torch.nn.Module, batches: Sequence[dict[str, Any]]) -> None:
     pipeline(model, batches, arguments)
 
 
-def keep_all_modifiers_when_saved() -> None:
-    """Give modifiers groups of their own where a saved recipe would lose one.
+def keep_all_modifiers_when_saved(model: torch.nn.Module) -> None:
+    """Name stage and groups so that a saved recipe loses no modifier, and runs again.
 
     A recipe is written as group -> modifier type -> fields: of two modifiers of one
     type in a group only the last is written, and a group that is returned to is
-    written where it first stood.
+    written where it first stood. It is appended to that in the model's folder, where stages of
+    one name become ``pruning_stage_0`` and ``_1``, which the host skips when it reads them.
+
+    :raises ValueError: if the recipe in the model's folder cannot be read
     """
-    stage = active_session().lifecycle.recipe.stage
+    recipe = active_session().lifecycle.recipe
+    recipe.stage = _unlike(recipe.stage, "_stage", _stages_beside(model))
     groups: dict[str, set[str]] = {}
     given: str | None = None
     name = ""
     for modifier in current_modifiers():
-        wanted, kind = modifier.group or stage, type(modifier).__name__
+        wanted, kind = modifier.group or recipe.stage, type(modifier).__name__
         if not groups or wanted != given or kind in groups[name]:
-            number = 1
-            name = wanted
-            while name in groups:
-                number += 1
-                name = f"{wanted}_{number}"
+            name = _unlike(wanted, "", groups)
             groups[name] = set()
             given = wanted
         groups[name].add(kind)
         if name != wanted:
             modifier.group = name
+
+
+def _unlike(wanted: str, ending: str, taken: Container[str]) -> str:
+    """A name, with a number if need be, that is not taken with this ending."""
+    numbered = (f"{wanted}_{number}" for number in count(1))
+    return next(name for name in chain([wanted], numbered) if f"{name}{ending}" not in taken)
+
+
+def _stages_beside(model: torch.nn.Module) -> Collection[str]:
+    """Names of the stages of the recipe in the folder that a model was loaded from."""
+    folder = getattr(model, "name_or_path", "")
+    path = infer_recipe_from_model_path(folder) if os.path.isdir(folder) else None
+    if path is None:
+        return ()
+    try:
+        stages = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        problem = "" if isinstance(stages, dict) else "it is no mapping of stages"
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+    if problem:
+        raise ValueError(
+            f"{path} cannot be read, to which the recipe is appended when the model is saved "
+            f"({problem}): mend it, or move it away"
+        )
+    return set(stages)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,26 @@ def test_what_cannot_be_packed_is_saved_as_it_is(tmp_path: Path) -> None:
     assert "Zeros in" in result.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out"}
+
+
+def test_a_run_that_is_killed_while_it_packs_leaves_nothing_that_the_next_does_not_clear(
+    tmp_path: Path,
+) -> None:
+    recipe = ["--recipe", ROOT / "recipes" / "dlp_magnitude.yaml", "--data", CALIBRATION_TEXT]
+    arguments = ["oneshot", SHIPPED, *recipe, "--samples", "4", "--length", "32", "--pack"]
+    arguments = [*map(str, arguments), "--output", str(tmp_path / "small")]
+    die = (
+        "import os, signal, sys, dlp_plugin.checkpoints.packing as packing;"
+        "packing.pack = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "from dlp_plugin.cli import app; app(sys.argv[1:])"
+    )
+    killed = subprocess.run([sys.executable, "-c", die, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "saved" / "model.safetensors").is_file()
+    command(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert not any(path.is_dir() for path in (tmp_path / "small").iterdir())
 
 
 def test_inspect_reads_it(pruned: Path, packed: tuple[Path, str]) -> None:

@@ -76,6 +76,17 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_configuration_that_is_garbage(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"holds no model that can be loaded: .*JSON") as told:
+    with pytest.raises(
+        ValueError, match=r"holds no model that can be loaded \(.*JSON.*again"
+    ) as told:
         load_model(folder)
+    assert "\n" not in str(told.value)
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    for file in folder.glob("token*"):
+        file.unlink()
+    message = r"model holds no tokenizer that can be loaded \(.*\): copy the tokenizer's files"
+    with pytest.raises(ValueError, match=message) as told:
+        load_tokenizer(folder)
     assert "\n" not in str(told.value)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from helpers import (
     EVERY,
@@ -16,6 +17,7 @@ from helpers import (
     recipe,
     recorded_inputs,
     weights_of,
+    word_tokenizer,
     zeros,
     zeros_per_group,
 )
@@ -23,8 +25,10 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from safetensors.torch import load_file
 
+import dlp_plugin
 from dlp_plugin import DLPModifier, MaskedGPTQModifier
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint
+from dlp_plugin.checkpoints.loading import apply_recipe
 
 
 def scheme(bits: int = 4, group: int | None = 32, symmetric: bool = True) -> dict:
@@ -176,14 +180,51 @@ def test_it_is_gptq_with_pruned_weights_quantized_to_zero(make_model: MakeModel)
         assert torch.equal(linear.weight == 0, (weight == 0) | (expected == 0))
 
 
-@pytest.mark.parametrize(("kind", "warned"), [(GPTQModifier, True), (MaskedGPTQModifier, False)])
-def test_a_recipe_about_to_lose_sparsity_is_warned_of(
-    make_model: MakeModel, logged: Logged, kind: type, warned: bool
-) -> None:
-    stage = WandaPruningModifier(sparsity=0.6, **EVERY)
-    prune(make_model(), DLPModifier(), stage, quantizer(kind))
-    told = any("GPTQModifier does not keep pruned weights" in m for m in logged("WARNING"))
-    assert told == warned
+class TestWarnings:
+    """Of a stock quantizer that brings zeros back, once, before anything is done."""
+
+    def stage(self, kind: type = WandaPruningModifier) -> object:
+        return kind(sparsity=0.6, **EVERY)
+
+    def told(self, logged: Logged) -> int:
+        said = "GPTQModifier does not keep pruned weights at zero: part of the sparsity will be"
+        return sum(said in message for message in logged("WARNING"))
+
+    @pytest.mark.parametrize(("kind", "times"), [(GPTQModifier, 1), (MaskedGPTQModifier, 0)])
+    @pytest.mark.parametrize("recipe", ["fed", "fed, stock", "alone"])
+    def test_behind_a_stage(
+        self, make_model: MakeModel, logged: Logged, recipe: str, kind: type, times: int
+    ) -> None:
+        own = dlp_plugin.WandaPruningModifier
+        stage = self.stage(WandaPruningModifier if "stock" in recipe else own)
+        prune(make_model(), *([DLPModifier()] if "fed" in recipe else []), stage, quantizer(kind))
+        assert self.told(logged) == times
+
+    def test_before_a_stage(self, make_model: MakeModel, logged: Logged) -> None:
+        later = dlp_plugin.WandaPruningModifier(sparsity=0.6, targets=["re:.*mlp$"])
+        prune(make_model(), quantizer(GPTQModifier), later)
+        assert self.told(logged) == 0
+
+    @pytest.mark.parametrize("pruned", [True, False])
+    def test_on_what_was_pruned_before(
+        self, make_model: MakeModel, logged: Logged, pruned: bool
+    ) -> None:
+        model = pruned_model(make_model) if pruned else make_model()
+        groups = {"group_0": scheme()["group_0"].model_copy(update={"targets": ["re:.*mlp.*"]})}
+        prune(model, quantizer(config=groups), quantizer(GPTQModifier, config=scheme(bits=8)))
+        assert self.told(logged) == pruned
+
+    @pytest.mark.parametrize("pruned", [True, False])
+    def test_by_the_terminal_where_nothing_of_ours_is_in_the_recipe(
+        self, make_model: MakeModel, logged: Logged, pruned: bool, tmp_path: Path
+    ) -> None:
+        model = pruned_model(make_model) if pruned else make_model()
+        model.save_pretrained(tmp_path)
+        fields = {"scheme": "W8A8", "ignore": ["lm_head"]}
+        recipe = {"quantization_stage": {"quantization_modifiers": {"GPTQModifier": fields}}}
+        data = {"dataset": random_samples(), "tokenizer": word_tokenizer()}
+        apply_recipe(tmp_path, yaml.safe_dump(recipe), **data)
+        assert self.told(logged) == pruned
 
 
 class TestHardCases:

@@ -16,6 +16,7 @@ from typing import Any
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import remove_dispatch
 from llmcompressor import oneshot
+from llmcompressor.recipe import Recipe
 from llmcompressor.utils.dev import get_main_device
 from transformers import PreTrainedModel
 
@@ -26,6 +27,7 @@ from dlp_plugin.checkpoints.sources import fetching, load_config, load_tokenizer
 from dlp_plugin.checkpoints.trust import trusts_remote_code
 from dlp_plugin.files import check_vacant, replacing, reserved
 from dlp_plugin.generation import make_savable
+from dlp_plugin.host import warn_of_lost_zeros
 from dlp_plugin.precision import Stored, narrow, widen
 
 __all__ = [
@@ -107,6 +109,7 @@ def apply_recipe(
             check_vacant(output)
         model, stored = load_to_prune(name)
         stack.enter_context(_origin_as_dense(name, model))
+        warn_of_lost_zeros(model, Recipe.create_instance(recipe).modifiers, None)
         trusted = trusts_remote_code()
         pruned: Any = oneshot(
             model=model, recipe=recipe, trust_remote_code_model=trusted, **calibration

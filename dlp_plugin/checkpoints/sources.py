@@ -33,6 +33,11 @@ __all__ = [
 
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"]
 
+_REMEDIES = {
+    "model": "fetch or save it again",
+    "tokenizer": "copy the tokenizer's files from the model that it was made from",
+}
+
 
 def load_config(name: str | Path) -> Any:
     """Load a model's configuration.
@@ -100,7 +105,7 @@ def local_folder(name: str | Path) -> Path:
 def fetching(name: str | Path, what: str) -> Iterator[None]:
     """Tell in one line what is wrong with a folder or name; a path is no name on the hub.
 
-    :param what: what is looked for in it, for the message
+    :param what: what is looked for in it, ``model`` or ``tokenizer``
     """
     path = Path(name)
     pathlike = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2
@@ -125,7 +130,9 @@ def fetching(name: str | Path, what: str) -> Iterator[None]:
             ) from error
         reason = _first_line(error)
         if path.is_dir():
-            raise ValueError(f"{name} holds no {what} that can be loaded: {reason}") from error
+            raise ValueError(
+                f"{name} holds no {what} that can be loaded ({reason}): {_REMEDIES[what]}"
+            ) from error
         raise OSError(
             f"{name} is no folder here, and the hub does not give it ({reason}): check the name, "
             "and the network"

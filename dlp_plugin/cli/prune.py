@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -63,17 +64,22 @@ def oneshot(
         if pack:
             from dlp_plugin.checkpoints.packing import pack as write_packed
 
-            room = TemporaryDirectory(dir=output.resolve().parent, prefix=f".{output.name}.")
-            with exit_on_sigterm(), room as beside:
-                saved = Path(beside) / "saved"
+            # What is put aside lies where the next run clears away what a killed one left
+            place = replacing(output) if first else TemporaryDirectory()
+            with exit_on_sigterm(), place as room:
+                saved, packed = Path(room) / "saved", Path(room) / "packed"
+                saved.parent.mkdir(exist_ok=True)
                 apply_recipe(model, str(recipe), saved, **calibration)
                 if first:
                     try:
-                        write_packed(saved, output)
+                        write_packed(saved, packed)
                     except ValueError as error:
                         logger.warning("{} is saved as it is, not packed: {}", output, error)
-                        with replacing(output) as unpacked:
-                            saved.rename(unpacked)
+                        saved.rename(packed)
+                    rmtree(saved, ignore_errors=True)
+                    for file in packed.iterdir():
+                        file.rename(file.parents[1] / file.name)
+                    packed.rmdir()
         else:
             apply_recipe(model, str(recipe), output, **calibration)
         if first:

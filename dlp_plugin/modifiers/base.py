@@ -122,7 +122,8 @@ class AllocationModifier(Modifier, Method):
 
         :raises ValueError: naming the field or module, if anything is amiss
         """
-        host.keep_all_modifiers_when_saved()
+        host.keep_all_modifiers_when_saved(state.model)
+        host.warn_of_lost_zeros(state.model, host.current_modifiers(), self)
         save_under_source_names(state.model)
         make_savable(state.model)
         stages = host.stages_after(self, AllocationModifier)  # type: ignore[type-abstract]
@@ -163,12 +164,6 @@ class AllocationModifier(Modifier, Method):
                 check_writable(self.plan_path)
             except OSError as error:
                 raise ValueError(f"plan_path: {error}") from error
-        for name in host.reviving_modifiers(self, AllocationModifier):  # type: ignore[type-abstract]
-            logger.warning(
-                "{} does not keep pruned weights at zero: part of the sparsity will be "
-                "lost. Write MaskedGPTQModifier instead",
-                name,
-            )
 
     def _check_data(self, state: State) -> None:
         """Check that there is what scores and losses come from."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dlp_plugin.host import router_pattern
 from dlp_plugin.modifiers.feeding import FedStage
 from dlp_plugin.planning.methods import METHODS
 from dlp_plugin.planning.plan import Plan
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.scoring.blocks import Block, outer_block
+from dlp_plugin.scoring.routers import router_pattern
 
 if TYPE_CHECKING:
     import torch

@@ -21,8 +21,11 @@ from dlp_plugin.host import (
     StockStage,
     block_names,
     check_weights_are_own,
+    current_modifiers,
     heed_ignore,
+    keep_all_modifiers_when_saved,
     stage_targets,
+    warn_of_lost_zeros,
 )
 from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.pruning.grams import Grams, polishing
@@ -107,6 +110,8 @@ class PruningStage(StockStage):
         self._check_samples(state)
         if self.repairs:
             self._check_repairs(targets)
+        keep_all_modifiers_when_saved(state.model)
+        warn_of_lost_zeros(state.model, current_modifiers(), self)
         save_under_source_names(state.model)
         make_savable(state.model)
         self._heeded = heed_ignore(state.model, self)

@@ -32,12 +32,19 @@ from llmcompressor.core import Event, State
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.helpers import assign_batches, column_scale_window
 from loguru import logger
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, field_serializer
+from pydantic_core import to_jsonable_python
 
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.generation import make_savable
-from dlp_plugin.host import check_patterns, left_routers
+from dlp_plugin.host import (
+    check_patterns,
+    current_modifiers,
+    keep_all_modifiers_when_saved,
+    warn_of_lost_zeros,
+)
 from dlp_plugin.pruning.finite import check_inputs
+from dlp_plugin.scoring.routers import left_routers
 
 __all__ = ["MaskedGPTQModifier"]
 
@@ -63,6 +70,11 @@ class MaskedGPTQModifier(GPTQModifier):
     _pruned: int = PrivateAttr(default=0)
     _written: list[str] | None = PrivateAttr(default=None)
 
+    @field_serializer("config_groups", "kv_cache_scheme")
+    def _plainly(self, value: Any) -> Any:
+        """In a saved recipe enumerations as their values: those of Python are not read again."""
+        return to_jsonable_python(value)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Set up quantization as the host does.
 
@@ -73,6 +85,8 @@ class MaskedGPTQModifier(GPTQModifier):
             raise ValueError(
                 "CT_ENFORCE_EAGER is set, which keeps MaskedGPTQModifier from masking: unset it"
             )
+        keep_all_modifiers_when_saved(state.model)
+        warn_of_lost_zeros(state.model, current_modifiers(), self)
         check_patterns(self, targets=self.resolved_targets, ignore=self.ignore)
         self._leave_routers(state.model)
         self._check_groups(state.model)
@@ -83,7 +97,9 @@ class MaskedGPTQModifier(GPTQModifier):
     def _leave_routers(self, model: torch.nn.Module) -> None:
         """Add to ``ignore`` the routers that no target names: engines build them dense."""
         found = dict(match_named_modules(model, self.resolved_targets, self.ignore))
-        if self.has_config() and (names := left_routers(model, self, self.resolved_targets, found)):
+        if not self.has_config():  # it is of a modifier before, which has set up the modules
+            return
+        if names := left_routers(model, type(self).__name__, self.resolved_targets, found):
             self._written = self.ignore
             self.ignore = [*self.ignore, *names]
             self.resolved_config.ignore = self.ignore
@@ -106,7 +122,8 @@ class MaskedGPTQModifier(GPTQModifier):
             for name, module in match_named_modules(model, schemes, self.ignore):
                 weights = schemes[match_targets(name, module, schemes)[0]].weights
                 group = (weights and weights.group_size) or 0
-                columns = module.get_parameter("weight").shape[-1] if group > 0 else 0
+                weight = module._parameters.get("weight")  # what a pattern takes in may have none
+                columns = 0 if weight is None else weight.shape[-1]
                 if group > 0 and columns % group:
                     wrong.append(f"{name} ({columns} columns, groups of {group})")
         if wrong:

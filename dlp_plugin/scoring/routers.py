@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils.match import match_name
+from loguru import logger
 
-__all__ = ["unnamed_routers"]
+__all__ = ["left_routers", "router_pattern", "unnamed_routers"]
 
 _ROUTES = re.compile(r"(.*_)?(gate|router)")
 
 
-def unnamed_routers(model: torch.nn.Module, targets: Sequence[str]) -> dict[str, torch.nn.Linear]:
+def unnamed_routers(model: torch.nn.Module, targets: Collection[str]) -> dict[str, torch.nn.Linear]:
     """Routers that a class in ``targets`` takes in with all other Linears, and no entry names.
 
     They hold few weights, decide what every other one is used for, and engines build them dense.
@@ -28,6 +29,33 @@ def unnamed_routers(model: torch.nn.Module, targets: Sequence[str]) -> dict[str,
         for name, linear in _routers(model)
         if not any(match_name(name, target) for target in targets)
     }
+
+
+def left_routers(
+    model: torch.nn.Module, who: str, targets: Collection[str], found: Collection[str]
+) -> list[str]:
+    """Full names of the routers that are to be left dense; tells of them.
+
+    :param who: the modifier that leaves them
+    :param targets: its entries that select modules
+    :param found: full names of what they match
+    """
+    names = [name for name in unnamed_routers(model, targets) if name in found]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        logger.info(
+            "{} leaves routers dense: {}{}; to have them too, add '{}' to its targets",
+            who,
+            names[0],
+            more,
+            router_pattern(names[0]),
+        )
+    return names
+
+
+def router_pattern(name: str) -> str:
+    """An entry of ``targets`` that names a router, and those of other blocks."""
+    return rf"re:.*\.{re.escape(name.rpartition('.')[2])}$"
 
 
 def _routers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
