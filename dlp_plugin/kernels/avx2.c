@@ -92,8 +92,10 @@ dots_of(int count, int dtype, int masked, const uint64_t *const mask[2],
     for (int64_t word = 0; word < words; word++) {
         uint64_t bits[2] = {0, 0};
         for (int row = 0; row < 2; row++) {
-            if (masked)
+            if (masked) {
                 bits[row] = mask[row][word];
+                _mm_prefetch((const char *)(mask[row] + word) + AHEAD, _MM_HINT_T0);
+            }
             _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
             _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
         }

@@ -1,18 +1,23 @@
-"""Calls of the library with tensors that were looked at."""
+"""Calls of the library with tensors that are looked at before."""
 
 from __future__ import annotations
 
 import ctypes
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from dlp_plugin.kernels.layout import Layout
+from dlp_plugin.kernels.layout import Layout, tensors_of
 from dlp_plugin.kernels.library import Weight, chosen, library, parallel
 
 __all__ = ["run_expand", "run_multiply"]
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# A layout to where its tensors lay when they were looked at, and what the library is told.
+_known: WeakKeyDictionary[Layout, tuple[list[tuple[int, torch.dtype]], Weight]] = (
+    WeakKeyDictionary()
+)
 
 
 def run_multiply(layout: Layout, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -21,6 +26,7 @@ def run_multiply(layout: Layout, x: Tensor, bias: Tensor | None, out: Tensor) ->
     :param x: contiguous ``[rows, in]``, of few rows
     :param bias: contiguous float32 ``[out]``
     :param out: contiguous ``[rows, out]``, of the dtype of ``x``
+    :raises ValueError: if the layout's tensors are not what they were
     :raises MemoryError: if there is none for what is in between
     """
     done = library().dlp_multiply(
@@ -41,6 +47,7 @@ def run_expand(layout: Layout, first: int, last: int, out: Tensor) -> None:
     """Write rows of the weight with their zeros.
 
     :param out: contiguous ``[last - first, in]``, of the weight's dtype or float32
+    :raises ValueError: if the layout's tensors are not what they were
     :raises MemoryError: if there is none for what is in between
     """
     done = library().dlp_expand(
@@ -57,7 +64,25 @@ def run_expand(layout: Layout, first: int, last: int, out: Tensor) -> None:
 
 
 def _weight(layout: Layout) -> Weight:
+    """What the library is told of a weight: made when its tensors are new, or lie elsewhere."""
+    places = [(one.data_ptr(), one.dtype) for one in layout.tensors.values()]
+    known = _known.get(layout)
+    if known is None or known[0] != places:
+        known = places, _described(layout)
+        _known[layout] = known
+    return known[1]
+
+
+def _described(layout: Layout) -> Weight:
     spec, tensors = layout.spec, layout.tensors
+    found = {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}
+    where = {one.device.type for one in tensors.values()}
+    whole = all(one.is_contiguous() for one in tensors.values())
+    if found != tensors_of(spec) or where != {"cpu"} or not whole:
+        raise ValueError(
+            f"the tensors of packed weights are {found} in place of {tensors_of(spec)}: keep them "
+            "as they were loaded"
+        )
     rows, columns = spec.shape
     at = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     return Weight(

@@ -45,11 +45,9 @@ def missing() -> str | None:
     """
     if os.environ.get(VARIABLE) == _OFF:
         return f"the kernels are turned off by {VARIABLE}={_OFF}: unset it"
-    found = _found()
-    if isinstance(found, str):
-        return found
     chosen()
-    return None
+    found = _found()
+    return found if isinstance(found, str) else None
 
 
 def library() -> ctypes.CDLL:
@@ -59,16 +57,19 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def chosen() -> int:
+def chosen() -> int | None:
     """The number by which the library knows the processor's kernels, or those it is held to.
 
+    :return: None where :func:`missing` says why
     :raises ValueError: if ``DLP_KERNELS`` names none, or one that the processor cannot run
     """
     return _level(os.environ.get(VARIABLE, ""))
 
 
 @cache
-def _level(name: str) -> int:
+def _level(name: str) -> int | None:
+    if name == _OFF or isinstance(_found(), str):
+        return None
     best: int = library().dlp_best()
     if not name:
         return best

@@ -18,7 +18,7 @@ from torch.nn import functional
 from dlp_plugin.checkpoints.stored import Stored
 from dlp_plugin.kernels.calls import run_expand, run_multiply
 from dlp_plugin.kernels.layout import Layout, dense, tensors_of
-from dlp_plugin.kernels.library import missing
+from dlp_plugin.kernels.library import chosen, missing
 from dlp_plugin.precision import is_native
 
 __all__ = ["available", "linear"]
@@ -51,14 +51,30 @@ def linear(x: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
             "packed weights are multiplied on the CPU, and here are tensors on "
             f"{' and '.join(sorted(devices))}: load the dense model for other devices"
         )
-    found: Tensor = _linear(x, tensors, layout.said, bias)
-    return found
+    if not _is_plain(x, bias):
+        found: Tensor = _linear(x, tensors, layout.said, bias)
+        return found
+    return _multiply(x, layout, bias)
 
 
-@torch.library.custom_op("dlp_plugin::linear", mutates_args=(), device_types="cpu")
-def _linear(x: Tensor, tensors: Sequence[Tensor], spec: str, bias: Tensor | None) -> Tensor:
-    layout = _again(x, tensors, spec, 1)
-    count = layout.spec.shape[0]
+def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody but the kernel need know of a product.
+
+    By way of the operator it takes a fourth longer, once it has filled the caches with weights.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    return not (wanted and torch.is_grad_enabled())
+
+
+def _multiply(x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+    count, width = layout.spec.shape
+    if x.shape[-1:] != (width,) or x.dtype not in _FLOATS:
+        raise ValueError(
+            f"a product with {[count, width]} packed weights takes [..., {width}] in bfloat16, "
+            f"float16 or float32, and not {list(x.shape)} in {x.dtype}"
+        )
     if bias is not None and (bias.shape != (count,) or bias.device.type != "cpu"):
         raise ValueError(f"the bias is {list(bias.shape)} on {bias.device}, not [{count}] on cpu")
     if _without_kernel(layout):
@@ -75,6 +91,11 @@ def _linear(x: Tensor, tensors: Sequence[Tensor], spec: str, bias: Tensor | None
     return out
 
 
+@torch.library.custom_op("dlp_plugin::linear", mutates_args=(), device_types="cpu")
+def _linear(x: Tensor, tensors: Sequence[Tensor], spec: str, bias: Tensor | None) -> Tensor:
+    return _multiply(x, _layout(tensors, spec), bias)
+
+
 @_linear.register_fake
 def _(x: Tensor, tensors: Sequence[Tensor], spec: str, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], _spec(spec).shape[0]))
@@ -82,7 +103,7 @@ def _(x: Tensor, tensors: Sequence[Tensor], spec: str, bias: Tensor | None) -> T
 
 @torch.library.custom_op("dlp_plugin::linear_backward", mutates_args=(), device_types="cpu")
 def _backward(gradient: Tensor, tensors: Sequence[Tensor], spec: str) -> Tensor:
-    layout = _again(gradient, tensors, spec, 0)
+    layout = _layout(tensors, spec)
     width = layout.spec.shape[1]
     wide = _flat(gradient).to(_dtype_for(gradient, layout))
     if _without_kernel(layout):
@@ -145,7 +166,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _without_kernel(layout: Layout) -> bool:
-    return layout.spec.dtype not in _FLOATS or missing() is not None
+    return layout.spec.dtype not in _FLOATS or chosen() is None
 
 
 @cache
@@ -158,22 +179,6 @@ def _spec(said: str) -> Stored:
     return Stored.from_config("a layout", loads(said))
 
 
-def _again(x: Tensor, tensors: Sequence[Tensor], said: str, dim: int) -> Layout:
-    """The layout that an operator is given, once its tensors are what they should be.
-
-    :param x: whose last dimension is that dimension of the weight
-    """
+def _layout(tensors: Sequence[Tensor], said: str) -> Layout:
     spec = _spec(said)
-    expected = tensors_of(spec)
-    if x.shape[-1:] != spec.shape[dim : dim + 1] or x.dtype not in _FLOATS:
-        raise ValueError(
-            f"a product with {list(spec.shape)} packed weights takes [..., {spec.shape[dim]}] in "
-            f"bfloat16, float16 or float32, and not {list(x.shape)} in {x.dtype}"
-        )
-    found = [(tuple(one.shape), one.dtype) for one in tensors]
-    if found != list(expected.values()) or not all(one.is_contiguous() for one in tensors):
-        raise ValueError(
-            f"the tensors of packed weights are {found} in place of {list(expected.values())}: "
-            "keep them as they were loaded"
-        )
-    return Layout(spec, dict(zip(expected, tensors, strict=True)))
+    return Layout(spec, dict(zip(tensors_of(spec), tensors, strict=True)))
