@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import QWEN3_NEXT, SIZES
-from helpers import EVERY, SHIPPED, Logged, MakeModel, command, prune, word_tokenizer
+from helpers import EVERY, ROOT, SHIPPED, Logged, MakeModel, command, prune, word_tokenizer
 from input_kinds import changed, dense, saved, sharded
 from packed_checkpoints import assert_same_bits, tensors_of
 from peft import LoraConfig, get_peft_model
@@ -176,6 +179,29 @@ class TestWhatLiesBeside:
         (source / "config.json").write_text(json.dumps(old))
         command("merge", adapter(source), tmp_path / "merged", "--allow-dense")
         assert json.loads((tmp_path / "merged" / "config.json").read_text()) == old
+
+
+def test_a_model_of_the_hub(tmp_path: Path) -> None:
+    """Its files come from the cache, where a run before has put them; nothing is asked for."""
+    source = with_extra_layers(tmp_path / "source")
+    (source / "LICENSE").write_text("free")
+    repository = tmp_path / "hub" / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    source.rename(repository / "snapshots" / "abc")
+    (tmp_path / "recipe.yaml").write_text(MAGNITUDE)
+    (tmp_path / "text.txt").write_text("7 8 9 " * 30)
+    line = [sys.executable, "-m", "dlp_plugin", "oneshot", "some/model", "--recipe", "recipe.yaml"]
+    line += ["--data", "text.txt", "--samples", "2", "--length", "16", "--output", "out"]
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    path = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        line, cwd=tmp_path, env={**os.environ, **offline, **path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+    assert len(extra(tmp_path / "out")) == 3
 
 
 def test_what_has_changed_in_a_configuration_is_written(adapter, tmp_path: Path) -> None:
