@@ -70,7 +70,7 @@ def test_its_perplexity_is_its_card_s() -> None:
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
 def test_plan_and_zeros_and_checkpoint(pruner: str, calibration, tmp_path: Path) -> None:
-    model = load()
+    model = load(attn_implementation="eager")  # what some releases of the host calibrate with
     embeddings = model.get_input_embeddings().weight.clone()
     output = tmp_path / "pruned"
     run(
