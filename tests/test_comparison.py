@@ -30,7 +30,7 @@ from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison, recipe_of
 from dlp_plugin.comparison.run import compare
 from dlp_plugin.evaluation.perplexity import perplexity
-from dlp_plugin.evaluation.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.text import calibrate_on, calibration_set, read_tokens, token_windows
 
 STAGES = {
     "wanda": WandaPruningModifier,
@@ -43,13 +43,7 @@ STAGES = {
 def calibration() -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     dataset = calibration_set(read_tokens(CALIBRATION_TEXT, tokenizer), 64, 8)
-    return {
-        "tokenizer": tokenizer,
-        "dataset": dataset,
-        "num_calibration_samples": len(dataset),
-        "max_seq_length": 64,
-        "shuffle_calibration_samples": False,
-    }
+    return calibrate_on(dataset, tokenizer)
 
 
 @pytest.fixture(scope="module")
