@@ -19,7 +19,7 @@ def pytest_report_header() -> list[str]:
     return head()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """A Llama with three blocks whose importance differs, the same at every call."""
 
@@ -40,9 +40,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
                 for module in layer.modules():
                     if isinstance(module, torch.nn.Linear):
                         module.weight *= 1 + 0.3 * ((depth * 2) % 3)
-        return as_if_loaded(model.to(dtype), folder)
+        return as_if_loaded(model.to(dtype), tmp_path_factory.mktemp("origin"))
 
-    folder = tmp_path_factory.mktemp("origin")
     return make
 
 
