@@ -154,7 +154,7 @@ def test_runs_repeat_to_the_bit(calibration) -> None:
     weights = []
     for _ in range(2):
         model = load()
-        run(model, recipe_file("dlp_wanda.yaml"), calibration)
+        run(model, recipe_file("dlp_wanda.yaml"), calibration.select(range(8)))
         weights.append((weights_of(model), last_plans()))
     (left, left_plan), (right, right_plan) = weights
     assert left_plan == right_plan
@@ -175,17 +175,27 @@ def test_pruning_costs_perplexity_and_more_costs_more(calibration) -> None:
     assert [half / dense, most / dense] == pytest.approx([1.21, 2.63], rel=5e-2)
 
 
+def beginning_of(text: Path, characters: int, file: Path) -> str:
+    file.write_text(text.read_text()[:characters])
+    return str(file)
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> list[str]:
+    """Options of an example that calibrates: a fourth of its samples, a half of the time."""
+    return ["--calibration", beginning_of(CALIBRATION_TEXT, 3_500, tmp_path / "calibration.txt")]
+
+
 @pytest.fixture
 def example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs an example on short texts, into ``tmp_path / "out"``; what it printed."""
+    """Runs an example on a short text, into ``tmp_path / "out"``; what it printed."""
 
     def run_example(name: str, *arguments: str) -> str:
-        short = tmp_path / "short.txt"
-        short.write_text(TEST_TEXT.read_text()[:30_000])
+        test = beginning_of(TEST_TEXT, 30_000, tmp_path / "test.txt")
         script, output = str(ROOT / "examples" / name), str(tmp_path / "out")
-        short_run = ["--output", output, "--test", str(short), "--length", "32"]
+        short_run = ["--output", output, "--test", test, "--length", "32"]
         monkeypatch.setattr(sys, "argv", [script, *short_run, *arguments])
         runpy.run_path(script, run_name="__main__")
         return capsys.readouterr().out
@@ -193,8 +203,10 @@ def example(
     return run_example
 
 
-def test_the_example_of_the_readme(example: Callable[..., str], tmp_path: Path) -> None:
-    output = example("prune_and_compare.py")
+def test_the_example_of_the_readme(
+    example: Callable[..., str], few: list[str], tmp_path: Path
+) -> None:
+    output = example("prune_and_compare.py", *few)
     assert "pruned weights that came back with 4 bits: 0" in output
     assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
     rows = {row[1]: row[2:5] for line in output.splitlines() if len(row := cells(line)) == 7}
@@ -212,13 +224,13 @@ def test_the_example_of_the_readme(example: Callable[..., str], tmp_path: Path) 
 
 
 def test_the_same_on_a_model_that_groups_of_128_do_not_fit(
-    example: Callable[..., str], tmp_path: Path
+    example: Callable[..., str], few: list[str], tmp_path: Path
 ) -> None:
     config = AutoConfig.from_pretrained(SHIPPED)
     config.update({"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2})
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "model")
-    output = example("prune_and_compare.py", str(tmp_path / "model"))
+    output = example("prune_and_compare.py", str(tmp_path / "model"), *few)
     assert "pruned weights that came back with 4 bits: 0" in output
     for folder in ("w4a16", "best"):
         saved = AutoConfig.from_pretrained(tmp_path / "out" / folder).quantization_config
