@@ -10,8 +10,8 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
 - it reads ``sparsity`` (a list has one entry per match) when its epoch starts;
 - a recipe is saved as stage -> group -> modifier type -> fields;
 - a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``, and the
-  sequential one runs each block once where ``propagate_error`` is False, and what newer
-  releases have besides.
+  sequential one runs each block once, and leaves its weights as they are, where those of
+  ``_FOR_CHANGED_BLOCKS`` that it knows are False.
 """
 
 from __future__ import annotations
