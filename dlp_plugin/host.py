@@ -11,8 +11,8 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
 - a recipe is saved as stage -> group -> modifier type -> fields, behind the one that lies
   beside the model;
 - a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``, and the
-  sequential one runs each block once where ``propagate_error`` is False, and what newer
-  releases have besides.
+  sequential one runs each block once, and leaves its weights as they are, where those of
+  ``_FOR_CHANGED_BLOCKS`` that it knows are False.
 """
 
 from __future__ import annotations

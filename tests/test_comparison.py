@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import CALIBRATION_TEXT, EVERY, SHIPPED, TEST_TEXT, deny_writing
+from helpers import CALIBRATION_TEXT, EVERY, PRUNERS, SHIPPED, TEST_TEXT, deny_writing
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,9 +19,7 @@ from dlp_plugin import (
     ADMMPruningModifier,
     AlphaPruningModifier,
     DLPModifier,
-    OneShotMagnitudeModifier,
     OWLModifier,
-    SparseGPTModifier,
     WandaPruningModifier,
 )
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model
@@ -32,11 +30,7 @@ from dlp_plugin.comparison.run import compare
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import calibrate_on, calibration_set, read_tokens, token_windows
 
-STAGES = {
-    "wanda": WandaPruningModifier,
-    "sparsegpt": SparseGPTModifier,
-    "magnitude": OneShotMagnitudeModifier,
-}
+STAGES = dict(zip(("wanda", "sparsegpt", "magnitude"), PRUNERS, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +49,8 @@ def windows(calibration: dict[str, Any]) -> list[torch.Tensor]:
 def source(calibration: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped model's first four blocks: a third of the work."""
     folder = tmp_path_factory.mktemp("source")
-    AutoModelForCausalLM.from_pretrained(
-        SHIPPED, dtype="auto", num_hidden_layers=4
-    ).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, num_hidden_layers=4)
+    model.save_pretrained(folder)
     calibration["tokenizer"].save_pretrained(folder)
     return folder
 
