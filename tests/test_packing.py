@@ -243,7 +243,7 @@ def test_zeros_are_counted_as_in_the_source(
 
 class TestRefusals:
     def test_a_packed_one_packed_again(self, packed: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"packed is packed already$"):
+        with pytest.raises(ValueError, match=r"packed is packed already; `dlp-plugin unpack`"):
             pack(packed, tmp_path / "again")
 
     def test_an_unpacked_one_unpacked_again(self, source: Path, tmp_path: Path) -> None:
