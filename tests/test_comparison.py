@@ -372,7 +372,7 @@ class TestWhatIsWritten:
 def test_a_folder_that_cannot_be_written_is_told_before_any_work(
     compared: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("dlp_plugin.comparison.run.load_model")
+    monkeypatch.delattr("dlp_plugin.comparison.run.load_to_prune")
     deny_writing(monkeypatch)
     with pytest.raises(PermissionError, match="cannot write .*results.json: no permission"):
         compared(tmp_path, "dlp", 0.5)
