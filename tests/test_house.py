@@ -20,6 +20,7 @@ FLOORS = [
     {"planning", "host"},
     {"experts", "search"},
     {"pruning", "checkpoints"},
+    {"kernels"},
     {"modifiers", "recovery", "engines"},
     {"comparison"},
     {"cli"},

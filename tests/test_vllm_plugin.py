@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin.checkpoints.packing import pack
+from dlp_plugin.checkpoints.slices import narrow
 from dlp_plugin.checkpoints.sparse_format import (
     PARTS,
     Stored,
@@ -33,7 +34,7 @@ from dlp_plugin.checkpoints.sparse_format import (
     encode_integers,
     read_stored,
 )
-from dlp_plugin.engines.slices import LazyWeight, narrow
+from dlp_plugin.engines.slices import LazyWeight
 
 sys.path.append(str(ROOT / "tests" / "engines"))
 from environments import call, vllm_python

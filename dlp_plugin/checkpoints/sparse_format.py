@@ -61,6 +61,7 @@ __all__ = [
     "encode",
     "encode_integers",
     "read_stored",
+    "values_of",
 ]
 
 _BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight
@@ -164,6 +165,20 @@ def decode_integers(stored: Stored, parts: Mapping[str, Tensor], name: str = "")
 
         _spread(stored, parts, name, write, cores)
     return integers
+
+
+def values_of(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
+    """The floats that are stored, one after another, of kind ``values`` or ``planes``: ``[kept]``.
+
+    :param parts: local names to tensors that :func:`checked` has looked at
+    """
+    if stored.kind == "values":
+        return parts["weight_values"]
+    values = torch.empty(stored.kept, dtype=torch.int16, device=parts["weight_fractions"].device)
+    for first in range(0, stored.kept, _CHUNK):
+        last = min(first + _CHUNK, stored.kept)
+        values[first:last] = _take(stored, parts, first, last)
+    return values.view(stored.dtype)
 
 
 def checked(stored: Stored, parts: Mapping[str, Tensor], name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""A slice of a stored Linear is a stored Linear: rows or columns, taken out by counting bits.
+"""A stored Linear in the place of the decoded weight, of which loaders take their slice.
 
 Tensor-parallel engines give every process a slice of a weight; decoding all of it in each would
 cost as many times what it has to. This module needs torch alone.
@@ -7,135 +7,15 @@ cost as many times what it has to. This module needs torch alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from dlp_plugin.checkpoints.bits import (
-    integers_of_words,
-    nibbles_of,
-    ones,
-    packed,
-    words_of_integers,
-)
-from dlp_plugin.checkpoints.sparse_format import Stored, broken, checked, decode
+from dlp_plugin.checkpoints.slices import narrow
+from dlp_plugin.checkpoints.sparse_format import Stored, decode
 
-__all__ = ["LazyWeight", "narrow"]
-
-
-def narrow(
-    stored: Stored, parts: Mapping[str, Tensor], dim: int, start: int, length: int, name: str = ""
-) -> tuple[Stored, dict[str, Tensor]]:
-    """Rows or columns of a Linear as they are stored: decoded, ``weight.narrow(...)``.
-
-    :param parts: local names to tensors, as :func:`~.sparse_format.decode` takes them
-    :param dim: 0 for rows, 1 for columns
-    :param start: the first of them
-    :param length: how many
-    :param name: the Linear's full name, for errors
-    :raises ValueError: as :func:`~.sparse_format.decode` does
-    """
-    checked(stored, parts, name)
-    rows, columns = (
-        slice(start, start + length) if dim == each else slice(0, size)
-        for each, size in enumerate(stored.shape)
-    )
-    taken: dict[str, Tensor] = {}
-    if stored.masked:
-        mask = parts["weight_packed"]
-        counts = ones(mask)
-        ends = counts.cumsum(0)
-        if len(ends) and int(ends[-1]) != stored.kept:
-            said = f"marks another number of weights than the {stored.kept} that are stored"
-            raise broken(name, "weight_packed", said)
-        taken["weight_packed"] = _bits(mask[rows], columns)
-        lengths = ones(taken["weight_packed"])
-        firsts = (ends - counts)[rows] + ones(_bits(mask[rows], slice(0, columns.start)))
-    else:
-        device = parts["weight_scale"].device
-        firsts = torch.arange(rows.start, rows.stop, device=device) * stored.shape[1]
-        firsts += columns.start
-        lengths = torch.full_like(firsts, columns.stop - columns.start)
-    kept = int(lengths.sum())
-    if dim == 0:  # one run
-        first = int(firsts[0]) if len(firsts) else 0
-        places: slice | Tensor = slice(first, first + kept)
-    else:
-        places = _runs(firsts, lengths)
-    for part in ("weight_fractions", "weight_values"):
-        if part in parts:
-            taken[part] = _at(parts[part], places)
-    for part, bits in (("weight_exponents", 4), ("weight_integers", stored.bits)):
-        if part in parts:
-            values = parts[part] if bits == 8 else nibbles_of(parts[part])
-            taken[part] = packed(_at(values, places), bits)
-    if "weight_table" in parts:
-        taken["weight_table"] = parts["weight_table"]
-    size = _scales(stored, parts, rows, columns, taken) if stored.kind == "integers" else 0
-    shape = rows.stop - rows.start, columns.stop - columns.start
-    return replace(stored, shape=shape, kept=kept, group_size=size), taken
-
-
-def _bits(mask: Tensor, columns: slice) -> Tensor:
-    """The mask of columns of a mask."""
-    count, shift = columns.stop - columns.start, columns.start % 8
-    first, size = columns.start // 8, -(-count // 8)
-    taken = mask[:, first : first + size]
-    if shift:
-        after = pad(
-            mask[:, first + 1 : first + 1 + size], (0, max(0, first + 1 + size - mask.shape[1]))
-        )
-        taken = taken >> shift | after << (8 - shift)
-    if count % 8:
-        taken = taken.clone()
-        taken[:, -1] &= (1 << count % 8) - 1
-    return taken
-
-
-def _runs(firsts: Tensor, lengths: Tensor) -> Tensor:
-    """The places of runs one after another: of 5 and 9, 2 and 3 long, ``[5, 6, 9, 10, 11]``."""
-    before = lengths.cumsum(0) - lengths
-    places = (firsts - before).repeat_interleave(lengths)
-    return places + torch.arange(len(places), device=places.device)
-
-
-def _at(values: Tensor, places: slice | Tensor) -> Tensor:
-    return values[places] if isinstance(places, slice) else values.index_select(0, places)
-
-
-def _scales(
-    stored: Stored,
-    parts: Mapping[str, Tensor],
-    rows: slice,
-    columns: slice,
-    taken: dict[str, Tensor],
-) -> int:
-    """Take the scales and zero points of rows and columns; return the size of their groups.
-
-    Columns may begin or end inside a group: the groups are made as small as that needs.
-    """
-    size = stored.group_size
-    if size == -1:
-        groups = slice(None)
-        repeats = 1
-    else:
-        whole, size = size, gcd(size, columns.start, columns.stop - columns.start)
-        groups = slice(columns.start // size, columns.stop // size)
-        repeats = whole // size
-
-    def of(matrix: Tensor) -> Tensor:
-        return matrix[rows].repeat_interleave(repeats, 1)[:, groups]
-
-    taken["weight_scale"] = of(parts["weight_scale"])
-    if not stored.symmetric:
-        words = parts["weight_zero_point"].T
-        zero = of(integers_of_words(words, stored.bits, stored.shape[0]).T)
-        taken["weight_zero_point"] = words_of_integers(zero.T.contiguous(), stored.bits).T
-    return size
+__all__ = ["LazyWeight"]
 
 
 _METADATA = {

@@ -1,0 +1,1 @@
+"""Products with pruned weights as they are stored, on a processor."""

@@ -1,0 +1,202 @@
+"""A packed Linear as the kernels run it: checked, padded, with the start of every row.
+
+A :class:`Layout` is plain tensors and what they mean, so that an engine may keep the tensors as
+buffers of a module and build the layout again from them. The tensors are those of the file
+(:mod:`dlp_plugin.checkpoints.sparse_format`) under shorter names:
+
+- ``mask`` uint8 ``[out, bytes]``, a row of whole words of 64 bits, and ``starts`` int64
+  ``[out]``, the place of a row's first weight among those that are stored;
+- ``values``, or ``fractions``, ``exponents`` and ``table`` (of 16 entries), or ``integers``,
+  with 64 entries more than there are, as the kernels load whole vectors;
+- ``scale`` and, of integers that are not symmetric, ``zero`` uint8 ``[out, groups]``.
+
+The dense weight is never whole in memory but in :func:`dense`. This module needs torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from json import dumps
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dlp_plugin.checkpoints.bits import integers_of_words, ones, words_of_integers
+from dlp_plugin.checkpoints.slices import narrow
+from dlp_plugin.checkpoints.sparse_format import broken, checked, decode, encode
+from dlp_plugin.checkpoints.stored import TABLE, Stored
+from dlp_plugin.kernels.joining import joined_parts
+
+__all__ = [
+    "Layout",
+    "columns",
+    "dense",
+    "joined",
+    "layout_of",
+    "parts_of",
+    "rows",
+    "tensors_of",
+]
+
+_PAD = 64  # entries past the end: what the widest vector may load of them
+_WORD = 8  # bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A Linear's weight ``[out, in]`` as the kernels run it.
+
+    :param spec: what the tensors mean: hashable, and JSON by ``spec.to_config()``
+    :param tensors: local names to contiguous tensors, of the shapes that :func:`tensors_of` tells;
+        they come from this module's functions, which look at every value that is followed
+    """
+
+    spec: Stored
+    tensors: Mapping[str, Tensor]
+
+    @cached_property
+    def said(self) -> str:
+        """The ``spec`` as text, for operators that take nothing but tensors and text."""
+        return dumps(self.spec.to_config())
+
+
+def tensors_of(spec: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Local name of every tensor of a layout to its shape and dtype."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    count, width = spec.shape
+    if spec.masked:
+        found["mask"] = ((count, -(-width // (8 * _WORD)) * _WORD), torch.uint8)
+        found["starts"] = ((count,), torch.int64)
+    pairs = (spec.kept + 1) // 2
+    if spec.kind == "planes":
+        found["fractions"] = ((spec.kept + _PAD,), torch.uint8)
+        found["exponents"] = ((pairs + _PAD,), torch.uint8)
+        found["table"] = ((TABLE,), torch.uint8)
+    elif spec.kind == "values":
+        found["values"] = ((spec.kept + _PAD,), spec.dtype)
+    else:
+        found["integers"] = (((pairs if spec.bits == 4 else spec.kept) + _PAD,), torch.uint8)
+        found["scale"] = ((count, spec.groups), spec.dtype)
+        if not spec.symmetric:
+            found["zero"] = ((count, spec.groups), torch.uint8)
+    return found
+
+
+def layout_of(stored: Stored, parts: Mapping[str, Tensor], name: str = "") -> Layout:
+    """What the kernels run, of the parts of a packed Linear.
+
+    Every part is looked at first, so that no file, however made, has a kernel read outside its
+    tensors.
+
+    :param stored: as :meth:`Stored.from_config` gives it
+    :param parts: local names to tensors, as the file has them
+    :param name: the Linear's full name, for errors
+    :raises ValueError: in one line that names the Linear and the part, if one is missing or has
+        another shape or dtype than ``stored`` says, the mask marks another number of weights, an
+        index is outside the table, or bits that are nobody's are not zero
+    """
+    checked(stored, parts, name)
+    tensors: dict[str, Tensor] = {}
+    if stored.masked:
+        mask = parts["weight_packed"]
+        counts = ones(mask)
+        if int(counts.sum()) != stored.kept:
+            said = f"marks another number of weights than the {stored.kept} that are stored"
+            raise broken(name, "weight_packed", said)
+        tensors["mask"] = pad(mask, (0, -mask.shape[1] % _WORD))
+        tensors["starts"] = counts.cumsum(0) - counts
+    for part in ("fractions", "exponents", "values", "integers"):
+        if f"weight_{part}" in parts:
+            tensors[part] = pad(parts[f"weight_{part}"], (0, _PAD))
+    if "weight_table" in parts:
+        tensors["table"] = pad(parts["weight_table"], (0, TABLE - stored.exponents))
+    if "weight_scale" in parts:
+        tensors["scale"] = parts["weight_scale"].contiguous()
+    if "weight_zero_point" in parts:
+        words = parts["weight_zero_point"].T
+        tensors["zero"] = integers_of_words(words, stored.bits, stored.shape[0]).T.contiguous()
+    return Layout(stored, {part: tensors[part] for part in tensors_of(stored)})
+
+
+def dense(layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight ``[out, in]`` again, to the bits that decoding the file gives.
+
+    :param dtype: what to convert to at the end; by default it is ``layout.spec.dtype``
+    """
+    return decode(layout.spec, _filed(layout), dtype)
+
+
+def parts_of(layout: Layout) -> tuple[Stored, dict[str, Tensor]]:
+    """What a packed file holds of the Linear: :func:`layout_of` turned back.
+
+    Floats are encoded anew, one dense weight at a time, as the layout may have been made of
+    another kind than the file's.
+    """
+    if layout.spec.kind != "integers":
+        found = encode(dense(layout))
+        if found:
+            return found
+    return layout.spec, _filed(layout)
+
+
+def rows(layout: Layout, first: int, last: int) -> Layout:
+    """Rows of a weight: ``weight[first:last]``.
+
+    :raises ValueError: if there are no such rows
+    """
+    return _cut(layout, 0, first, last)
+
+
+def columns(layout: Layout, first: int, last: int) -> Layout:
+    """Columns of a weight, packed anew: ``weight[:, first:last]``.
+
+    Columns may begin or end inside a group of integers: groups become as small as that needs.
+
+    :raises ValueError: if there are no such columns
+    """
+    return _cut(layout, 1, first, last)
+
+
+def joined(layouts: Sequence[Layout]) -> Layout:
+    """Weights one below the other, such as q, k and v: ``torch.cat(weights)``.
+
+    Planes are joined by one table where 16 exponents are enough, and are values otherwise.
+
+    :raises ValueError: if there is none, or they differ in columns, in dtype, or in bits
+    """
+    alike = {(one.spec.shape[1], one.spec.dtype, one.spec.bits) for one in layouts}
+    if len(alike) != 1:
+        said = ", ".join(
+            f"{list(one.spec.shape)} {one.spec.dtype} of {one.spec.bits or one.spec.dtype} bits"
+            for one in layouts
+        )
+        raise ValueError(
+            f"weights that are joined have the same columns, dtype and bits, not {said}"
+        )
+    return layout_of(*joined_parts([(one.spec, _filed(one)) for one in layouts]))
+
+
+def _cut(layout: Layout, dim: int, first: int, last: int) -> Layout:
+    size = layout.spec.shape[dim]
+    if not 0 <= first <= last <= size:
+        what = ("rows", "columns")[dim]
+        raise ValueError(f"there are no {what} {first} to {last}: the weight has {size}")
+    return layout_of(*narrow(layout.spec, _filed(layout), dim, first, last - first))
+
+
+def _filed(layout: Layout) -> dict[str, Tensor]:
+    """The parts of the file, of one whose kind is that of the layout; most of them are views."""
+    spec, tensors = layout.spec, layout.tensors
+    parts: dict[str, Tensor] = {}
+    for part, shape in spec.part_shapes().items():
+        if part == "weight_packed":
+            parts[part] = tensors["mask"][:, : shape[1]]
+        elif part == "weight_zero_point":
+            parts[part] = words_of_integers(tensors["zero"].T.contiguous(), spec.bits).T
+        else:
+            tensor = tensors[part.removeprefix("weight_")]
+            parts[part] = tensor if tensor.dim() == 2 else tensor[: shape[0]]
+    return parts
