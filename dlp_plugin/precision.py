@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_onloading
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Stored", "is_native", "narrow", "wide_enough", "widen", "widest"]
@@ -107,6 +106,8 @@ def wide_enough(model: torch.nn.Module, device: torch.device | str) -> Iterator[
 
     :param device: where it computes
     """
+    from compressed_tensors.offload import disable_onloading  # engines import this without it
+
     with disable_onloading():  # which would fetch the weight, here the largest one
         dtype = next(model.parameters()).dtype
     if is_native(dtype, device):

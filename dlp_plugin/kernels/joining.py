@@ -16,8 +16,7 @@ from dlp_plugin.checkpoints.bits import (
     packed,
     words_of_integers,
 )
-from dlp_plugin.checkpoints.sparse_format import values_of
-from dlp_plugin.checkpoints.stored import TABLE, Stored
+from dlp_plugin.checkpoints.stored import Stored
 
 __all__ = ["joined_parts"]
 
@@ -27,9 +26,8 @@ Filed = tuple[Stored, Mapping[str, Tensor]]
 def joined_parts(linears: Sequence[Filed]) -> tuple[Stored, dict[str, Tensor]]:
     """Linears one below the other, as they are stored.
 
-    Planes share a table where 16 exponents are enough, and become values otherwise.
-
-    :param linears: of the same columns, dtype and bits, whose parts are what they should be
+    :param linears: of the same columns, dtype and bits, none of them planes, whose parts are what
+        they should be
     """
     first = linears[0][0]
     shape = sum(stored.shape[0] for stored, _ in linears), first.shape[1]
@@ -44,11 +42,8 @@ def joined_parts(linears: Sequence[Filed]) -> tuple[Stored, dict[str, Tensor]]:
             first, shape=shape, kept=kept, group_size=size, symmetric=symmetric, masked=masked
         )
         return stored, parts
-    exponents = _planes(linears, parts)
-    if exponents is None:
-        parts["weight_values"] = torch.cat([values_of(*linear) for linear in linears])
-    kind = "values" if exponents is None else "planes"
-    return Stored(kind, shape, first.dtype, kept, exponents=exponents or 0), parts
+    parts["weight_values"] = torch.cat([held["weight_values"] for _, held in linears])
+    return Stored("values", shape, first.dtype, kept), parts
 
 
 def _mask(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
@@ -56,24 +51,6 @@ def _mask(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
         return parts["weight_packed"]
     whole = torch.ones(1, stored.shape[1], dtype=torch.bool, device=parts["weight_scale"].device)
     return mask_of(whole).expand(stored.shape[0], -1)
-
-
-def _planes(linears: Sequence[Filed], parts: dict[str, Tensor]) -> int | None:
-    """Put planes of one table into ``parts``; None where there is none."""
-    if any(stored.kind != "planes" for stored, _ in linears):
-        return None
-    tables = [held["weight_table"] for _, held in linears]
-    table = torch.cat(tables).unique()
-    if len(table) > TABLE:
-        return None
-    indices = []
-    for (stored, held), old in zip(linears, tables, strict=True):
-        found = nibbles_of(held["weight_exponents"])[: stored.kept]
-        indices.append(torch.searchsorted(table, old).to(torch.uint8)[found.int()])
-    parts["weight_fractions"] = torch.cat([held["weight_fractions"] for _, held in linears])
-    parts["weight_exponents"] = packed(torch.cat(indices), 4)
-    parts["weight_table"] = table
-    return len(table)
 
 
 def _integers(linears: Sequence[Filed], parts: dict[str, Tensor]) -> tuple[int, bool]:

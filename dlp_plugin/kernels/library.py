@@ -1,0 +1,150 @@
+"""The kernels' library in C: packaged, or built once, or missing.
+
+It is loaded by ctypes and knows neither Python nor torch, so that one serves every version of
+both. It has no threads of its own: it is given ``GOMP_parallel`` of the OpenMP that torch has
+loaded. The variable ``DLP_KERNELS`` holds it to less than the processor has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from dlp_plugin.kernels.building import cached_name, compile_to, digest
+
+__all__ = ["VARIABLE", "Weight", "chosen", "library", "missing", "parallel"]
+
+VARIABLE = "DLP_KERNELS"
+_OFF = "off"
+_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # as the library counts them
+_PACKAGED = "_products.so"
+
+
+class Weight(ctypes.Structure):
+    """``Weight`` of ``kernels.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "words")),
+        *((name, ctypes.c_void_p) for name in ("mask", "starts", "packed", "scale", "zero")),
+        ("groups", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("bits", "dtype")),
+    )
+
+
+def missing() -> str | None:
+    """None where there is a library; otherwise, in one sentence, why not and what to do.
+
+    :raises ValueError: if ``DLP_KERNELS`` is none of what it may be
+    """
+    if os.environ.get(VARIABLE) == _OFF:
+        return f"the kernels are turned off by {VARIABLE}={_OFF}: unset it"
+    found = _found()
+    if isinstance(found, str):
+        return found
+    chosen()
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The library, once :func:`missing` says that there is one."""
+    found = _found()
+    assert not isinstance(found, str)
+    return found
+
+
+def chosen() -> int:
+    """The number by which the library knows the processor's kernels, or those it is held to.
+
+    :raises ValueError: if ``DLP_KERNELS`` names none, or one that the processor cannot run
+    """
+    return _level(os.environ.get(VARIABLE, ""))
+
+
+@cache
+def _level(name: str) -> int:
+    best: int = library().dlp_best()
+    if not name:
+        return best
+    if name not in _LEVELS[: best + 1]:
+        allowed = ", ".join((*_LEVELS[: best + 1], _OFF))
+        raise ValueError(f"{VARIABLE} is {name}, and here it may be one of {allowed}")
+    return _LEVELS.index(name)
+
+
+@cache
+def _found() -> ctypes.CDLL | str:
+    wanted = digest()
+    packaged = _load(Path(__file__).with_name(_PACKAGED), wanted)
+    return packaged or _built(wanted)
+
+
+def _built(wanted: str) -> ctypes.CDLL | str:
+    """The library of the cache, put there by the first process that wants it."""
+    hint = "set XDG_CACHE_HOME to a folder that can be written, or reinstall with a C compiler"
+    try:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(cache_home) / "dlp_plugin"
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / cached_name()
+        if not target.exists():
+            with FileLock(target.with_suffix(".lock")):
+                said = None if target.exists() else _build(target)
+            if said:
+                return f"no kernels are built, as {said}: install a C compiler or ziglang"
+    except (OSError, RuntimeError) as error:
+        return f"no kernels are built, as their folder cannot be written ({error}): {hint}"
+    return _load(target, wanted) or f"{target} cannot be loaded: delete it, and it is built again"
+
+
+def _build(target: Path) -> str | None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+        library = Path(beside) / target.name
+        said = compile_to(library)
+        if said is None:
+            os.replace(library, target)
+    return said
+
+
+def _load(path: Path, wanted: str) -> ctypes.CDLL | None:
+    """A library, if it is there, runs here, and is of these sources."""
+    if not path.exists():
+        return None
+    try:
+        found = ctypes.CDLL(str(path))
+        made_of = found.dlp_digest
+    except (OSError, AttributeError):
+        return None
+    made_of.restype = ctypes.c_char_p
+    if made_of().decode() != wanted:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.dlp_multiply.argtypes = [
+        *(ctypes.POINTER(Weight), ctypes.c_int, pointer, number, ctypes.c_int),
+        *(pointer, pointer, ctypes.c_int, pointer),
+    ]
+    found.dlp_expand.argtypes = [
+        *(ctypes.POINTER(Weight), ctypes.c_int, number, number, ctypes.c_int),
+        *(pointer, ctypes.c_int, pointer),
+    ]
+    return found
+
+
+@cache
+def parallel() -> int | None:
+    """The address of ``GOMP_parallel`` that torch calls; None where it has none: one thread."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    # In the order of the system's linker: what was loaded for all, then what torch names.
+    for path in (None, Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"):
+        try:
+            found = ctypes.CDLL(None if path is None else str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(found, ctypes.c_void_p).value
+    return None

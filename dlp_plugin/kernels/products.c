@@ -1,0 +1,293 @@
+/* Entry points: rows are dealt to threads, and every row is summed by one of them, always in the
+   same order. So a product is the same to the bit for any number of threads. */
+#include <stdlib.h>
+
+#include "kernels.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define CHUNK 256 /* the most rows that a thread takes at a time */
+
+/* GOMP_parallel of the OpenMP that torch has brought, so that its threads are used. */
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+typedef struct {
+    const Weight *weight;
+    const Kernels *kernels;
+    int64_t first, last; /* rows */
+    const void *x;       /* float32 in the kernels' order, or bfloat16 if pairs */
+    int pairs;           /* whether bfloat16 is multiplied by bfloat16 */
+    int64_t count;       /* rows of x; 0: rows of the weight are written with their zeros */
+    const float *bias;   /* or NULL */
+    void *out;
+    int dtype;           /* of out */
+    int64_t chunk;       /* rows that a thread takes at a time, a multiple of four */
+    int64_t next;        /* the first that nobody has taken */
+    int failed;
+} Job;
+
+/* A thread's own memory. */
+typedef struct {
+    uint8_t *values[2];
+    uint8_t *integers;
+    float *scales;
+    float *rows; /* four, expanded */
+    float *products;
+} Scratch;
+
+static const Kernels *
+kernels_of(int which)
+{
+#if defined(__x86_64__)
+    if (which == 3)
+        return &avx512bf16_kernels;
+    if (which == 2)
+        return &avx512_kernels;
+    if (which == 1)
+        return &avx2_kernels;
+#endif
+    (void)which;
+    return &portable_kernels;
+}
+
+/* The best that the processor has, by the numbers of kernels_of. */
+EXPORT int
+dlp_best(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2");
+    if (two && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2"))
+        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    if (two)
+        return 1;
+#endif
+    return 0;
+}
+
+static const uint64_t *
+mask_of(const Weight *weight, int64_t row)
+{
+    return weight->mask ? weight->mask + row * weight->words : NULL;
+}
+
+/* A row's values, in buffer if they are unpacked. */
+static const void *
+values_of(const Kernels *kernels, const Weight *weight, int64_t row, Scratch *scratch, int buffer)
+{
+    const uint64_t *mask = mask_of(weight, row);
+    int64_t start = mask ? weight->starts[row] : row * weight->columns;
+    int size = size_of(weight->dtype);
+    if (!weight->bits)
+        return weight->packed + start * size;
+    const uint8_t *found = weight->packed + start;
+    if (weight->bits == 4) {
+        int64_t odd = start & 1;
+        int64_t count = mask ? weight->starts[row + 1] - start : weight->columns;
+        kernels->nibbles(weight->packed + start / 2, count + odd, scratch->integers);
+        found = scratch->integers + odd;
+    }
+    const uint8_t *scales = (const uint8_t *)weight->scale + row * weight->groups * size;
+    kernels->widen(weight->dtype, scales, weight->groups, scratch->scales);
+    kernels->unpack(weight, row, mask, found, scratch->scales, scratch->values[buffer]);
+    return scratch->values[buffer];
+}
+
+static int64_t
+least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Writes sums[rows of x][stride] of rows from first on. */
+static void
+finish(Job *job, const Kernels *kernels, float *sums, int64_t stride, int64_t first, int64_t rows)
+{
+    for (int64_t i = 0; i < job->count; i++, sums += stride) {
+        for (int64_t row = 0; job->bias && row < rows; row++)
+            sums[row] += job->bias[first + row];
+        int64_t place = i * job->weight->rows + first;
+        kernels->narrow(job->dtype, sums, rows, (uint8_t *)job->out + place * size_of(job->dtype));
+    }
+}
+
+/* Few rows of x: two rows of the weight at a time, each the next of a run of rows, as software
+   prefetch looks into the rows that follow. */
+static void
+few_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
+{
+    const Weight *weight = job->weight;
+    const Kernels *kernels = job->kernels;
+    int64_t half = (last - first + 1) / 2;
+    for (int64_t row = first; row < first + half; row++) {
+        int64_t rows[2] = {row, least(row + half, last - 1)};
+        const uint64_t *mask[2];
+        const void *values[2];
+        float two[2 * FEW];
+        for (int i = 0; i < 2; i++) {
+            mask[i] = mask_of(weight, rows[i]);
+            values[i] = values_of(kernels, weight, rows[i], scratch, i);
+        }
+        if (job->pairs)
+            kernels->pair_dots(mask, values, weight->words, job->x, job->count, two);
+        else
+            kernels->dots(weight->dtype, mask, values, weight->words, job->x, job->count, two);
+        for (int64_t i = 0; i < 2 * job->count; i++)
+            scratch->products[i / 2 * CHUNK + rows[i % 2] - first] = two[i];
+    }
+    finish(job, kernels, scratch->products, CHUNK, first, last - first);
+}
+
+/* Several rows of x: four rows of the weight are expanded once and used for all. */
+static void
+matrix_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
+{
+    const Weight *weight = job->weight;
+    const Kernels *kernels = job->kernels;
+    int64_t columns = 64 * weight->words;
+    for (int64_t row = first; row < last; row += 4) {
+        int64_t rows = least(4, last - row);
+        for (int64_t i = 0; i < rows; i++) {
+            const uint64_t *mask = mask_of(weight, row + i);
+            const void *values = values_of(kernels, weight, row + i, scratch, 0);
+            if (job->pairs)
+                kernels->dense(BF16, mask, values, weight->words,
+                               (uint16_t *)scratch->rows + i * columns);
+            else
+                kernels->expand(weight->dtype, mask, values, weight->words,
+                                scratch->rows + i * columns);
+        }
+        if (job->pairs)
+            kernels->pair_tile((uint16_t *)scratch->rows, job->x, job->count, weight->words,
+                               scratch->products);
+        else
+            kernels->tile(scratch->rows, job->x, job->count, weight->words, scratch->products);
+        finish(job, kernels, scratch->products, 4, row, rows);
+    }
+}
+
+/* No row of x: rows of the weight with their zeros. */
+static void
+dense_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
+{
+    const Weight *weight = job->weight;
+    const Kernels *kernels = job->kernels;
+    for (int64_t row = first; row < last; row++) {
+        const void *values = values_of(kernels, weight, row, scratch, 0);
+        uint8_t *out = (uint8_t *)job->out +
+                       (row - job->first) * weight->columns * size_of(job->dtype);
+        kernels->dense(weight->dtype, mask_of(weight, row), values, weight->words, scratch->rows);
+        if (job->dtype == weight->dtype)
+            memcpy(out, scratch->rows, (size_t)(weight->columns * size_of(job->dtype)));
+        else
+            kernels->widen(weight->dtype, scratch->rows, weight->columns, (float *)out);
+    }
+}
+
+static void *
+room_for(int64_t entries, int64_t size)
+{
+    return calloc((size_t)(entries + SPARE), (size_t)size);
+}
+
+static void
+work(void *data)
+{
+    Job *job = data;
+    int64_t columns = 64 * job->weight->words;
+    int64_t unpacked = job->weight->bits ? columns : 0;
+    Scratch scratch = {{room_for(unpacked, 4), room_for(unpacked, 4)},
+                       room_for(unpacked, 1),
+                       room_for(job->weight->groups, 4),
+                       room_for(0 < job->count && job->count <= FEW ? 0 : 4 * columns, 4),
+                       room_for(job->count <= FEW ? FEW * CHUNK : 4 * job->count, 4)};
+    if (scratch.values[0] && scratch.values[1] && scratch.integers && scratch.scales &&
+        scratch.rows && scratch.products) {
+        for (;;) {
+            int64_t first = __atomic_fetch_add(&job->next, job->chunk, __ATOMIC_RELAXED);
+            int64_t last = least(first + job->chunk, job->last);
+            if (first >= last)
+                break;
+            if (job->count == 0)
+                dense_chunk(job, &scratch, first, last);
+            else if (job->count <= FEW)
+                few_chunk(job, &scratch, first, last);
+            else
+                matrix_chunk(job, &scratch, first, last);
+        }
+    } else {
+        __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+    }
+    free(scratch.values[0]);
+    free(scratch.values[1]);
+    free(scratch.integers);
+    free(scratch.scales);
+    free(scratch.rows);
+    free(scratch.products);
+}
+
+static int
+run(Job *job, int threads, Parallel parallel)
+{
+    int64_t rows = job->last - job->first;
+    job->next = job->first;
+    job->chunk = least(CHUNK, (rows / (4 * (int64_t)threads) + 4) / 4 * 4);
+    threads = (int)least(threads, (rows + job->chunk - 1) / job->chunk);
+    if (parallel && threads > 1)
+        parallel(work, job, (unsigned)threads, 0);
+    else
+        work(job);
+    return job->failed;
+}
+
+/* out[count][rows] = x[count][columns] W^T + bias, of x's dtype. Other than 0: out of memory. */
+EXPORT int
+dlp_multiply(const Weight *weight, int which, const void *x, int64_t count, int dtype,
+             const float *bias, void *out, int threads, Parallel parallel)
+{
+    const Kernels *kernels = kernels_of(which);
+    int64_t columns = 64 * weight->words;
+    int pairs = kernels->pair_dots && dtype == BF16 && weight->dtype == BF16;
+    float *ordered = room_for(count * columns, 4);
+    if (!count || !ordered) {
+        free(ordered);
+        return count != 0;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        int64_t bytes = weight->columns * size_of(dtype);
+        const uint8_t *row = (const uint8_t *)x + i * bytes;
+        if (pairs) {
+            memcpy((uint16_t *)ordered + i * columns, row, (size_t)bytes);
+        } else {
+            kernels->widen(dtype, row, weight->columns, ordered + i * columns);
+            kernels->order(weight->dtype, ordered + i * columns, weight->words);
+        }
+    }
+    Job job = {.weight = weight, .kernels = kernels, .last = weight->rows, .x = ordered,
+               .pairs = pairs, .count = count, .bias = bias, .out = out, .dtype = dtype};
+    int failed = run(&job, threads, parallel);
+    free(ordered);
+    return failed;
+}
+
+/* out[last - first][columns]: rows with their zeros, of the weight's dtype or float32. */
+EXPORT int
+dlp_expand(const Weight *weight, int which, int64_t first, int64_t last, int dtype, void *out,
+           int threads, Parallel parallel)
+{
+    Job job = {.weight = weight, .kernels = kernels_of(which), .first = first, .last = last,
+               .out = out, .dtype = dtype};
+    return run(&job, threads, parallel);
+}
+
+/* Tells the sources that the library was built of. */
+#ifndef DLP_DIGEST
+#define DLP_DIGEST ""
+#endif
+EXPORT const char *
+dlp_digest(void)
+{
+    return DLP_DIGEST;
+}
