@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 SIZE = 4096
-COPIES = 24  # of a matrix, 0.8 GB in bfloat16
-ROUNDS = 9
+COPIES = 16  # of a matrix, 0.8 GB in bfloat16
+ROUNDS = 7
 LLAMA = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -70,10 +70,9 @@ def seconds_per_product(products: list[Callable[[], object]]) -> float:
 
 def linear(rows: int = 1) -> Figures:
     """Microseconds of a product, and times as fast as the better of torch's dense ones."""
+    from dlp_plugin.checkpoints.sparse_format import encode, encode_integers
     from dlp_plugin.kernels.layout import layout_of
     from dlp_plugin.kernels.products import linear as product
-
-    from dlp_plugin.checkpoints.sparse_format import encode, encode_integers
 
     torch.manual_seed(0)
     x = torch.randn(rows, SIZE)
@@ -170,27 +169,28 @@ def random_llama(folder: Path, sparsity: float, bits: int = 16) -> Path:
     return target
 
 
-def in_transformers(folder: Path, batches: list[int], threads: int) -> Figures:
-    """Every sparsity beside the dense model, measured in turn by ``dlp-plugin speed``."""
+Models = list[tuple[int, float]]
+
+
+def in_transformers(folder: Path, models: Models, batches: list[int], threads: int) -> Figures:
+    """Every model beside the dense one, measured in turn by ``dlp-plugin speed``."""
     from dlp_plugin.comparison.speeds import speeds
 
     found: Figures = {}
-    for bits, sparsities in ((16, SPARSITIES), (4, (0.7,))):
-        for sparsity in sparsities:
-            packed = random_llama(folder, sparsity, bits)
-            both = speeds(packed, prompt=512, tokens=16, batches=batches, threads=threads)
-            dense, sparse = both["dense"], both["sparse"]
-            row = {
-                "load": dense.load / sparse.load,
-                "weights": sparse.weights / dense.weights,
-                "peak": (sparse.peak or 0) / (dense.peak or 1),
-                "prompt": sparse.prefill / dense.prefill,
-                **{f"batch {n}": sparse.decode[n] / rate for n, rate in dense.decode.items()},
-                "dense tokens/s": dense.decode[batches[0]],
-                "sparse tokens/s": sparse.decode[batches[0]],
-                "sparse MB": sparse.weights / 1e6,
-            }
-            found[f"{bits} bits, {sparsity:.0%}"] = row
+    for bits, sparsity in models:
+        packed = random_llama(folder, sparsity, bits)
+        both = speeds(packed, prompt=512, tokens=16, batches=batches, threads=threads)
+        dense, sparse = both["dense"], both["sparse"]
+        found[f"{bits} bits, {sparsity:.0%}"] = {
+            "load": dense.load / sparse.load,
+            "weights": sparse.weights / dense.weights,
+            "peak": (sparse.peak or 0) / (dense.peak or 1),
+            "prompt": sparse.prefill / dense.prefill,
+            **{f"batch {n}": sparse.decode[n] / rate for n, rate in dense.decode.items()},
+            "dense tokens/s": dense.decode[batches[0]],
+            "sparse tokens/s": sparse.decode[batches[0]],
+            "sparse MB": sparse.weights / 1e6,
+        }
     return found
 
 
@@ -247,28 +247,25 @@ def greedy(dense: torch.nn.Module, sparse: torch.nn.Module, windows: list[torch.
     return same, gaps
 
 
-def in_vllm(folder: Path, batches: list[int], threads: int) -> Figures:
+def in_vllm(folder: Path, models: Models, batches: list[int], threads: int) -> Figures:
     """Tokens per second that vLLM writes, dense and sparse, each in a process of its own."""
     sys.path.append(str(ROOT / "tests" / "engines"))
     import environments
 
     python = environments.vllm_python()
     found: Figures = {}
-    for bits, sparsities in ((16, (0.5, 0.7)), (4, (0.7,))):
-        for sparsity in sparsities:
-            packed = random_llama(folder, sparsity, bits)
-            plain = folder / f"llama-{sparsity:.0%}-4-dense"
-            dense = {"DLP_KERNELS": "off"} if bits == 16 else {}
-            rows = [
-                vllm_rates(python, packed if bits == 16 else plain, batches, threads, dense),
-                vllm_rates(python, packed, batches, threads, {}),
-            ]
-            found[f"{bits} bits, {sparsity:.0%}"] = {
-                **{f"batch {n}": rows[1][f"{n}"] / rows[0][f"{n}"] for n in batches},
-                "memory": rows[1]["memory"] / rows[0]["memory"],
-                "dense tokens/s": rows[0][f"{batches[0]}"],
-                "sparse tokens/s": rows[1][f"{batches[0]}"],
-            }
+    for bits, sparsity in models:
+        packed = random_llama(folder, sparsity, bits)
+        plain = folder / f"llama-{sparsity:.0%}-4-dense"
+        dense = {"DLP_KERNELS": "off"} if bits == 16 else {}
+        one = vllm_rates(python, packed if bits == 16 else plain, batches, threads, dense)
+        other = vllm_rates(python, packed, batches, threads, {})
+        found[f"{bits} bits, {sparsity:.0%}"] = {
+            **{f"batch {n}": other[f"{n}"] / one[f"{n}"] for n in batches},
+            "memory": other["memory"] / one["memory"],
+            "dense tokens/s": one[f"{batches[0]}"],
+            "sparse tokens/s": other[f"{batches[0]}"],
+        }
     return found
 
 
@@ -307,10 +304,13 @@ def main() -> None:
     parser.add_argument("--isa", choices=HELD, default="avx512")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--models", default="16:0.5,16:0.7,4:0.7", help="bits and sparsity of each")
     parser.add_argument("--folder", type=Path, help="where random models are kept")
     parser.add_argument("--model", type=Path, help="the real one, as examples/real_model.py saves")
     arguments = parser.parse_args()
     batches = [int(each) for each in arguments.batches.split(",")]
+    pairs = (each.split(":") for each in arguments.models.split(","))
+    models = [(int(bits), float(sparsity)) for bits, sparsity in pairs]
     held = HELD[arguments.isa]
     if any(os.environ.get(name) != value for name, value in held.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **held})
@@ -321,9 +321,9 @@ def main() -> None:
     facts = here(threads=arguments.threads)
     results = {
         "linear": linear,
-        "transformers": lambda: in_transformers(folder, batches, arguments.threads),
+        "transformers": lambda: in_transformers(folder, models, batches, arguments.threads),
         "real": lambda: real(arguments.model),
-        "vllm": lambda: in_vllm(folder, batches, arguments.threads),
+        "vllm": lambda: in_vllm(folder, models, batches, arguments.threads),
     }[arguments.only]()
     Console(width=150).print(show(f"{arguments.only}, {arguments.isa}", results))
     if arguments.json:
