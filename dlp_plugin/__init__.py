@@ -6,7 +6,8 @@ recipes, adds ``ADMMPruningModifier`` and ``OneShotMagnitudeModifier``, and has 
 Wanda stages take an N of N:M for every block, agree over several processes, and repair what
 they prune.
 
-It makes packed folders (:func:`pack`) known to transformers, too.
+It makes packed folders (:func:`pack`) known to transformers, too, where they run as they are
+packed; :class:`SparseConfig` asks for the dense model.
 
 The import itself is light: torch and llm-compressor are loaded when a name is first used, and
 the modifiers are made known when llm-compressor is loaded, before or after this package; so are
@@ -23,6 +24,7 @@ from dlp_plugin.registration import register_with_host, register_with_transforme
 
 if TYPE_CHECKING:
     from dlp_plugin.checkpoints.packing import pack, unpack
+    from dlp_plugin.engines.transformers import SparseConfig
     from dlp_plugin.modifiers.base import last_plans
     from dlp_plugin.modifiers.methods import (
         AlphaPruningModifier,
@@ -48,6 +50,7 @@ __all__ = [
     "OWLModifier",
     "OneShotMagnitudeModifier",
     "Plan",
+    "SparseConfig",
     "SparseGPTModifier",
     "WandaPruningModifier",
     "__version__",
@@ -71,6 +74,7 @@ _HOMES = {
     **_MODIFIERS,
     "BlockPlan": "planning.plan",
     "Plan": "planning.plan",
+    "SparseConfig": "engines.transformers",
     "last_plans": "modifiers.base",
     "pack": "checkpoints.packing",
     "unpack": "checkpoints.packing",

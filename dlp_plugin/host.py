@@ -11,8 +11,8 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
 - a recipe is saved as stage -> group -> modifier type -> fields, behind the one that lies
   beside the model;
 - a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``, and the
-  sequential one runs each block once where ``propagate_error`` is False, and what newer
-  releases have besides.
+  sequential one runs each block once, and leaves its weights as they are, where those of
+  ``_FOR_CHANGED_BLOCKS`` that it knows are False.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def _is_pruned(model: torch.nn.Module) -> bool:
     """Whether at least 1 % of some Linear is zero."""
     for _, linear in match_named_modules(model, ["Linear"]):
         with align_module_device(linear):
-            weight = linear.get_parameter("weight")
-            if 100 * int((weight == 0).sum()) >= weight.numel() > 0:
+            weight = getattr(linear, "weight", None)  # which a compressed one has not
+            if weight is not None and 100 * int((weight == 0).sum()) >= weight.numel() > 0:
                 return True
     return False
 

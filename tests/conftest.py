@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ def pytest_report_header() -> list[str]:
     return head()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """A Llama with three blocks whose importance differs, the same at every call."""
 
     def make(dtype: torch.dtype = torch.float32, **changes: object) -> LlamaForCausalLM:
         torch.manual_seed(0)
-        settings = {
+        settings: dict[str, object] = {
             "vocab_size": VOCABULARY,
             "hidden_size": 64,
             "intermediate_size": 128,
@@ -34,15 +35,19 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             "num_key_value_heads": 2,
             "attn_implementation": "eager",  # what the host calibrates with
         }
-        model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+        settings |= changes
+        model = LlamaForCausalLM(LlamaConfig(**settings))
         with torch.no_grad():
             for depth, layer in enumerate(model.model.layers):
                 for module in layer.modules():
                     if isinstance(module, torch.nn.Linear):
                         module.weight *= 1 + 0.3 * ((depth * 2) % 3)
-        return as_if_loaded(model.to(dtype), folder)
+        key = repr((dtype, settings))
+        if key not in origins:  # the same model has the same name
+            origins[key] = tmp_path_factory.mktemp("origin")
+        return as_if_loaded(model.to(dtype), origins[key])
 
-    folder = tmp_path_factory.mktemp("origin")
+    origins: dict[str, Path] = {}
     return make
 
 

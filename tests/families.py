@@ -355,10 +355,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def make(
-    config: PreTrainedConfig, folder: Path, kind: type = AutoModelForCausalLM
+    config: PreTrainedConfig,
+    folder: Path,
+    kind: type = AutoModelForCausalLM,
+    attention: str = "eager",
 ) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = kind.from_config(config, attn_implementation="eager").float().eval()
+    model = kind.from_config(config, attn_implementation=attention).float().eval()
     for parameter in model.parameters():  # unlike blocks, and no weight at exactly zero
         parameter.data += 0.02 * (1 + torch.rand(())) * torch.randn(parameter.shape)
     return as_if_loaded(model, folder)

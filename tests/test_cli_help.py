@@ -23,6 +23,7 @@ HELP = {
     "inspect": ["--against", "how many of its zeros are lost in FOLDER?", "Packed 4-bit weights"],
     "ppl": ["Windows do not overlap", "--batch-size", "[default: 8]"],
     "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
+    "speed": ["dense and sparse, side by side", "--batches", "--json"],
     "compare": ["uniform, dlp, owl, alpha-pruning, linear", "dlp-refined", "--write-recipe"],
     "merge": ["pip install 'dlp_plugin[lora]'", "--allow-dense", "keeping every zero"],
     "pack": ["Nothing is lost", "dense, W4A16 or W8A16", "import dlp_plugin"],

@@ -1,4 +1,4 @@
-"""The comparison on the shipped model: its figures, and that nothing is measured twice."""
+"""The comparison on a trained model: its figures, and that nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import CALIBRATION_TEXT, EVERY, SHIPPED, TEST_TEXT, deny_writing
+from helpers import CALIBRATION_TEXT, EVERY, PRUNERS, SHIPPED, TEST_TEXT, deny_writing
 from llmcompressor import oneshot
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import (
     ADMMPruningModifier,
     AlphaPruningModifier,
     DLPModifier,
-    OneShotMagnitudeModifier,
     OWLModifier,
-    SparseGPTModifier,
     WandaPruningModifier,
 )
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model
@@ -30,26 +28,16 @@ from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison, recipe_of
 from dlp_plugin.comparison.run import compare
 from dlp_plugin.evaluation.perplexity import perplexity
-from dlp_plugin.evaluation.text import calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.text import calibrate_on, calibration_set, read_tokens, token_windows
 
-STAGES = {
-    "wanda": WandaPruningModifier,
-    "sparsegpt": SparseGPTModifier,
-    "magnitude": OneShotMagnitudeModifier,
-}
+STAGES = dict(zip(("wanda", "sparsegpt", "magnitude"), PRUNERS, strict=True))
 
 
 @pytest.fixture(scope="module")
 def calibration() -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     dataset = calibration_set(read_tokens(CALIBRATION_TEXT, tokenizer), 64, 8)
-    return {
-        "tokenizer": tokenizer,
-        "dataset": dataset,
-        "num_calibration_samples": len(dataset),
-        "max_seq_length": 64,
-        "shuffle_calibration_samples": False,
-    }
+    return calibrate_on(dataset, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +46,23 @@ def windows(calibration: dict[str, Any]) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def compared(calibration: dict[str, Any], windows: list[torch.Tensor]) -> Callable[..., Comparison]:
+def source(calibration: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model's first four blocks: a third of the work."""
+    folder = tmp_path_factory.mktemp("source")
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, num_hidden_layers=4)
+    model.save_pretrained(folder)
+    calibration["tokenizer"].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(
+    source: Path, calibration: dict[str, Any], windows: list[torch.Tensor]
+) -> Callable[..., Comparison]:
     def run(folder: Path, methods: str, *sparsities: float, **changes: Any) -> Comparison:
         settings = {"methods": methods.split(","), "sparsities": sparsities, **changes}
         data = settings.pop("calibration", calibration)
-        return compare(str(SHIPPED), data, settings.pop("windows", windows), folder, **settings)
+        return compare(str(source), data, settings.pop("windows", windows), folder, **settings)
 
     return run
 
@@ -125,13 +125,14 @@ class TestFigures:
             assert cell.memory is None or cell.memory > least
 
     def test_the_dense_perplexity_is_the_model_s(
-        self, finished: tuple[Path, Comparison], windows: list[torch.Tensor]
+        self, source: Path, finished: tuple[Path, Comparison], windows: list[torch.Tensor]
     ) -> None:
-        model = load_model(SHIPPED)
+        model = load_model(source)
         assert finished[1].dense == perplexity(model, windows)
 
     def test_every_cell_is_what_its_recipe_gives(
         self,
+        source: Path,
         compared: Callable[..., Comparison],
         calibration: dict[str, Any],
         windows: list[torch.Tensor],
@@ -152,13 +153,14 @@ class TestFigures:
         for cell, modifier in zip(found.cells, alone, strict=True):
             stage = WandaPruningModifier(sparsity=0.6, **EVERY)
             recipe = [stage] if modifier is None else [modifier, stage]
-            model = apply_recipe(SHIPPED, recipe, **calibration)
+            model = apply_recipe(source, recipe, **calibration)
             assert cell.perplexity == perplexity(model, windows), cell.method
             if modifier is not None:
                 assert modifier.plan.blocks == found.plans[cell.method]["0.6"].blocks
 
     def test_plans_for_what_is_repaired_are_those_of_recipes_too(
         self,
+        source: Path,
         compared: Callable[..., Comparison],
         calibration: dict[str, Any],
         windows: list[torch.Tensor],
@@ -175,7 +177,7 @@ class TestFigures:
         }
         alone = DLPModifier(refine=2)
         stage = ADMMPruningModifier(sparsity=0.7, **EVERY)
-        model = apply_recipe(SHIPPED, [alone, stage], **calibration)
+        model = apply_recipe(source, [alone, stage], **calibration)
         assert found.plan("dlp:0.15 refined 2", "0.5", "admm").searched_at is None
         plan = found.plan("dlp:0.15 refined 2", "0.7", "admm")
         assert plan.searched_at == 0.5
@@ -185,6 +187,7 @@ class TestFigures:
 
     def test_n_m_is_a_target_of_its_own(
         self,
+        source: Path,
         compared: Callable[..., Comparison],
         calibration: dict[str, Any],
         windows: list[torch.Tensor],
@@ -199,12 +202,12 @@ class TestFigures:
         assert "| magnitude | 4:8 | uniform |" in text
         wanda = found.cell("dlp:0.15 refined 1", "4:8", "wanda")
         stage = WandaPruningModifier(mask_structure="4:8", **EVERY)
-        model = apply_recipe(SHIPPED, [DLPModifier(refine=1), stage], **calibration)
+        model = apply_recipe(source, [DLPModifier(refine=1), stage], **calibration)
         assert wanda.perplexity == perplexity(model, windows)
         assert compared(tmp_path, "uniform,dlp:auto,dlp-refined", 0.5, "4:8", **settings) == found
         (tmp_path / "recipe.yaml").write_text(found.recipe("4:8"))
         best = found.best("4:8")
-        model = apply_recipe(SHIPPED, str(tmp_path / "recipe.yaml"), **calibration)
+        model = apply_recipe(source, str(tmp_path / "recipe.yaml"), **calibration)
         assert perplexity(model, windows) == best.perplexity
 
     def test_weights_of_measured_models_are_let_go(
@@ -310,6 +313,7 @@ class TestGoingOn:
 class TestWhatIsWritten:
     def test_the_recipe_gives_the_same_model(
         self,
+        source: Path,
         finished: tuple[Path, Comparison],
         calibration: dict[str, Any],
         windows: list[torch.Tensor],
@@ -319,8 +323,8 @@ class TestWhatIsWritten:
         file = tmp_path / "recipe.yaml"
         file.write_text(found.recipe())
         best = min(found.cells[2:], key=lambda cell: cell.perplexity)
-        assert file.read_text().startswith(f"# {SHIPPED}, {best.method} at 0.7, wanda: perplexity")
-        model = apply_recipe(SHIPPED, str(file), **calibration)
+        assert file.read_text().startswith(f"# {source}, {best.method} at 0.7, wanda: perplexity")
+        model = apply_recipe(source, str(file), **calibration)
         assert perplexity(model, windows) == best.perplexity
 
     @pytest.mark.parametrize("pruner", STAGES)
@@ -368,7 +372,7 @@ class TestWhatIsWritten:
 def test_a_folder_that_cannot_be_written_is_told_before_any_work(
     compared: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("dlp_plugin.comparison.run.load_model")
+    monkeypatch.delattr("dlp_plugin.comparison.run.load_to_prune")
     deny_writing(monkeypatch)
     with pytest.raises(PermissionError, match="cannot write .*results.json: no permission"):
         compared(tmp_path, "dlp", 0.5)

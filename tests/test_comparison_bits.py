@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from dlp_plugin.checkpoints.files import bytes_on_disk
-from dlp_plugin.checkpoints.loading import apply_recipe, load_model
+from dlp_plugin.checkpoints.loading import apply_recipe, load_to_prune
 from dlp_plugin.checkpoints.packing import pack
 from dlp_plugin.comparison import view
 from dlp_plugin.comparison.names import bits_named
@@ -102,7 +102,7 @@ class TestFigures:
         pack(saved, packed)
         cell = found.cell("uniform", "0.5", "wanda", bits)
         assert cell.bytes == bytes_on_disk(packed) < bytes_on_disk(saved)
-        assert cell.perplexity == perplexity(load_model(packed), WINDOWS)
+        assert cell.perplexity == perplexity(load_to_prune(packed)[0], WINDOWS)
 
     def test_what_does_not_shrink_counts_as_it_is(
         self,

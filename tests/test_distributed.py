@@ -32,11 +32,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def text(pruner: str = "WandaPruningModifier", **dlp: object) -> str:
-    return yaml.safe_dump(recipe(dlp, pruner, sparsity=0.6), sort_keys=False)
+def text(pruner: str = "WandaPruningModifier", repair: dict | None = None, **dlp: object) -> str:
+    return yaml.safe_dump(recipe(dlp, pruner, sparsity=0.6, **(repair or {})), sort_keys=False)
 
 
-def torchrun(*words: object) -> str:
+def torchrun(*words: object, cwd: Path | None = None) -> str:
     """Run in two processes; what they print."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
@@ -45,43 +45,60 @@ def torchrun(*words: object) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=240,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
 
 
+PLANNED = {
+    pruner: text(pruner, plan_path="plan.json")
+    for pruner in ("WandaPruningModifier", "SparseGPTModifier")
+}
+SEARCHED = text(alpha="auto", refine=1)
+STRUCTURED = [
+    text(kind, alpha=0.3).replace("sparsity: 0.6", "mask_structure: '4:8'")
+    for kind in ("WandaPruningModifier", "OneShotMagnitudeModifier")
+]
+REPAIRED = [
+    text(repair={"polish": True}),
+    text("OneShotMagnitudeModifier", {"polish": True}),
+    text("ADMMPruningModifier"),
+]
+RECONSTRUCTED = text("ADMMPruningModifier", {"reconstruct": 2})
+SHARED = text()
+"""The recipe for which both processes are given all samples."""
+
 Result = tuple[Plan, dict[str, torch.Tensor]]
 
 
-def in_two_processes(
-    folder: Path, *recipes: str, model: str, rows: list[dict], same_rows_on_all: bool = False
-) -> tuple[list[list[Result]], str]:
-    """For each recipe both ranks' plan and weights; and what the processes print."""
-    out = folder / "out"
-    out.mkdir()
-    job = {
-        "recipes": recipes,
-        "model": model,
-        "rows": rows,
-        "same_rows_on_all": same_rows_on_all,
-        "out": str(out),
-    }
-    (folder / "job.json").write_text(json.dumps(job))
-    printed = torchrun(Path(__file__).with_name("distributed_probe.py"), folder / "job.json")
+class Two:
+    """What two processes make of every recipe above, in one run, as each begins with imports."""
 
-    def result(recipe: int, rank: int) -> Result:
-        saved = out / f"recipe{recipe}-rank{rank}"
-        return Plan.load(saved / "plan.json"), torch.load(saved / "weights.pt")
+    def __init__(self, folder: Path, model: torch.nn.Module) -> None:
+        self.folder = folder
+        model.save_pretrained(folder / "model")
+        word_tokenizer().save_pretrained(folder / "model")
+        recipes = [*PLANNED.values(), SEARCHED, *STRUCTURED, *REPAIRED, RECONSTRUCTED, SHARED]
+        self._numbers = {recipe: number for number, recipe in enumerate(recipes)}
+        job = {
+            "recipes": [(recipe, recipe is SHARED) for recipe in recipes],
+            "rows": random_samples(8).to_list(),
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        self.printed = torchrun(Path(__file__).with_name("distributed_probe.py"), cwd=folder)
 
-    return [[result(number, rank) for rank in range(2)] for number in range(len(recipes))], printed
+    def __call__(self, recipe: str) -> list[Result]:
+        """Of each process the plan and the weights."""
+        number = self._numbers[recipe]
+        folders = [self.folder / f"recipe{number}-rank{rank}" for rank in range(2)]
+        return [(Plan.load(f / "plan.json"), torch.load(f / "weights.pt")) for f in folders]
 
 
-@pytest.fixture
-def saved(make_model: MakeModel, tmp_path: Path) -> str:
-    make_model().save_pretrained(tmp_path / "model")
-    word_tokenizer().save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+@pytest.fixture(scope="module")
+def two(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    return Two(tmp_path_factory.mktemp("two"), make_model())
 
 
 def alone(make_model: MakeModel, recipe: str) -> tuple[Plan, dict[str, torch.Tensor]]:
@@ -97,74 +114,64 @@ def assert_same_plan(one: Plan, other: Plan) -> None:
     )
 
 
-def test_two_processes_prune_like_one(make_model: MakeModel, saved: str, tmp_path: Path) -> None:
-    plan_path = tmp_path / "plan.json"
-    pruners = ["WandaPruningModifier", "SparseGPTModifier"]
-    recipes = [text(pruner, plan_path=str(plan_path)) for pruner in pruners]
-    recipes.append(text(alpha="auto", refine=1))
-    kinds = ["WandaPruningModifier", "OneShotMagnitudeModifier"]
-    structured = [
-        text(kind, alpha=0.3).replace("sparsity: 0.6", "mask_structure: '4:8'") for kind in kinds
-    ]
-    assert all("4:8" in each for each in structured)
-    recipes += structured
-    results, _ = in_two_processes(tmp_path, *recipes, model=saved, rows=random_samples(8).to_list())
-    for pruner, ranks in zip(pruners, results[:2], strict=True):
-        (first_plan, first), (second_plan, second) = ranks
-        plan, weights = alone(make_model, text(pruner))
-        assert first_plan == second_plan == Plan.load(plan_path)
-        assert_same_plan(first_plan, plan)
-        assert_same(first, second)
-        if pruner == "WandaPruningModifier":
-            assert_same(first, weights)
-        else:
-            for name, weight in weights.items():
-                assert (first[name] == 0).sum() == (weight == 0).sum(), name
-                torch.testing.assert_close(first[name], weight, atol=1e-4, rtol=1e-3)
-    (first_plan, first), (second_plan, second) = results[2]
-    assert first_plan == second_plan, "processes decide differently"
+@pytest.mark.parametrize("pruner", PLANNED)
+def test_two_processes_prune_like_one(make_model: MakeModel, two: Two, pruner: str) -> None:
+    (first_plan, first), (second_plan, second) = two(PLANNED[pruner])
+    plan, weights = alone(make_model, text(pruner))
+    assert first_plan == second_plan == Plan.load(two.folder / "plan.json")
+    assert_same_plan(first_plan, plan)
+    assert_same(first, second)
+    if pruner == "WandaPruningModifier":
+        assert_same(first, weights)
+    else:
+        for name, weight in weights.items():
+            assert (first[name] == 0).sum() == (weight == 0).sum(), name
+            torch.testing.assert_close(first[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_decide_alike(two: Two) -> None:
+    (first_plan, first), (second_plan, second) = two(SEARCHED)
+    assert first_plan == second_plan
     assert [step.generation for step in first_plan.search] == [0, 1]
     assert len(first_plan.candidates) == 7
     assert_same(first, second)
-    for each, ((first_plan, first), (_, second)) in zip(structured, results[3:], strict=True):
-        plan, weights = alone(make_model, each)
-        assert len({block.sparsity for block in plan.blocks}) > 1
-        assert [b.sparsity for b in first_plan.blocks] == [b.sparsity for b in plan.blocks]
-        assert_same(first, weights)
-        assert_same(second, weights)
 
 
-def test_two_processes_repair_like_one(make_model: MakeModel, saved: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("each", STRUCTURED, ids=["wanda", "magnitude"])
+def test_two_processes_prune_groups_like_one(make_model: MakeModel, two: Two, each: str) -> None:
+    (first_plan, first), (_, second) = two(each)
+    plan, weights = alone(make_model, each)
+    assert str(plan.mask_structure) == "4:8"
+    assert len({block.sparsity for block in plan.blocks}) > 1
+    assert [b.sparsity for b in first_plan.blocks] == [b.sparsity for b in plan.blocks]
+    assert_same(first, weights)
+    assert_same(second, weights)
+
+
+@pytest.mark.parametrize(
+    "each",
+    [*REPAIRED, RECONSTRUCTED],
+    ids=["polished wanda", "polished magnitude", "admm", "reconstructed admm"],
+)
+def test_two_processes_repair_like_one(make_model: MakeModel, two: Two, each: str) -> None:
     """Gram matrices are summed; gradients are averaged, so that steps are of two samples."""
-    kinds = ["WandaPruningModifier", "OneShotMagnitudeModifier"]
-    recipes = [yaml.safe_dump(recipe({}, kind, sparsity=0.6, polish=True)) for kind in kinds]
-    recipes.append(text("ADMMPruningModifier"))
-    recipes.append(
-        yaml.safe_dump(
-            recipe({}, "ADMMPruningModifier", sparsity=0.6, reconstruct=2), sort_keys=False
-        )
-    )
-    results, _ = in_two_processes(tmp_path, *recipes, model=saved, rows=random_samples(8).to_list())
-    for each, ((_, first), (_, second)) in zip(recipes, results, strict=True):
-        assert_same(first, second)
-        _, weights = alone(make_model, each)
-        for name, weight in weights.items():
-            assert (first[name] == 0).sum() == (weight == 0).sum(), name
-            if "reconstruct" not in each and "layers.0." in name:  # later ones amplify rounding
-                assert (first[name] - weight).norm() < 0.01 * weight.norm(), name
+    (_, first), (_, second) = two(each)
+    assert_same(first, second)
+    _, weights = alone(make_model, each)
+    for name, weight in weights.items():
+        assert (first[name] == 0).sum() == (weight == 0).sum(), name
+        if each != RECONSTRUCTED and "layers.0." in name:  # later ones amplify rounding
+            assert (first[name] - weight).norm() < 0.01 * weight.norm(), name
 
 
 def test_a_data_set_that_all_share_is_dealt_wrong_by_the_host_and_told(
-    make_model: MakeModel, saved: str, tmp_path: Path
+    make_model: MakeModel, two: Two
 ) -> None:
     """If this fails, the release deals each process its part: the warning can go."""
-    rows = random_samples(8).to_list()
-    (((plan, _), _),), printed = in_two_processes(
-        tmp_path, text(), model=saved, rows=rows, same_rows_on_all=True
-    )
-    assert "All 2 processes calibrate on the same samples" in printed
+    (plan, _), _ = two(SHARED)
+    assert two.printed.count("All 2 processes calibrate on the same samples") == 2  # each says so
     model = make_model()
-    run(model, text(), random_samples(8).select(range(4)))
+    run(model, SHARED, random_samples(8).select(range(4)))
     assert_same_plan(plan, last_plans()[0])
 
 

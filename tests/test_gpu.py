@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from compressed_tensors.offload.cache import CPUCache
@@ -17,9 +19,11 @@ from helpers import (
     run,
     weights_of,
 )
+from sparse_models import REMEDY, dense, load, packed_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import last_plans
+from dlp_plugin.checkpoints.loading import load_model
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import read_tokens, token_windows
 from dlp_plugin.planning.structure import UNSTRUCTURED
@@ -108,6 +112,17 @@ def test_a_plan_refined_twice_is_the_same(make_model: MakeModel, length: int) ->
         data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": [[1] * length] * 8})
         found.append(weights_of(run(model, recipe({"refine": 6}), data)))
     assert_same(*found)
+
+
+def test_packed_models_are_dense_there(tmp_path: Path) -> None:
+    packed = packed_llama(tmp_path)
+    expected = dense(packed).cuda()
+    for model in (load(packed, device_map="cuda"), load(packed, device_map="auto")):
+        assert {each.device.type for each in model.parameters()} == {"cuda"}
+        assert_same(model.state_dict(), expected.state_dict())
+    assert_same(load_model(packed).state_dict(), expected.state_dict())
+    with pytest.raises(ValueError, match=rf"on the CPU only, and cannot move to cuda:0: {REMEDY}"):
+        load(packed).cuda()
 
 
 def test_weights_stay_on_the_gpu_while_a_plan_is_made(

@@ -26,7 +26,7 @@ FLOORS = [
     {"cli"},
 ]
 # What torch keeps under such names and tells nobody otherwise.
-TORCH = {"_parameters", "_version"}
+TORCH = {"_apply", "_parameters", "_version"}
 
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

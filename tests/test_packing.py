@@ -131,10 +131,12 @@ class TestDense:
         assert settings["linears"] == {n: s.to_config() for n, s in found.linears.items()}
         assert settings["source"] is None
 
-    def test_the_model_card_says_how_it_is_loaded(self, source: Path, packed: Path) -> None:
+    @pytest.mark.parametrize("word", ["which", "that of another release"])
+    def test_the_model_card_tells(self, source: Path, packed: Path, word: str) -> None:
         text = (packed / "README.md").read_text()
         assert re.match(r"---\nlicense: mit\n---\n\n> Packed by dlp_plugin: `import dlp_pl", text)
         assert text.endswith("\n# A model\n")
+        (packed / "README.md").write_text(text.replace("which", word))
         assert_it_comes_back(source, packed)
 
     def test_further_chat_templates_go_along(self, source: Path) -> None:
@@ -243,7 +245,7 @@ def test_zeros_are_counted_as_in_the_source(
 
 class TestRefusals:
     def test_a_packed_one_packed_again(self, packed: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"packed is packed already$"):
+        with pytest.raises(ValueError, match=r"packed is packed already; `dlp-plugin unpack`"):
             pack(packed, tmp_path / "again")
 
     def test_an_unpacked_one_unpacked_again(self, source: Path, tmp_path: Path) -> None:

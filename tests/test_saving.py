@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import QWEN3_NEXT, SIZES
-from helpers import EVERY, SHIPPED, Logged, MakeModel, command, prune, word_tokenizer
-from input_kinds import changed, dense, saved, sharded
+from helpers import EVERY, ROOT, SHIPPED, Logged, MakeModel, command, prune, word_tokenizer
+from input_kinds import changed, dense, fp8, saved, sharded
 from packed_checkpoints import assert_same_bits, tensors_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    LlamaForCausalLM,
     Qwen3_5Config,
     Qwen3NextConfig,
 )
@@ -40,15 +44,15 @@ REFUSED = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id":
 
 @pytest.fixture
 def oneshot(tmp_path: Path):
-    """Runs the command on a folder and gives what it wrote."""
+    """Runs the command on a folder and gives what it wrote; ``told`` is what it said."""
 
-    def run(folder: Path, recipe: str = MAGNITUDE, code: int = 0) -> Path:
+    def run(folder: Path, recipe: str = MAGNITUDE) -> Path:
         (tmp_path / "recipe.yaml").write_text(recipe)
         (tmp_path / "text.txt").write_text(" ".join(str(i * 7 % 250) for i in range(200)))
         data = ["--data", tmp_path / "text.txt", "--samples", 4, "--length", 16]
         output = tmp_path / "out"
-        command("oneshot", folder, "--recipe", tmp_path / "recipe.yaml", *data, "--output", output,
-                code=code)  # fmt: skip
+        line = ["oneshot", folder, "--recipe", tmp_path / "recipe.yaml", *data]
+        run.told = command(*line, "--output", output).output
         return output
 
     return run
@@ -103,6 +107,21 @@ class TestTensorsWithoutAPlace:
         assert {"mtp.fc", "mtp.layers.0.mlp.up_proj"} <= set(ignored)
         assert "mtp.norm" not in ignored
         assert "mtp.layers.0.mlp.up_proj" in inspect_checkpoint(output).linears
+
+    def test_quantized_ones_of_a_base_that_is_made_dense_are_told(
+        self, oneshot, tmp_path: Path
+    ) -> None:
+        source = fp8(tmp_path / "source")
+        tensors = load_file(source / "model.safetensors")
+        tensors["mtp.fc.weight"] = torch.ones(4, 4).to(torch.float8_e4m3fn)
+        tensors["mtp.fc.weight_scale_inv"] = torch.ones(1, 1)
+        tensors["mtp.norm.weight"] = torch.ones(4)
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        with pytest.MonkeyPatch.context() as patch:  # of a family that has such layers
+            patch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+            output = oneshot(source)
+        assert extra(output).keys() == {"mtp.norm.weight"}
+        assert "mtp.fc ...; take the dense checkpoint" in oneshot.told
 
     def test_merge_carries_them_over(self, adapter, tmp_path: Path) -> None:
         source = with_extra_layers(tmp_path / "source")
@@ -176,6 +195,29 @@ class TestWhatLiesBeside:
         (source / "config.json").write_text(json.dumps(old))
         command("merge", adapter(source), tmp_path / "merged", "--allow-dense")
         assert json.loads((tmp_path / "merged" / "config.json").read_text()) == old
+
+
+def test_a_model_of_the_hub(tmp_path: Path) -> None:
+    """Its files come from the cache, where a run before has put them; nothing is asked for."""
+    source = with_extra_layers(tmp_path / "source")
+    (source / "LICENSE").write_text("free")
+    repository = tmp_path / "hub" / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    source.rename(repository / "snapshots" / "abc")
+    (tmp_path / "recipe.yaml").write_text(MAGNITUDE)
+    (tmp_path / "text.txt").write_text("7 8 9 " * 30)
+    line = [sys.executable, "-m", "dlp_plugin", "oneshot", "some/model", "--recipe", "recipe.yaml"]
+    line += ["--data", "text.txt", "--samples", "2", "--length", "16", "--output", "out"]
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    path = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        line, cwd=tmp_path, env={**os.environ, **offline, **path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+    assert len(extra(tmp_path / "out")) == 3
 
 
 def test_what_has_changed_in_a_configuration_is_written(adapter, tmp_path: Path) -> None:

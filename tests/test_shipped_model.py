@@ -1,8 +1,5 @@
 """End to end on the small trained model that the repository ships, with its recipes."""
 
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,7 @@ from helpers import (
     weights_of,
     zeros,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import last_plans
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint
@@ -70,7 +67,7 @@ def test_its_perplexity_is_its_card_s() -> None:
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
 def test_plan_and_zeros_and_checkpoint(pruner: str, calibration, tmp_path: Path) -> None:
-    model = load()
+    model = load(attn_implementation="eager")  # what some releases of the host calibrate with
     embeddings = model.get_input_embeddings().weight.clone()
     output = tmp_path / "pruned"
     run(
@@ -154,7 +151,7 @@ def test_runs_repeat_to_the_bit(calibration) -> None:
     weights = []
     for _ in range(2):
         model = load()
-        run(model, recipe_file("dlp_wanda.yaml"), calibration)
+        run(model, recipe_file("dlp_wanda.yaml"), calibration.select(range(8)))
         weights.append((weights_of(model), last_plans()))
     (left, left_plan), (right, right_plan) = weights
     assert left_plan == right_plan
@@ -173,76 +170,3 @@ def test_pruning_costs_perplexity_and_more_costs_more(calibration) -> None:
     dense, half, most = values
     assert dense == pytest.approx(31.3, rel=1e-2)  # of the text's beginning
     assert [half / dense, most / dense] == pytest.approx([1.21, 2.63], rel=5e-2)
-
-
-@pytest.fixture
-def example(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Runs an example on short texts, into ``tmp_path / "out"``; what it printed."""
-
-    def run_example(name: str, *arguments: str) -> str:
-        short = tmp_path / "short.txt"
-        short.write_text(TEST_TEXT.read_text()[:30_000])
-        script, output = str(ROOT / "examples" / name), str(tmp_path / "out")
-        short_run = ["--output", output, "--test", str(short), "--length", "32"]
-        monkeypatch.setattr(sys, "argv", [script, *short_run, *arguments])
-        runpy.run_path(script, run_name="__main__")
-        return capsys.readouterr().out
-
-    return run_example
-
-
-def test_the_example_of_the_readme(example: Callable[..., str], tmp_path: Path) -> None:
-    output = example("prune_and_compare.py")
-    assert "pruned weights that came back with 4 bits: 0" in output
-    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
-    rows = {row[1]: row[2:5] for line in output.splitlines() if len(row := cells(line)) == 7}
-    assert rows["dense"][0] == "0.0000"
-    refined, packed = rows["DLP, alpha auto, refined"], rows["the same + W4A16"]
-    assert refined == rows["the same, loaded"]
-    loaded = rows["the same + W4A16, loaded"]
-    assert packed[0] == loaded[0]
-    # where the processor has no bfloat16, scales were float32 until they were saved
-    assert float(packed[1]) == pytest.approx(float(loaded[1]), rel=1e-3)
-    assert packed[0] >= refined[0] >= "0.69"
-    best = rows["the best, loaded"]
-    assert best[0] >= "0.69"
-    assert float(best[1]) < float(refined[1]) < float(rows["uniform"][1])
-
-
-def test_the_same_on_a_model_that_groups_of_128_do_not_fit(
-    example: Callable[..., str], tmp_path: Path
-) -> None:
-    config = AutoConfig.from_pretrained(SHIPPED)
-    config.update({"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2})
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "model")
-    output = example("prune_and_compare.py", str(tmp_path / "model"))
-    assert "pruned weights that came back with 4 bits: 0" in output
-    for folder in ("w4a16", "best"):
-        saved = AutoConfig.from_pretrained(tmp_path / "out" / folder).quantization_config
-        (group,) = saved["config_groups"].values()
-        assert group["weights"]["group_size"] == 32
-
-
-def test_the_example_of_recovery(example: Callable[..., str]) -> None:
-    wanda = str(ROOT / "recipes" / "dlp_wanda.yaml")
-    settings = ["--steps", "12", "--rate", "2e-3", "--recipe", wanda]
-    output = example("recover_with_lora.py", *settings)
-    rows = {row[1]: row[2:4] for line in output.splitlines() if len(row := cells(line)) == 6}
-    values = {name: float(value) for name, (value, _) in rows.items()}
-    lost = {name: lost for name, (_, lost) in rows.items()}
-    assert int(lost["LoRA: merge_and_unload"].replace(",", "")) > 2_000_000
-    for name in ("LoRA: sparse_merge", "LoRA, masked: sparse_merge", "all weights, masked"):
-        assert lost[name] == "0"
-        assert values["dense"] < values[name] < values["pruned"]
-    assert lost["LoRA, masked: sparse_merge, W4A16"] == "0"
-    trained, merged = values["LoRA, masked: trained"], values["LoRA, masked: sparse_merge"]
-    assert merged == pytest.approx(trained, rel=2e-3)  # in bf16; the unmasked one is far off:
-    assert values["LoRA: sparse_merge"] > 1.01 * values["LoRA: trained"]
-
-
-def cells(line: str) -> list[str]:
-    """Cells of a row of a table that rich drew."""
-    return [cell.strip() for cell in line.split("│")]

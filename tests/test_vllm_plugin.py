@@ -1,13 +1,14 @@
-"""vLLM with packed checkpoints: slices of what is stored, and what vLLM says with the plugin.
+"""vLLM with packed checkpoints: what it says with the plugin.
 
-What needs vLLM runs in its environment, which the first run makes (see
-``engines/environments.py``), with this package installed beside it without what it requires.
+It runs in its environment, which the first run makes (see ``engines/environments.py``), with this
+package installed beside it without what it requires.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,127 +19,17 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from helpers import ROOT, SHIPPED, linears_of, run
-from hypothesis import given
-from hypothesis import strategies as st
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin.checkpoints.packing import pack
-from dlp_plugin.checkpoints.slices import narrow
-from dlp_plugin.checkpoints.sparse_format import (
-    PARTS,
-    Stored,
-    decode,
-    encode,
-    encode_integers,
-    read_stored,
-)
-from dlp_plugin.engines.slices import LazyWeight
+from dlp_plugin.checkpoints.sparse_format import PARTS, decode, read_stored
 
 sys.path.append(str(ROOT / "tests" / "engines"))
 from environments import call, vllm_python
 
-Packed = tuple[Stored, dict[str, torch.Tensor]]
 Tensors = dict[str, torch.Tensor]
-
-
-@st.composite
-def packed(draw: st.DrawFn) -> Packed:
-    """A Linear of any kind, with columns that no byte and no slice of groups divides."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**30)))
-    kind = draw(st.sampled_from(["planes", "values", 4, 8]))
-    rows, columns = draw(st.integers(1, 20)), draw(st.integers(1, 40))
-    living = torch.rand(rows, columns, generator=generator) < draw(st.sampled_from([0, 0.3, 0.6]))
-    weight = torch.randn(rows, columns, generator=generator) * living
-    if kind == "planes":
-        weight = (weight.sign() * (weight.abs() + 0.01) * living).bfloat16()
-    if isinstance(kind, str):
-        found = encode(weight)
-        return found or draw(packed())
-    size = draw(st.sampled_from([-1, *(n for n in range(1, columns + 1) if columns % n == 0)]))
-    groups = 1 if size == -1 else columns // size
-    scale = torch.rand(rows, groups, generator=generator).bfloat16()
-    words = None
-    if draw(st.booleans()):
-        shape = (-(-rows * kind // 32), groups)
-        words = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
-    middle = 1 << (kind - 1)
-    integers = torch.randint(2**kind, (rows, columns), generator=generator, dtype=torch.uint8)
-    integers = torch.where(living, integers, middle).to(torch.uint8)
-    return encode_integers(integers, scale, words, bits=kind, group_size=size)
-
-
-@given(data=st.data(), linear=packed(), dim=st.sampled_from([0, 1]))
-def test_a_slice_of_what_is_stored_is_the_slice_that_is_stored(
-    data: st.DataObject, linear: Packed, dim: int
-) -> None:
-    stored, parts = linear
-    start = data.draw(st.integers(0, stored.shape[dim] - 1))
-    length = data.draw(st.integers(1, stored.shape[dim] - start))
-    sliced, slices = narrow(stored, parts, dim, start, length)
-    assert torch.equal(decode(sliced, slices), decode(stored, parts).narrow(dim, start, length))
-    assert {name: tuple(part.shape) for name, part in slices.items()} == sliced.part_shapes()
-
-
-def example() -> Packed:
-    weight = torch.tensor([[0, 1.5, 0, 0, -2], [3, 0, 0, 0, 0], [0, 0, 0, 1, 0]])
-    found = encode(weight.bfloat16())
-    assert found is not None
-    return found
-
-
-def test_a_slice_by_hand() -> None:
-    """The last two columns of a weight of three rows; 1.0 is 0x3f80, -2.0 is 0xc000."""
-    stored, parts = narrow(*example(), dim=1, start=3, length=2)
-    assert (stored.shape, stored.kept) == ((3, 2), 2)
-    assert parts["weight_packed"].tolist() == [[0b10], [0], [0b01]]
-    assert parts["weight_fractions"].tolist() == [0x80, 0]
-    table = parts["weight_table"].tolist()
-    low, high = parts["weight_exponents"].item() & 15, parts["weight_exponents"].item() >> 4
-    assert [table[low], table[high]] == [128, 127]
-
-
-def test_a_damaged_linear_gives_no_slice() -> None:
-    stored, parts = example()
-    short = {**parts, "weight_fractions": parts["weight_fractions"][:-1]}
-    with pytest.raises(ValueError, match=r"^a\.weight_fractions is torch\.uint8 \[3\] in place"):
-        narrow(stored, short, 1, 0, 2, "a")
-    with pytest.raises(ValueError, match=r"^a\.weight_table is missing"):
-        narrow(stored, {k: v for k, v in parts.items() if k != "weight_table"}, 0, 0, 1, "a")
-    parts["weight_packed"][0, 0] ^= 1
-    with pytest.raises(ValueError, match=r"^a\.weight_packed marks another number of weights"):
-        narrow(stored, parts, 0, 0, 1, "a")
-
-
-class TestLazyWeight:
-    """What vLLM's loaders are given: they narrow it and copy it."""
-
-    def lazy(self, dtype: torch.dtype = torch.bfloat16) -> tuple[LazyWeight, torch.Tensor]:
-        stored, parts = example()
-        return LazyWeight.of(stored, parts, dtype, "a"), decode(stored, parts, dtype)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_it_is_decoded_where_it_is_copied(self, dtype: torch.dtype) -> None:
-        lazy, weight = self.lazy(dtype)
-        parameter = torch.nn.Parameter(torch.empty(2, 3, dtype=dtype), requires_grad=False)
-        parameter.data.copy_(lazy.narrow(0, 1, 2).narrow(1, 0, 3))
-        assert torch.equal(parameter, weight[1:, :3])
-
-    def test_it_tells_its_shape_and_dtype_undecoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        lazy, weight = self.lazy()
-        monkeypatch.setattr(LazyWeight, "decoded", None)
-        assert lazy.narrow(0, 0, 3) is lazy  # all of it, as one process asks for
-        assert lazy.shape == lazy.size() == weight.shape
-        assert (lazy.dim(), lazy.ndim, lazy.numel(), lazy.dtype) == (2, 2, 15, torch.bfloat16)
-
-    def test_whatever_else_is_done_to_it_is_done_to_the_weight(self) -> None:
-        lazy, weight = self.lazy()
-        assert torch.equal(lazy[1:, 2], weight[1:, 2])
-        assert torch.equal(torch.cat([lazy, lazy]), torch.cat([weight, weight]))
-        assert torch.equal(lazy.view(-1), weight.view(-1))
-        assert type(lazy.t()) is torch.Tensor
-
 
 PROMPTS = [list(range(3, 80)), [5, 17, 200, 3000, 45]]
 DAMAGED = "model.layers.3.self_attn.q_proj"
@@ -196,8 +87,9 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for PYTHONPATH where this package is installed without what it requires."""
     folder = tmp_path_factory.mktemp("plugin")
     # Built from a copy, since setuptools adds to a wheel what earlier builds left in build/.
-    shutil.copytree(ROOT / "dlp_plugin", folder / "source" / "dlp_plugin")
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    built = shutil.ignore_patterns("_products.so")
+    shutil.copytree(ROOT / "dlp_plugin", folder / "source" / "dlp_plugin", ignore=built)
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, folder / "source")
     install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "site")]
     call([str(vllm_python()), *install, str(folder / "source")])
@@ -243,21 +135,53 @@ def changed(source: Path, folder: Path, change: Callable[[Tensors, dict], object
     return folder
 
 
+# By how much a log-probability of the sparse run may miss that of the dense one. Sums are of the
+# same float32 products in another order: 1.3e-5 was measured in float32 and 0 in bfloat16, which
+# rounds them alike nearly always, and is 0.11 from float32 itself.
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+def same(found: dict[str, Any], expected: dict[str, Any], dtype: str) -> bool:
+    """Whether two runs chose the same tokens, with the same log-probabilities but for rounding."""
+    pairs = [
+        pair for said in zip(found["said"], expected["said"], strict=True) for pair in zip(*said)
+    ]
+    gaps = [abs(one - other) for (_, one), (_, other) in pairs]
+    return all(one == other for (one, _), (other, _) in pairs) and max(gaps) < ROUNDING[dtype]
+
+
 @pytest.mark.engines
 def test_vllm_says_the_same_with_packed_checkpoints(checkpoints: dict[str, Path], ask: Ask) -> None:
-    dense, packed, dense4, packed4, packed4_single = ask(
-        {"model": checkpoints["dense"], "dtype": "bfloat16"},
-        {"model": checkpoints["packed"], "dtype": "bfloat16"},
-        {"model": checkpoints["dense4"], "dtype": "bfloat16"},
-        {"model": checkpoints["packed4"], "dtype": "bfloat16"},
-        {"model": checkpoints["packed4"], "dtype": "float32"},
+    def job(name: str, dtype: str, **more: object) -> dict[str, object]:
+        return {"model": checkpoints[name], "dtype": dtype, **more}
+
+    dense, decoded, packed, single, packed_single, compiled, single4, packed4 = ask(
+        job("dense", "bfloat16"),
+        job("packed", "bfloat16", kernels="off"),
+        job("packed", "bfloat16"),
+        job("dense", "float32"),
+        job("packed", "float32"),
+        job("packed", "float32", enforce_eager=False),
+        job("dense4", "float32"),
+        job("packed4", "float32"),
+        VLLM_CPU_CI_ENV="1",  # compiled means traced, which is where an operator fails
     )
-    assert [len(prompt) for prompt in dense] == [len(prompt) - 1 + 16 for prompt in PROMPTS]
-    assert packed == dense  # tokens and log-probabilities, to the bit
-    assert [len(prompt) for prompt in dense4] == [len(prompt) for prompt in dense]
-    assert packed4 == dense4 != dense
-    assert [len(prompt) for prompt in packed4_single] == [len(prompt) for prompt in dense]
-    assert packed4_single != packed4
+    assert [len(prompt) for prompt in dense["said"]] == [len(ids) - 1 + 16 for ids in PROMPTS]
+    assert decoded["said"] == dense["said"]  # to the bit
+    assert same(packed, dense, "bfloat16")
+    assert same(packed_single, single, "float32")
+    assert same(compiled, single, "float32")
+    assert same(packed4, single4, "float32")
+    assert not same(packed4, single, "float32")
+    assert share(decoded) < 0.01  # as of dense ones: in vLLM's own, out of sight
+    assert 0.3 < share(packed) < 0.4
+    assert 0.1 < share(packed4) < 0.2
+
+
+def share(found: dict[str, Any]) -> float:
+    """Of bfloat16, what the tensors of the Linears take, but for blocks that hold dense shards."""
+    sizes = [of for name, of in found["bytes"].items() if not re.search(r"layers\.[01]\.", name)]
+    return sum(held for held, _ in sizes) / sum(dense for _, dense in sizes)
 
 
 @pytest.mark.engines
@@ -266,29 +190,35 @@ def test_vllm_says_the_same_in_two_processes(checkpoints: dict[str, Path], ask: 
     # By itself vLLM has one process for each NUMA node.
     first, second, *_ = sorted(os.sched_getaffinity(0))
     dense, packed = ask(
-        {"model": checkpoints["dense"], "dtype": "bfloat16", "tensor_parallel_size": 2},
-        {"model": checkpoints["packed"], "dtype": "bfloat16", "tensor_parallel_size": 2},
+        {"model": checkpoints["dense"], "dtype": "float32", "tensor_parallel_size": 2},
+        {"model": checkpoints["packed"], "dtype": "float32", "tensor_parallel_size": 2},
         VLLM_CPU_OMP_THREADS_BIND=f"{first}|{second}",
     )
-    assert isinstance(dense, list)
-    assert packed == dense
+    assert same(packed, dense, "float32")
+    assert 0.3 < share(packed) < 0.45  # with columns of half the length
 
 
 @pytest.mark.engines
-def test_four_bits_serve_where_vllm_has_no_kernel_for_them(
+def test_processors_without_avx512_run_packed_checkpoints(
     checkpoints: dict[str, Path], ask: Ask
 ) -> None:
-    """In vLLM's library for processors without AVX-512, see ``engines/avx2``."""
-    dense4, packed4, quantized = ask(
+    """In vLLM's library for them, see ``engines/avx2``, which has no kernel for four bits."""
+    dense, packed, dense4, decoded4, packed4, quantized = ask(
+        {"model": checkpoints["dense"], "dtype": "bfloat16"},
+        {"model": checkpoints["packed"], "dtype": "bfloat16", "kernels": "avx2"},
         {"model": checkpoints["dense4"], "dtype": "bfloat16"},
-        {"model": checkpoints["packed4"], "dtype": "bfloat16"},
+        {"model": checkpoints["packed4"], "dtype": "bfloat16", "kernels": "off"},
+        {"model": checkpoints["packed4"], "dtype": "bfloat16", "kernels": "avx2"},
         {"model": checkpoints["quantized"], "dtype": "bfloat16"},
         path=(ROOT / "tests" / "engines" / "avx2",),
         ATEN_CPU_CAPABILITY="avx2",
         ONEDNN_MAX_CPU_ISA="AVX2",
     )
-    assert isinstance(dense4, list)
-    assert packed4 == dense4
+    assert same(packed, dense, "bfloat16")
+    assert decoded4["said"] == dense4["said"]
+    assert same(packed4, dense4, "bfloat16")
+    assert 0.3 < share(packed) < 0.4
+    assert 0.1 < share(packed4) < 0.2
     assert "has no attribute 'cpu_gemm_wna16'" in quantized
 
 
@@ -330,13 +260,25 @@ WRONG = {
 }
 
 
+TWICE = "the checkpoint is packed (dlp-sparse) and cannot be quantized as it is loaded "
+ASKED = {
+    f"{TWICE}(--quantization fp8): leave that out, or unpack": {"quantization": "fp8"},
+    f"{TWICE}(quantization_config of model.layers.0.self_attn.qkv_proj)": {
+        "quantization_config": {"linear": "fp8_per_tensor"}
+    },
+}
+
+
 @pytest.mark.engines
-def test_what_is_wrong_with_a_checkpoint_is_told(
+def test_what_is_wrong_with_a_checkpoint_or_what_is_asked_of_it_is_told(
     checkpoints: dict[str, Path], ask: Ask, tmp_path: Path
 ) -> None:
     folders = [changed(checkpoints["packed"], tmp_path / c.__name__, c) for c in WRONG]
-    found = ask(*({"model": folder, "dtype": "bfloat16"} for folder in folders))
-    for told, expected in zip(found, WRONG.values(), strict=True):
+    found = ask(
+        *({"model": folder, "dtype": "bfloat16"} for folder in folders),
+        *({"model": checkpoints["packed"], **one} for one in ASKED.values()),
+    )
+    for told, expected in zip(found, [*WRONG.values(), *ASKED], strict=True):
         assert expected in told
 
 

@@ -1,4 +1,4 @@
-"""Run with vLLM's interpreter: its layers hold the same slices of packed weights as of dense ones.
+"""Run with vLLM's interpreter: its layers multiply the same slices of packed weights as of dense.
 
     python vllm_probe_layers.py
 
@@ -8,16 +8,19 @@ what vLLM asks about them is answered here.
 
 import gc
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import TestCase
 from unittest.mock import patch
 from weakref import ref
 
 import torch
+from vllm.config.quantization import QuantizationConfigArgs
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear as layers
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -89,25 +92,60 @@ def load(layer: torch.nn.Module, tensors: dict[str, torch.Tensor], shard: object
 
 
 def compare(name: str, shards: list, dtype: torch.dtype) -> None:
-    """Load a layer from packed shards and one from dense ones.
+    """Load a layer from dense shards, and one from packed ones that decodes and one that does not.
 
     :param shards: of each its name in the checkpoint and in vLLM, and what is stored of it
     """
     linears = {linear: stored for linear, _, (stored, _, _) in shards if stored}
-    config = config_of(linears)
-    found, expected = layer_of(name, config, dtype), layer_of(name, None, dtype)
-    for layer in found, expected:
-        layer.weight.data.fill_(float("nan"))
-    assert isinstance(found.quant_method, SparseLinearMethod) == bool(linears)
-    for _, shard, (_, parts, weight) in shards:
-        load(found, parts, shard)
+    expected = layer_of(name, None, dtype)
+    expected.weight.data.fill_(float("nan"))
+    for _, shard, (_, _, weight) in shards:
         load(expected, {"weight": weight}, shard)
-    weight = found.weight.data
-    with patch.object(UnquantizedLinearMethod, "process_weights_after_loading"):
-        found.quant_method.process_weights_after_loading(found)
-    assert list(dict(found.named_parameters())) == ["weight"]
-    assert not weight.isnan().any()
-    assert torch.equal(weight, expected.weight.data), (name, dtype, [s[0] for s in shards])
+    wanted = expected.weight.data
+    assert not wanted.isnan().any()
+    for kernels in "off", "":
+        found = layer_of(name, config_of(linears), dtype)
+        assert isinstance(found.quant_method, SparseLinearMethod) == bool(linears)
+        for _, shard, (_, parts, _) in shards:
+            load(found, parts, shard)
+        held = found.weight.data
+        with patch.dict(os.environ, DLP_KERNELS=kernels):
+            found.quant_method.process_weights_after_loading(found)
+        assert list(dict(found.named_parameters())) == ["weight"]
+        packed = dict(found.named_buffers()).keys() - {"packed_number"}
+        assert bool(packed) == (bool(linears) and not kernels)
+        if kernels:
+            assert torch.equal(held, wanted), (name, dtype, [shard[0] for shard in shards])
+        multiplies(found, wanted, (name, dtype, kernels))
+
+
+def multiplies(layer: torch.nn.Module, weight: torch.Tensor, what: object) -> None:
+    """Whether a layer gives its products but for rounding.
+
+    :param weight: rounded to the dtype of the layer, as those that are packed are not
+    """
+    x, bias = torch.randn(3, weight.shape[1]), torch.randn(len(weight))
+    x, bias = x.to(weight.dtype), bias.to(weight.dtype)
+    for given in None, bias:
+        product = layer.quant_method.apply(layer, x, given)
+        assert product.dtype == weight.dtype, what
+        true = x.double() @ weight.double().T + (0 if given is None else given.double())
+        size = x.double().abs() @ weight.double().abs().T + bias.abs()
+        assert ((product - true).abs() <= 4 * torch.finfo(x.dtype).eps * size).all(), what
+
+
+def test_the_log_says_once_why_weights_are_decoded() -> None:
+    stored, parts, _ = stored_as("planes", 200, HIDDEN)
+    with (
+        TestCase().assertLogs("vllm.dlp_plugin.engines.vllm") as log,
+        patch.dict(os.environ, DLP_KERNELS="off"),
+    ):
+        for _ in range(2):
+            layer = layer_of("column", config_of({"column": stored}), torch.bfloat16)
+            load(layer, parts, None)
+            layer.quant_method.process_weights_after_loading(layer)
+    (told,) = log.output
+    assert "Packed weights are decoded to dense ones: the kernels are turned off by " in told
 
 
 def test_names_of_the_checkpoint_become_those_of_vllm() -> None:
@@ -138,6 +176,48 @@ def test_what_vllm_cannot_do_is_refused() -> None:
     config.maybe_update_config("a", SimpleNamespace(model_type="falcon_h1"))
 
 
+def test_what_vllm_is_told_to_quantize_as_it_loads_is_refused() -> None:
+    args = QuantizationConfigArgs(linear="fp8_per_tensor", ignore=["*qkv_proj"])
+    config = config_of({"q": stored_as("planes", WIDTHS["q"], HIDDEN)[0]})
+    config.online_quantization_config = OnlineQuantizationConfig(args)
+    assert isinstance(layer_of("qkv_proj", config, torch.bfloat16).quant_method, SparseLinearMethod)
+    args.ignore.clear()
+    said = "the checkpoint is packed (dlp-sparse) and cannot be quantized as it is loaded"
+    refused(said, layer_of, "qkv_proj", config, torch.bfloat16)
+    refused("(quantization_config of qkv_proj)", layer_of, "qkv_proj", config, torch.bfloat16)
+
+
+def test_a_weight_that_vllm_asks_for_is_dense() -> None:
+    """Latent attention takes its weight apart, which is marked before it is loaded."""
+    stored, parts, weight = stored_as("planes", 200, HIDDEN)
+    layer = layer_of("column", config_of({"column": stored}), torch.bfloat16)
+    layer._cpu_skip_gemm_dispatch = True
+    load(layer, parts, None)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(layer.weight, weight)
+    x = torch.randn(3, HIDDEN).bfloat16()
+    assert torch.equal(layer(x)[0], torch.nn.functional.linear(x, weight))
+
+
+def test_what_is_copied_otherwise_than_by_rows_is_dense() -> None:
+    """Loaders of some models take what is between by indices, such as Mamba's."""
+    stored, parts, weight = stored_as("planes", 200, HIDDEN)
+    layer = layer_of("column", config_of({"column": stored}), torch.bfloat16)
+    del layer.weight.weight_loader
+
+    def rows_of_two_parts(parameter: torch.Tensor, loaded: torch.Tensor) -> None:
+        for rows in slice(0, 60), slice(60, 200):
+            parameter.data[rows, ...] = loaded[rows]
+
+    layer.weight.weight_loader = rows_of_two_parts
+    load(layer, parts, None)
+    held = layer.weight.data
+    layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(held, weight)
+    x = torch.randn(3, HIDDEN).bfloat16()
+    torch.testing.assert_close(layer(x)[0], x @ weight.T)
+
+
 def test_a_layer_is_freed() -> None:
     """VLLM keeps what it needs to load anew, loaders among it, as long as the layer lives."""
     layer = layer_of("row", config_of({"row": stored_as("planes", HIDDEN, 200)[0]}), torch.bfloat16)
@@ -162,7 +242,8 @@ def test_every_kind_has_the_slices_of_every_rank() -> None:
     for size, dtype in itertools.product((1, 2, 4), (torch.bfloat16, torch.float32)):
         for rank in range(size):
             with as_rank(rank, size):
-                for kinds in itertools.product(KINDS, repeat=3):
+                for first, second in itertools.product(KINDS, repeat=2):
+                    kinds = first, second, KINDS[KINDS.index(first) - KINDS.index(second)]
                     for name, fused in FUSED.items():
                         compare(name, mixed(fused, kinds), dtype)
                 for kind in KINDS[:-1]:
@@ -194,7 +275,11 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     with as_rank(0, 1):
+        test_the_log_says_once_why_weights_are_decoded()
         test_names_of_the_checkpoint_become_those_of_vllm()
         test_what_vllm_cannot_do_is_refused()
+        test_what_vllm_is_told_to_quantize_as_it_loads_is_refused()
+        test_a_weight_that_vllm_asks_for_is_dense()
+        test_what_is_copied_otherwise_than_by_rows_is_dense()
         test_a_layer_is_freed()
     test_every_kind_has_the_slices_of_every_rank()

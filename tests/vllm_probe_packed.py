@@ -2,8 +2,9 @@
 
     python vllm_probe_packed.py <jobs.json> <result.json>
 
-A job is a checkpoint, a dtype and a number of tensor-parallel processes; the result has, for
-each, tokens and log-probabilities, or the error that there was instead.
+A job is what ``LLM`` takes, but for ``kernels``, which is what ``DLP_KERNELS`` is meanwhile. The
+result has for each tokens with their log-probabilities, and for every Linear (of the first process)
+the bytes of all its tensors and those of its weight in bfloat16; or the error that there was.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # two processes less to start
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to the processes
 
 
 def main(jobs: str, result: str) -> None:
@@ -30,18 +32,38 @@ def main(jobs: str, result: str) -> None:
     )
     inputs = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
     found = []
+    kernels = os.environ.get("DLP_KERNELS", "")
     for job in asked["jobs"]:
         llm = None
+        os.environ["DLP_KERNELS"] = job.pop("kernels", kernels)
+        job = {"enforce_eager": True, "max_model_len": 256, "disable_log_stats": True, **job}
         try:
-            llm = LLM(enforce_eager=True, max_model_len=256, disable_log_stats=True, **job)
+            llm = LLM(**job)
+            outputs = llm.generate(inputs, sampling, use_tqdm=False)
             found.append(
-                [tokens_and_logprobs(one) for one in llm.generate(inputs, sampling, use_tqdm=False)]
+                {
+                    "said": [tokens_and_logprobs(output) for output in outputs],
+                    "bytes": llm.apply_model(bytes_of_linears)[0],
+                }
             )
         except Exception as error:
             found.append(str(error))
         del llm
         cleanup_dist_env_and_memory()
     Path(result).write_text(json.dumps(found))
+
+
+def bytes_of_linears(model) -> dict[str, list[int]]:
+    from vllm.model_executor.layers.linear import LinearBase
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            held = [*module.parameters(), *module.buffers()]
+            columns = getattr(module, "input_size_per_partition", module.input_size)
+            dense = 2 * sum(module.output_partition_sizes) * columns
+            found[name] = [sum(tensor.nbytes for tensor in held), dense]
+    return found
 
 
 def tokens_and_logprobs(output) -> list:

@@ -24,6 +24,7 @@ from dlp_plugin.checkpoints.files import check_weight_files
 from dlp_plugin.checkpoints.quantized import as_plain, check_known, dequantizing, quantization_of
 from dlp_plugin.checkpoints.saving import save_like
 from dlp_plugin.checkpoints.sources import fetching, load_config, load_tokenizer, model_class
+from dlp_plugin.checkpoints.stored import QUANT_METHOD
 from dlp_plugin.checkpoints.trust import trusts_remote_code
 from dlp_plugin.files import check_vacant, replacing, reserved
 from dlp_plugin.generation import make_savable
@@ -47,12 +48,17 @@ _SHOWN = 3
 def load_model(name: str | Path) -> PreTrainedModel:
     """Load a model to measure it, on the accelerator if there is one.
 
+    A packed one runs as it is packed where it can.
+
     :param name: a local folder, or an id on the hub
     :raises FileNotFoundError: if there is no such folder
     :raises ValueError: if its files are damaged, or do not hold the weights that it has
     """
-    model: Any = load_stored(name)
     device = get_main_device()
+    quantization = quantization_of(load_config(name))
+    packed = quantization.get("quant_method") == QUANT_METHOD
+    arguments = dequantizing(str(name), quantization) if packed and device.type != "cpu" else {}
+    model: Any = load_stored(name, **arguments)
     widen(model, device)
     return model.to(device)  # type: ignore[no-any-return]
 
@@ -83,9 +89,10 @@ def load_dense(name: str | Path) -> PreTrainedModel:
     :raises FileNotFoundError: as :func:`load_model` does
     :raises ValueError: likewise, and if it is something that could not be saved
     """
-    arguments = dequantizing(str(name), quantization_of(load_config(name)))
+    quantization = quantization_of(load_config(name))
+    arguments = dequantizing(str(name), quantization)
     model = load_stored(name, **arguments)
-    if arguments:
+    if arguments and quantization["quant_method"] != QUANT_METHOD:  # which leaves nothing behind
         model = as_plain(model)
     make_savable(model, quiet=True)
     return model

@@ -19,8 +19,9 @@ __all__ = ["README", "check_parts", "packed_linears", "with_card", "without_card
 README = "README.md"
 _CARD = """\
 > Packed by dlp_plugin: `import dlp_plugin` before `AutoModelForCausalLM.from_pretrained(...)`,
-> which then gives the dense model, bit for bit. vLLM knows it where dlp_plugin is installed, and
-> `dlp-plugin unpack` writes the folder that this was packed from.
+> which then runs the weights as they are packed on a CPU, and decodes them elsewhere. vLLM knows
+> it where dlp_plugin is installed, and `dlp-plugin unpack` writes the folder that this was packed
+> from.
 
 """
 
@@ -92,5 +93,7 @@ def with_card(text: bytes) -> bytes:
 
 
 def without_card(text: bytes) -> bytes:
-    """README.md less that word."""
-    return text.replace(_CARD.encode(), b"")
+    """README.md less that word, in whatever release's."""
+    return re.sub(
+        rb"^> Packed by dlp_plugin: .*\n(> .*\n)*\n", b"", text, count=1, flags=re.MULTILINE
+    )

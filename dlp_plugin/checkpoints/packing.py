@@ -26,6 +26,7 @@ from dlp_plugin.checkpoints.files import (
 )
 from dlp_plugin.checkpoints.names import linears_of_blocks
 from dlp_plugin.checkpoints.packed import README, packed_linears, with_card, without_card
+from dlp_plugin.checkpoints.quantized import quantization_of
 from dlp_plugin.checkpoints.sources import built
 from dlp_plugin.checkpoints.sparse_format import (
     PARTS,
@@ -115,6 +116,8 @@ def pack(
         check_vacant(output)
         if not isinstance(source, PreTrainedModel):
             return _pack(Path(source), output, advance)
+        if quantization_of(source.config).get("quant_method") == QUANT_METHOD:
+            raise ValueError("the model is packed already; its save_pretrained() writes it so")
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
             return _pack(Path(folder), output, advance)

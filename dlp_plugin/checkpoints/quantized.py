@@ -17,7 +17,7 @@ from dlp_plugin.checkpoints.stored import QUANT_METHOD
 
 __all__ = ["as_plain", "check_known", "dequantizing", "quantization_of"]
 
-_MADE_DENSE = ("compressed-tensors", "fp8", "mxfp4")
+_MADE_DENSE = ("compressed-tensors", "fp8", "mxfp4", QUANT_METHOD)
 
 
 def quantization_of(config: Any) -> Mapping[str, Any]:
@@ -48,7 +48,7 @@ def dequantizing(name: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
     :raises ValueError: if a checkpoint of this kind cannot be made dense
     """
     method = quantization.get("quant_method")
-    if not quantization or method == QUANT_METHOD:  # which is decoded as it is loaded
+    if not quantization:
         return {}
     if method not in _MADE_DENSE:
         raise ValueError(

@@ -27,6 +27,7 @@ from dlp_plugin.checkpoints.files import (
 )
 from dlp_plugin.checkpoints.names import SourceNames
 from dlp_plugin.checkpoints.packed import README, without_card
+from dlp_plugin.checkpoints.quantized import quantization_of
 from dlp_plugin.checkpoints.sources import built, load_config, local_folder
 
 __all__ = ["save_like"]
@@ -139,6 +140,8 @@ def _carry_over(source: str | Path, beside: Path, folder: Path) -> None:
     carried = {key: place for key, place in places.items() if not names.has_place(key)}
     held = {key: file.name for key, file in weight_files(folder).items()}
     wanted = {key: place for key, place in carried.items() if key not in held}
+    if quantization_of(load_config(source)):
+        wanted = _less_quantized(wanted)
     if not wanted:
         return
     old, sources = sorted(set(held.values())), sorted(set(wanted.values()))
@@ -163,6 +166,19 @@ def _carry_over(source: str | Path, beside: Path, folder: Path) -> None:
         len(wanted),
         next(iter(wanted)),
     )
+
+
+def _less_quantized(places: Mapping[str, Path]) -> dict[str, Path]:
+    """Tensors of modules that are not quantized: what is saved says nothing of how they were."""
+    quantized = {key.rpartition(".")[0] for key in places if "scale" in key or "packed" in key}
+    if quantized:
+        logger.warning(
+            "{} quantized modules that transformers has no place for are left out: {} ...; take "
+            "the dense checkpoint to keep them",
+            len(quantized),
+            min(quantized),
+        )
+    return {key: place for key, place in places.items() if key.rpartition(".")[0] not in quantized}
 
 
 def _leave_unquantized(folder: Path, modules: list[str]) -> None:

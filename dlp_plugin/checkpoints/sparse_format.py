@@ -60,6 +60,7 @@ __all__ = [
     "decode_integers",
     "encode",
     "encode_integers",
+    "planes_of",
     "read_stored",
     "values_of",
 ]
@@ -80,7 +81,7 @@ def encode(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
     present = bits != 0
     living = _marked(bits, present)
     mask = {"weight_packed": mask_of(present)}
-    planes = _planes_of(living) if weight.dtype == torch.bfloat16 else None
+    planes = planes_of(living) if weight.dtype == torch.bfloat16 else None
     kind, count = ("planes", len(planes["weight_table"])) if planes else ("values", 0)
     stored = Stored(kind, _shape_of(weight), weight.dtype, living.numel(), exponents=count)
     parts = mask | (planes or {"weight_values": living.view(weight.dtype)})
@@ -321,8 +322,11 @@ def _marked(matrix: Tensor, present: Tensor) -> Tensor:
     return torch.cat([one.index_select(0, marks.nonzero().flatten()) for one, marks in chunks])
 
 
-def _planes_of(bits: Tensor) -> dict[str, Tensor] | None:
-    """Bfloat16 numbers, given as int16, in planes; None where the table is too small."""
+def planes_of(bits: Tensor) -> dict[str, Tensor] | None:
+    """Bfloat16 numbers, given as int16, in planes by their local names.
+
+    :return: None where the table is too small
+    """
     exponents = (bits >> 7 & 0xFF).int()
     table = exponents.bincount(minlength=256).nonzero().flatten()
     if len(table) > TABLE:

@@ -9,6 +9,7 @@ from dlp_plugin.cli.common import app
 from dlp_plugin.cli.measure import compare, ppl, zero_shot
 from dlp_plugin.cli.plans import score, show
 from dlp_plugin.cli.prune import merge, oneshot
+from dlp_plugin.cli.speed import speed
 
 __all__ = ["app"]
 
@@ -20,6 +21,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     inspect,
     ppl,
     zero_shot,
+    speed,
     compare,
     merge,
     pack,

@@ -31,7 +31,6 @@ from dlp_plugin.checkpoints.loading import (
     check_prunable,
     load_config,
     load_dense,
-    load_model,
     load_to_prune,
 )
 from dlp_plugin.comparison.memory import peak, reset_peak
@@ -121,7 +120,7 @@ def compare(
         found = _taken_up(path, subject, scope)
         found.group_size = group_size or found.group_size
         if not math.isfinite(found.dense or math.nan):
-            dense = load_model(model)
+            dense = _placed(load_to_prune(model)[0])
             check_causal(dense, "compare measures perplexity")
             value = perplexity(dense, windows)
             found.dense = check_finite(value, f"the perplexity of {model}", dense)
@@ -248,8 +247,7 @@ def _measured(
     model: Any, windows: Sequence[torch.Tensor], plan: Plan | None = None, scope: Scope = EVERY
 ) -> tuple[float, float]:
     """Perplexity, and sparsity of what a plan prunes, of a model that is used up."""
-    # oneshot() leaves it to visit the GPU at every use
-    model = remove_dispatch(model).to(get_main_device())
+    model = _placed(remove_dispatch(model))  # oneshot() leaves it to visit the GPU at every use
     value = perplexity(model, windows)
     blocks = [] if plan is None else [block.name for block in plan.blocks]
     dense = {*unnamed_routers(model, scope.targets), *([] if plan is None else plan.unseen)}
@@ -262,6 +260,10 @@ def _measured(
     achieved = zeros / max(sum(weight.numel() for weight in pruned), 1)
     _let_go(model)
     return value, achieved
+
+
+def _placed(model: Any) -> Any:
+    return model.to(get_main_device())
 
 
 def _let_go(model: torch.nn.Module) -> None:

@@ -1,7 +1,8 @@
 """A stored Linear in the place of the decoded weight, of which loaders take their slice.
 
 Tensor-parallel engines give every process a slice of a weight; decoding all of it in each would
-cost as many times what it has to. This module needs torch alone.
+cost as many times what it has to. Where kernels run the slice is not decoded at all. This module
+needs torch alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dlp_plugin.checkpoints.slices import narrow
 from dlp_plugin.checkpoints.sparse_format import Stored, decode
+from dlp_plugin.kernels.layout import Layout, layout_of
 
 __all__ = ["LazyWeight"]
 
@@ -37,19 +39,26 @@ class LazyWeight(Tensor):
     _stored: Stored
     _parts: Mapping[str, Tensor]
     _name: str
+    _taken: dict[int, LazyWeight] | None
 
     @staticmethod
     def of(
-        stored: Stored, parts: Mapping[str, Tensor], dtype: torch.dtype, name: str
+        stored: Stored,
+        parts: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        name: str,
+        taken: dict[int, LazyWeight] | None = None,
     ) -> LazyWeight:
         """A weight that is not decoded yet.
 
         :param parts: local names to tensors, as :func:`~.sparse_format.decode` takes them
         :param dtype: what to decode to
         :param name: the Linear's full name, for errors
+        :param taken: where what is copied to whole rows goes, by the first of them, in place of
+            being decoded into them; without it everything is decoded
         """
         self = torch.empty(stored.shape, dtype=dtype, device="meta").as_subclass(LazyWeight)
-        self._stored, self._parts, self._name = stored, parts, name
+        self._stored, self._parts, self._name, self._taken = stored, parts, name, taken
         return self
 
     def decoded(self) -> Tensor:
@@ -59,12 +68,19 @@ class LazyWeight(Tensor):
         """
         return decode(self._stored, self._parts, self.dtype, self._name)
 
+    def as_layout(self) -> Layout:
+        """What kernels run.
+
+        :raises ValueError: as :func:`~.layout.layout_of` does
+        """
+        return layout_of(self._stored, self._parts, self._name)
+
     def narrow(self, dim: int, start: int, length: int) -> LazyWeight:  # type: ignore[override]
         """Rows or columns, not decoded yet."""
         if length == self.shape[dim]:
             return self
         stored, parts = narrow(self._stored, self._parts, dim, start, length, self._name)
-        return LazyWeight.of(stored, parts, self.dtype, self._name)
+        return LazyWeight.of(stored, parts, self.dtype, self._name, self._taken)
 
     @classmethod
     def __torch_function__(
@@ -78,6 +94,12 @@ class LazyWeight(Tensor):
         kwargs = kwargs or {}
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if func is Tensor.copy_:
+            rows, lazy = args[:2]
+            taken = lazy._taken if isinstance(lazy, LazyWeight) else None
+            if taken is not None and rows.stride(0) == lazy.shape[1]:  # whole rows
+                taken[rows.storage_offset() // rows.stride(0)] = lazy
+                return rows
         return func(*_decoded(list(args)), **{key: _decoded(kwargs[key]) for key in kwargs})
 
 

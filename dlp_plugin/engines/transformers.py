@@ -1,18 +1,32 @@
-"""transformers loads a packed folder as the dense model that it was packed from, bit for bit.
+"""transformers loads a packed folder and multiplies by its weights as they are stored.
 
-Importing this module registers the quantizer; ``import dlp_plugin`` sees to that. The model's
-modules are not replaced: a Linear's parts are gathered while the files are read, and decoded
-where the dense weight would have been copied, so that in memory are the dense model and packed
-tensors that are not decoded yet. The loaded model is an ordinary one, and is saved as such.
+Importing this module registers the quantizer; ``import dlp_plugin`` sees to that. A Linear's
+parts are gathered while the files are read. On a CPU that has kernels the Linear gives way to a
+:class:`~.linear.SparseLinear`, made where the dense weight would have been copied; so the dense
+weight is never in memory, and of packed ones beside their layouts that of one Linear. Everywhere
+else, and with ``SparseConfig(dequantize=True)``, its weight is decoded, bit for bit: then the
+loaded model is an ordinary one, and is saved as such.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import torch
+from loguru import logger
 from safetensors import safe_open
-from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightTransform,
+    revert_weight_conversion,
+)
 from transformers.distributed.utils import is_dtensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -20,54 +34,95 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import Mxfp4Config
 
 from dlp_plugin.checkpoints.packed import check_parts
-from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, decode, read_stored
+from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, decode, read_stored
+from dlp_plugin.engines.linear import DTYPES, SparseLinear
+from dlp_plugin.kernels.layout import layout_of, parts_of
+from dlp_plugin.kernels.products import available
 
 __all__ = ["SparseConfig", "SparseQuantizer"]
 
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
-class SparseConfig(QuantizationConfigMixin):
+
+class SparseConfig(Mxfp4Config):
     """The ``quantization_config`` of a packed folder.
 
-    :raises ValueError: if it is damaged or of a newer version
+    transformers heeds what a caller passes besides the folder's own configuration for classes
+    that it knows, hence the base.
+
+    :param dequantize: whether the model is made dense as it is loaded
+    :param fields: what ``config.json`` holds; of what is passed to ``from_pretrained()`` none
+    :raises ValueError: if these are damaged or of a newer version
     """
 
-    def __init__(self, **fields: Any) -> None:
-        read_stored(fields, "config.json")
+    def __init__(self, dequantize: bool = False, **fields: Any) -> None:
+        if fields:
+            read_stored(fields, "config.json")
+        self.quant_method: Any = QUANT_METHOD
+        self.dequantize = dequantize
         self.__dict__.update(fields)
-        self.dequantize = True  # the model has no quantization_config once it is loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        return deepcopy({key: each for key, each in vars(self).items() if key != "dequantize"})
 
 
 class SparseQuantizer(HfQuantizer):
-    """Decodes the weights of packed Linears on their way into the model."""
+    """Has packed Linears multiply by what they hold, or decodes them on their way."""
+
+    quantization_config: Any  # a SparseConfig
 
     def __init__(self, quantization_config: SparseConfig, **arguments: Any) -> None:
         super().__init__(quantization_config, **arguments)
+        if not self.pre_quantized:
+            raise ValueError(
+                "quantization_config is a SparseConfig, and the model is not packed: leave it out, "
+                "or give a folder that `dlp-plugin pack` wrote"
+            )
         self.linears = read_stored(quantization_config.to_dict(), "config.json")
         self.places: dict[str, str] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """The model's own conversions, and the decoding."""
-        return [*weight_conversions, _Decoder()]
+        """The model's own conversions, and what becomes of packed Linears."""
+        return [*weight_conversions, _Gatherer()]
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """All on the CPU where there is nothing else; a map would count dense weights."""
+        automatic = isinstance(device_map, str) and device_map in _AUTOMATIC
+        packed = not self.quantization_config.dequantize and available() is None
+        alone = torch.accelerator.current_accelerator() is None
+        return {"": "cpu"} if automatic and packed and alone else device_map
 
     def is_serializable(self) -> bool:
-        """Whether what is loaded can be saved: it is dense."""
+        """Whether what is loaded can be saved: dense, or as it is packed."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether what is loaded can be trained: it is dense."""
+        """Whether it can be trained: dense, or by adapters on packed weights."""
         return True
 
-    def _process_model_before_weight_loading(self, model: Any, **arguments: Any) -> None:
+    @property
+    def is_compileable(self) -> bool:
+        """Whether it compiles: the product is an operator of torch."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, **arguments: Any
+    ) -> None:
         for file in arguments.get("checkpoint_files") or ():
             with safe_open(file, framework="pt") as opened:
                 self.places.update(dict.fromkeys(opened.keys(), file))
         check_parts(self.linears, self.places)
         self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
+        reason = _why_dense(model, device_map)
+        if reason and not self.quantization_config.dequantize:
+            logger.info(f"{model.config.name_or_path} is loaded dense: {reason}")
+            self.quantization_config.dequantize = True
 
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> None:
         # Where there is a quantizer, transformers leaves what it renames in the file's dtype.
@@ -75,9 +130,52 @@ class SparseQuantizer(HfQuantizer):
             if name not in self.places and name in self._dtypes:
                 parameter.data = parameter.data.to(self._dtypes[name])
 
+    def stays_packed(self, stored: Stored, model: Any, path: str) -> bool:
+        """Whether a Linear multiplies by what it holds, and its weight is not decoded.
 
-class _Decoder(WeightConverter):
-    """Gathers the parts of a Linear under the name of its weight, and decodes them."""
+        :param path: its full name in the model
+        """
+        tied = model.all_tied_weights_keys
+        return (
+            not self.quantization_config.dequantize
+            and type(model.get_submodule(path)) is torch.nn.Linear
+            and stored.dtype in DTYPES
+            and f"{path}.weight" not in {*tied, *tied.values()}
+            and not _reads_weight(model, path)
+        )
+
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """What ``save_pretrained()`` writes, of which the configuration is made to tell.
+
+        :raises ValueError: if it would hold dense weights where its source has quantized ones
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only adapters are written
+        modules = {n: each for n, each in model.named_modules() if isinstance(each, SparseLinear)}
+        if getattr(self.quantization_config, "source", None) and len(modules) < len(self.linears):
+            raise ValueError(
+                f"{len(self.linears) - len(modules)} quantized Linears of "
+                f"{model.config.name_or_path} were made dense as it was loaded, and cannot be "
+                "saved as they were: copy the folder instead"
+            )
+        state, told = model.state_dict(), []
+        for name, module in modules.items():
+            stored, parts = parts_of(module.layout)
+            for part in PARTS:
+                state.pop(f"{name}.{part}", None)
+            state.update((f"{name}.{part}", tensor) for part, tensor in parts.items())
+            told.append(stored.to_config())
+        numbered = {f"{name}.weight": torch.tensor(n) for n, name in enumerate(modules)}
+        names = revert_weight_conversion(model, numbered)
+        linears = {key.removesuffix(".weight"): told[int(n)] for key, n in names.items()}
+        self.quantization_config.linears = linears
+        return state, {}
+
+
+class _Gatherer(WeightConverter):
+    """Gathers the parts of a Linear under the name of its weight, and makes of them what runs."""
 
     __slots__ = ()
 
@@ -95,24 +193,74 @@ class _Decoder(WeightConverter):
         hf_quantizer: Any = None,
         loading_info: Any = None,
     ) -> dict[str, torch.Tensor]:
-        """The weight of one Linear by its full name in the model."""
+        """The weight of one Linear by its full name in the model; none if it stays packed."""
         source = next(iter(self.layer_targets[layer_name]))
         name = source.rpartition(".")[0]  # its full name in the file
-        parts = {
-            pattern[2:-1]: tensors[0] for pattern, tensors in self.materialize_tensors().items()
-        }
+        stored, where = hf_quantizer.linears[name], f"{hf_quantizer.places[source]}: {name}"
+        gathered = self.materialize_tensors()
+        path = layer_name.removesuffix(".weight")
+        if hf_quantizer.stays_packed(stored, model, path):
+            # Those that are gathered would keep all that was read of their file in memory.
+            layout = layout_of(stored, _read(stored, name, hf_quantizer.places), where)
+            bias = model.get_submodule(path).bias
+            model.set_submodule(path, SparseLinear(layout, bias, path))
+            loading_info.missing_keys.discard(layer_name)
+            return {}
+        parts = {pattern[2:-1]: tensors[0] for pattern, tensors in gathered.items()}
         parameter = model.get_parameter(layer_name)
         if is_dtensor(parameter):
             raise ValueError(
                 f"{layer_name} is packed, and transformers would divide it among processes before "
                 "it is decoded: load the folder that `dlp-plugin unpack` writes"
             )
-        where = f"{hf_quantizer.places[source]}: {name}"
-        return {layer_name: decode(hf_quantizer.linears[name], parts, parameter.dtype, where)}
+        return {layer_name: decode(stored, parts, parameter.dtype, where)}
 
     def was_used(self) -> bool:
-        """Whether saving has something to turn back: what is saved is dense."""
+        """Whether saving has something to turn back: the state has the file's own names."""
         return False
+
+
+def _why_dense(model: Any, device_map: Any) -> str | None:
+    """Why a model cannot multiply by packed weights; None if it can."""
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map or "cpu"]
+    others = [str(place) for place in places if str(place).partition(":")[0] != "cpu"]
+    if others:
+        return f"packed weights are multiplied on the CPU, and device_map says {others[0]}"
+    if getattr(model.config, "distributed_config", None):
+        return "packed weights cannot be divided among processes"
+    if model.dtype not in DTYPES:
+        return (
+            f"packed weights are multiplied in bfloat16, float16 and float32, not in {model.dtype}"
+        )
+    return available()
+
+
+def _reads_weight(model: Any, path: str) -> bool:
+    """Whether a model's code uses the weight of a Linear for more than to call it.
+
+    :param path: the Linear's full name
+    """
+    above, _, name = path.rpartition(".")
+    code = _code(type(model.get_submodule(above)).__module__)
+    return re.search(rf"\b{name}\.weight\b", code) is not None
+
+
+@cache
+def _code(module: str) -> str:
+    """What a module consists of; nothing where that is not known."""
+    with suppress(OSError, TypeError):
+        return inspect.getsource(sys.modules[module])
+    return ""
+
+
+def _read(stored: Stored, name: str, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The parts of a Linear from the files, in memory of their own."""
+    parts = {}
+    for part in stored.part_shapes():
+        key = f"{name}.{part}"
+        with safe_open(places[key], framework="pt", backend="pread") as opened:
+            parts[part] = opened.get_tensor(key)
+    return parts
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -1,20 +1,27 @@
-"""vLLM loads packed checkpoints: its entry point ``vllm.general_plugins`` calls :func:`register`.
+"""vLLM runs packed checkpoints: its entry point ``vllm.general_plugins`` calls :func:`register`.
 
-A Linear's parts are gathered as vLLM reads them, and decoded once all are there into the dense
-weight that vLLM has made; from then on the Linear is an ordinary one. What a process needs of a
-weight is chosen by vLLM's own loaders, which narrow it before it is decoded: rows of
-column-parallel layers, columns of row-parallel ones, heads that several processes share.
+A Linear's parts are gathered as vLLM reads them. What a process needs of a weight is chosen by
+vLLM's own loaders, which narrow what is stored and copy it into the dense weight that vLLM has
+made: rows of column-parallel layers, columns of row-parallel ones, heads that several processes
+share.
+
+On a processor with kernels that copy is only noted, and the Linear is multiplied as it is
+stored: the system gives a dense weight no memory before something is written to it. Elsewhere
+the copy decodes, and the Linear is an ordinary one from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
-from weakref import WeakMethod, ref
+from weakref import WeakMethod, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
+from torch.library import Library
 from torch.nn import Module, Parameter
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     UnquantizedLinearMethod,
@@ -25,10 +32,16 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, read_stored
+from dlp_plugin.engines.rows import Product, pieces_of, product_of
 from dlp_plugin.engines.slices import LazyWeight
+from dlp_plugin.kernels.layout import Layout
+from dlp_plugin.kernels.products import available
 
 __all__ = ["SparseConfig", "SparseLinearMethod", "register"]
 
@@ -43,6 +56,8 @@ Loader = Callable[..., None]
 ShardId = str | int | tuple[int, ...] | None
 Shard = tuple[str, Stored | None]
 """A Linear of the checkpoint: its full name, and how it is stored if it is packed."""
+
+_logger = init_logger(f"vllm.{__name__}")  # a name that vLLM's settings of logging cover
 
 
 def register() -> None:
@@ -77,13 +92,24 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Any GPU: there is no kernel."""
+        """Any GPU: weights are decoded there."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
         """None besides ``config.json``."""
         return []
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> None:
+        """Refuse another ``--quantization`` over a packed checkpoint.
+
+        :raises ValueError: naming both
+        """
+        if hf_quant_cfg["quant_method"] == QUANT_METHOD and user_quant not in (None, QUANT_METHOD):
+            raise _twice(f"--quantization {user_quant}")
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Call the Linears as the model in vLLM does."""
@@ -111,13 +137,19 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
         """How a layer's weights are loaded and applied.
 
         :raises ValueError: if there are packed weights in a layer that is no Linear, such as
-            experts or an output layer
+            experts or an output layer, or in one that vLLM is told to quantize as it loads
         """
         if isinstance(layer, LinearBase):
             shards = self._shards_of(prefix)
-            if any(stored for _, stored in shards):
-                return SparseLinearMethod(shards)
-            return UnquantizedLinearMethod()
+            if not any(stored for _, stored in shards):
+                return UnquantizedLinearMethod()
+            online = self.online_quantization_config
+            if online:
+                # vLLM would take a packed Linear for a dense one, and its own method for ours.
+                online.packed_modules_mapping = self.packed_modules_mapping
+                if online.resolve_quant_method_cls(type(layer), prefix):
+                    raise _twice(f"quantization_config of {prefix}")
+            return SparseLinearMethod(shards)
         for name, (of_checkpoint, _) in self._shards.items():
             if f"{name}.".startswith(f"{prefix}."):
                 raise ValueError(
@@ -135,6 +167,13 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
         return [self._shards.get(name, (name, None)) for name in names]
 
 
+def _twice(asked: str) -> ValueError:
+    return ValueError(
+        f"the checkpoint is packed ({QUANT_METHOD}) and cannot be quantized as it is loaded "
+        f"({asked}): leave that out, or {_UNPACK}"
+    )
+
+
 @register_weight_loader_v2_supported_method  # it has the dense method's weight
 class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     """A Linear of which at least one shard is packed; the others are dense.
@@ -149,10 +188,13 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self._shards = shards
         self._parts: list[dict[str, Tensor]] = [{} for _ in shards]
         self._arrived: set[int] = set()
+        self._taken: dict[int, LazyWeight] | None = {} if current_platform.is_cpu() else None
+        self._rows = 0
 
     def create_weights(self, layer: Any, *args: Any, **attributes: Any) -> None:
         """Make the dense weight, and an empty parameter per part, whose loader gathers."""
         super().create_weights(layer, *args, **attributes)
+        self._rows = len(layer.weight)
         layer.weight.weight_loader = self._dense_loader(layer.weight.weight_loader)
         dtypes = {
             part: dtype
@@ -166,9 +208,9 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything has come, then be as a dense Linear.
+        """Check that everything has come, and make ready what multiplies.
 
-        :raises ValueError: naming the tensors that have not
+        :raises ValueError: naming the tensors that have not, or that are damaged
         """
         missing = [
             f"{name}.{part}"
@@ -182,7 +224,50 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         for part in PARTS:
             if hasattr(layer, part):
                 delattr(layer, part)
+        if self._taken is None:
+            _tell_decoded(f"there are no kernels for {current_platform.device_type}")
+            super().process_weights_after_loading(layer)
+            return
+        # By a number in a tensor, as vLLM keeps compiled graphs from one run to the next.
+        number = next(_numbers)
+        _methods[number] = self
+        layer.register_buffer("packed_number", torch.tensor(number), persistent=False)
+        taken, self._taken = self._taken, {}
+        why = available()
+        # Of the weight that has this mark vLLM asks for the values.
+        if why or getattr(layer, "_cpu_skip_gemm_dispatch", False):
+            if why:
+                _tell_decoded(why)
+            self.product = self._decoded(layer, taken)
+        else:
+            self.product = self._packed(layer, taken)
+
+    def _decoded(self, layer: Any, taken: Mapping[int, LazyWeight]) -> Product:
+        """What multiplies by the dense weight, as vLLM does."""
+        for first, lazy in taken.items():
+            layer.weight.data[first : first + lazy.shape[0]] = lazy.decoded()
         super().process_weights_after_loading(layer)
+        return _product_of(layer)
+
+    def _packed(self, layer: Any, taken: Mapping[int, LazyWeight]) -> Product:
+        """What multiplies by what is stored; shards that are dense are multiplied as such."""
+        weight = layer.weight.data
+        layer.weight = Parameter(weight.new_empty(0), requires_grad=False)
+        pieces = pieces_of(weight, taken)
+        for index, piece in enumerate(pieces):
+            if isinstance(piece, Layout):
+                for name, tensor in piece.tensors.items():
+                    layer.register_buffer(f"packed_{index}_{name}", tensor)
+        return product_of(pieces, _product_of_dense)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias``."""
+        if self._taken is None:
+            found: Tensor = super().apply(layer, x, bias)
+        else:
+            operator = torch.ops.dlp_plugin.vllm_linear
+            found = operator(x, layer.packed_number, self._rows, bias)
+        return found
 
     # What a loader refers to lives as long as vLLM's process: it must not be the layer.
 
@@ -202,7 +287,8 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             parts[part] = tensor.to(weight.device)
             if parts.keys() == stored.part_shapes().keys():
                 self._parts[index] = {}
-                whole = LazyWeight.of(stored, parts, weight.dtype, name)
+                taken = None if stored.dtype == torch.float64 else self._taken  # no kernel
+                whole = LazyWeight.of(stored, parts, weight.dtype, name, taken)
                 weight.weight_loader(weight, whole, *_given(loaded_shard_id))
                 self._arrived.add(index)
 
@@ -238,3 +324,48 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 def _given(shard: ShardId) -> tuple[Any, ...]:
     """What a loader is called with besides: those of layers without shards take no name."""
     return () if shard is None else (shard,)
+
+
+def _tell_decoded(why: str) -> None:
+    _logger.warning_once("Packed weights are decoded to dense ones: %s", why)
+
+
+def _product_of_dense(weight: Tensor) -> Product:
+    layer = Module()
+    layer.weight = Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    product = _product_of(layer)
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        found = product(x, None)  # some of vLLM's want the bias in float32
+        return found if bias is None else found + bias
+
+    return run
+
+
+def _product_of(layer: Any) -> Product:
+    """What vLLM multiplies by the weight of a layer with; it does not hold the layer."""
+    product, weight = layer.cpu_linear, layer.weight
+    return lambda x, bias: product(x, weight, bias)
+
+
+_numbers = count()
+_methods: WeakValueDictionary[int, SparseLinearMethod] = WeakValueDictionary()
+
+
+def _linear(x: Tensor, number: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+    return _methods[int(number)].product(x, bias)
+
+
+def _shape_of_linear(x: Tensor, number: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+_library = Library("dlp_plugin", "FRAGMENT")  # its operators live as long as this does
+direct_register_custom_op(
+    "vllm_linear",
+    _linear,
+    fake_impl=_shape_of_linear,
+    target_lib=_library,
+    dispatch_key="CPU",
+)

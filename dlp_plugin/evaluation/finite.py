@@ -37,8 +37,12 @@ def check_finite(figure: float, what: str, model: torch.nn.Module) -> float:
 
 
 def _broken(model: torch.nn.Module) -> str | None:
-    """The first parameter or buffer that is not finite."""
+    """The first parameter or buffer that is not finite, or weight that is kept packed."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             return name
+    for name, module in model.named_modules():
+        decoded = getattr(module, "decoded", None)
+        if decoded is not None and not decoded().isfinite().all():
+            return f"{name}.weight"
     return None

@@ -31,7 +31,7 @@ from torch.nn.functional import pad
 
 from dlp_plugin.checkpoints.bits import integers_of_words, ones, words_of_integers
 from dlp_plugin.checkpoints.slices import narrow
-from dlp_plugin.checkpoints.sparse_format import broken, checked, decode, encode, values_of
+from dlp_plugin.checkpoints.sparse_format import broken, checked, decode, planes_of, values_of
 from dlp_plugin.checkpoints.stored import Stored
 from dlp_plugin.kernels.joining import joined_parts
 
@@ -130,16 +130,20 @@ def dense(layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
     return decode(layout.spec, _filed(layout), dtype)
 
 
-def parts_of(layout: Layout) -> tuple[Stored, dict[str, Tensor]]:
+def parts_of(layout: Layout, smallest: bool = True) -> tuple[Stored, dict[str, Tensor]]:
     """What a packed file holds of the Linear: :func:`layout_of` turned back.
 
-    Floats are encoded anew, as planes where those are smaller, by way of the dense weight.
+    :param smallest: whether what can be planes is, as :func:`~.sparse_format.encode` has it;
+        otherwise parts are the layout's own memory, but for zero points
     """
-    if layout.spec.kind != "integers":
-        found = encode(dense(layout))
-        if found:
-            return found
-    return layout.spec, _filed(layout)
+    stored, parts = layout.spec, _filed(layout)
+    if smallest and stored.kind == "values" and stored.dtype == torch.bfloat16:
+        planes = planes_of(parts["weight_values"].view(torch.int16))
+        if planes:
+            del parts["weight_values"]
+            table = len(planes["weight_table"])
+            return replace(stored, kind="planes", exponents=table), parts | planes
+    return stored, parts
 
 
 def rows(layout: Layout, first: int, last: int) -> Layout:

@@ -231,7 +231,7 @@ class PruningStage(StockStage):
                 repairs.enter_context(self._reconstruction.around(self._module_names))
             if self.polish:
                 repairs.enter_context(self.polishing(modules))
-            if self.repairs and is_distributed():
+            if is_distributed():
                 dist.barrier()  # all have looked at dense weights, which processes may share
             super().on_sequential_epoch_end(state, event, **kwargs)
             if is_distributed():

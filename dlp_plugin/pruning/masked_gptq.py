@@ -96,9 +96,9 @@ class MaskedGPTQModifier(GPTQModifier):
 
     def _leave_routers(self, model: torch.nn.Module) -> None:
         """Add to ``ignore`` the routers that no target names: engines build them dense."""
-        found = dict(match_named_modules(model, self.resolved_targets, self.ignore))
         if not self.has_config():  # it is of a modifier before, which has set up the modules
             return
+        found = dict(match_named_modules(model, self.resolved_targets, self.ignore))
         if names := left_routers(model, type(self).__name__, self.resolved_targets, found):
             self._written = self.ignore
             self.ignore = [*self.ignore, *names]
@@ -170,9 +170,10 @@ class MaskedGPTQModifier(GPTQModifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Read as it was written again."""
+        done = bool(super().on_finalize(state, **kwargs))
         if self._written is not None:
             self.ignore = self._written
-        return bool(super().on_finalize(state, **kwargs))
+        return done
 
     def _in_quantization_order(self, batch: Sequence[Any], alive: torch.Tensor) -> torch.Tensor:
         """Sort a mask's columns, ``[batch, rows, columns]``, as the host sorts weights."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from dlp_plugin.checkpoints.quantized import quantization_of
+from dlp_plugin.checkpoints.stored import QUANT_METHOD
 from dlp_plugin.recovery.layers import AdapterLayer, adapted_parameter, base_of, unwrapped
 
 # A weight is pruned if at least this share of it is exactly zero: a dense one in bfloat16 may
@@ -32,7 +34,7 @@ def masks_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     :return: full name in the model without peft to bool mask of the weight's shape, True
         where it is alive; the name is the module's (fused experts: the parameter's). A weight
         that is tied stands there once.
-    :raises ValueError: if a weight is on the meta device
+    :raises ValueError: if a weight is on the meta device, or the model keeps its weights packed
     """
     masks = {}
     for weight in weights_of(model):
@@ -67,7 +69,14 @@ def weights_of(model: torch.nn.Module) -> list[Weight]:
     """List all weights that may be pruned, tied ones once; embeddings and norms are none.
 
     :param model: a model, or a ``PeftModel`` around it
+    :raises ValueError: if it keeps its weights packed
     """
+    config = getattr(base_of(model), "config", None)
+    if quantization_of(config).get("quant_method") == QUANT_METHOD:
+        raise ValueError(
+            "the model keeps its weights packed: load it with "
+            "quantization_config=dlp_plugin.SparseConfig(dequantize=True)"
+        )
     modules = list(walk(base_of(model)))
     free = {
         id(value)

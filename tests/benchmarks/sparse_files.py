@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dlp_plugin import SparseConfig
 from dlp_plugin.checkpoints.files import bytes_on_disk
 from dlp_plugin.checkpoints.inspect import zstd_bytes
 from dlp_plugin.checkpoints.packing import pack
@@ -168,9 +169,12 @@ def measured(folder: Path) -> tuple[float, ...]:
 
 
 def load(folder: str) -> None:
-    """Load a model, and print what :func:`measured` reads; 4 bits as bfloat16."""
-    plain = Path(folder).name == "4 bits"
-    again = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if plain else {}
+    """Load a dense model, and print what :func:`measured` reads; 4 bits as bfloat16."""
+    again = {}
+    if folder.endswith("packed"):
+        again = {"quantization_config": SparseConfig(dequantize=True)}
+    elif Path(folder).name == "4 bits":
+        again = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     AutoModelForCausalLM.from_pretrained(SHIPPED)  # what is imported on the way
     before = reset_peak()
     started = time.perf_counter()

@@ -6,7 +6,7 @@ With this folder in PYTHONPATH vLLM finds the plugin beside this file, as it fin
 installed one (``VLLM_PLUGINS=""`` turns it off again)::
 
     PYTHONPATH=tests/engines/avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \\
-        bash tests/run --engines -k vllm
+        DLP_KERNELS=avx2 bash tests/run --engines -k vllm
 """
 
 import torch

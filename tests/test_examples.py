@@ -1,0 +1,93 @@
+"""The examples, run as scripts on the small trained model that the repository ships."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import CALIBRATION_TEXT, ROOT, SHIPPED, TEST_TEXT
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+
+def beginning_of(text: Path, characters: int, file: Path) -> str:
+    file.write_text(text.read_text()[:characters])
+    return str(file)
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> list[str]:
+    """Options of an example that calibrates: a fourth of its samples, a half of the time."""
+    return ["--calibration", beginning_of(CALIBRATION_TEXT, 3_500, tmp_path / "calibration.txt")]
+
+
+@pytest.fixture
+def example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs an example on a short text, into ``tmp_path / "out"``; what it printed."""
+
+    def run_example(name: str, *arguments: str) -> str:
+        test = beginning_of(TEST_TEXT, 30_000, tmp_path / "test.txt")
+        script, output = str(ROOT / "examples" / name), str(tmp_path / "out")
+        short_run = ["--output", output, "--test", test, "--length", "32"]
+        monkeypatch.setattr(sys, "argv", [script, *short_run, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def test_the_job_of_the_readme(example: Callable[..., str], few: list[str], tmp_path: Path) -> None:
+    output = example("prune_and_compare.py", *few)
+    assert "pruned weights that came back with 4 bits: 0" in output
+    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    rows = {row[1]: row[2:5] for line in output.splitlines() if len(row := cells(line)) == 7}
+    assert rows["dense"][0] == "0.0000"
+    refined, packed = rows["DLP, alpha auto, refined"], rows["the same + W4A16"]
+    assert refined == rows["the same, loaded"]
+    loaded = rows["the same + W4A16, loaded"]
+    assert packed[0] == loaded[0]
+    # where the processor has no bfloat16, scales were float32 until they were saved
+    assert float(packed[1]) == pytest.approx(float(loaded[1]), rel=1e-3)
+    assert packed[0] >= refined[0] >= "0.69"
+    best = rows["the best, loaded"]
+    assert best[0] >= "0.69"
+    assert float(best[1]) < float(refined[1]) < float(rows["uniform"][1])
+
+
+def test_the_same_on_a_model_that_groups_of_128_do_not_fit(
+    example: Callable[..., str], few: list[str], tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(SHIPPED)
+    config.update({"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "model")
+    output = example("prune_and_compare.py", str(tmp_path / "model"), *few)
+    assert "pruned weights that came back with 4 bits: 0" in output
+    for folder in ("w4a16", "best"):
+        saved = AutoConfig.from_pretrained(tmp_path / "out" / folder).quantization_config
+        (group,) = saved["config_groups"].values()
+        assert group["weights"]["group_size"] == 32
+
+
+def test_recovery(example: Callable[..., str], few: list[str]) -> None:
+    wanda = str(ROOT / "recipes" / "dlp_wanda.yaml")
+    settings = ["--steps", "12", "--rate", "2e-3", "--recipe", wanda]
+    output = example("recover_with_lora.py", *few, "--train", str(CALIBRATION_TEXT), *settings)
+    rows = {row[1]: row[2:4] for line in output.splitlines() if len(row := cells(line)) == 6}
+    values = {name: float(value) for name, (value, _) in rows.items()}
+    lost = {name: lost for name, (_, lost) in rows.items()}
+    assert int(lost["LoRA: merge_and_unload"].replace(",", "")) > 2_000_000
+    for name in ("LoRA: sparse_merge", "LoRA, masked: sparse_merge", "all weights, masked"):
+        assert lost[name] == "0"
+        assert values["dense"] < values[name] < values["pruned"]
+    assert lost["LoRA, masked: sparse_merge, W4A16"] == "0"
+    trained, merged = values["LoRA, masked: trained"], values["LoRA, masked: sparse_merge"]
+    assert merged == pytest.approx(trained, rel=2e-3)  # in bf16; the unmasked one is far off:
+    assert values["LoRA: sparse_merge"] > 1.01 * values["LoRA: trained"]
+
+
+def cells(line: str) -> list[str]:
+    """Cells of a row of a table that rich drew."""
+    return [cell.strip() for cell in line.split("│")]
