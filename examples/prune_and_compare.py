@@ -21,7 +21,9 @@ from rich.table import Table
 from dlp_plugin import last_plans, pack
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost, zstd_bytes
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
+from dlp_plugin.cli.speed import speed_table
 from dlp_plugin.comparison.results import quantizing
+from dlp_plugin.comparison.speeds import cache_bytes, speeds
 from dlp_plugin.comparison.storing import group_size_of
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import (
@@ -55,6 +57,18 @@ def sparsity_of(model: torch.nn.Module) -> float:
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     zeros = sum(int((linear.weight == 0).sum()) for linear in linears)
     return zeros / sum(linear.weight.numel() for linear in linears)
+
+
+def show_speed(folder: Path, console: Console) -> None:
+    """What zeros gain in time and memory, where weights are read from memory at all."""
+    size, cache = inspect_checkpoint(folder).bytes_on_disk, cache_bytes() or 0
+    if size < 2 * cache:
+        console.print(
+            f"speed: not measured, as these {size / 1e6:.0f} MB lie in the processor's cache of "
+            f"{cache / 1e6:.0f} MB, where zeros gain nothing; on a larger model: dlp-plugin speed"
+        )
+    else:
+        console.print(speed_table(speeds(folder), folder.name))
 
 
 def main() -> None:
@@ -131,6 +145,7 @@ def main() -> None:
 
     console.print(sizes)
     console.print(f"pruned weights that came back with 4 bits: {lost}")
+    show_speed(pruned, console)
     console.print(f"saved in {arguments.output}: pruned/, w4a16/, best/, plan.json, plan.png")
 
 

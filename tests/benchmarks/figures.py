@@ -149,6 +149,20 @@ def sparse_files(parts: Parts) -> dict[str, str]:
     return values
 
 
+def inference(parts: Parts) -> dict[str, str]:
+    values = {}
+    for part in INFERENCE:
+        results = parts.results(f"inference: {part}")
+        names = list(dict.fromkeys(name for found in results.values() for name in found if name))
+        rows = [
+            [row, *(f"{found[n]:.4g}" if n in found else "" for n in names)]
+            for row, found in results.items()
+            if set(found) & set(names)
+        ]
+        values[f"inference {part}"] = table(["", *names], rows)
+    return values
+
+
 def gradient(parts: Parts) -> dict[str, str]:
     rows = [
         [name, f"{found['divergence']:.3f}", f"{found['tokens']:,}"]
@@ -359,6 +373,7 @@ ALL: Sequence = (
     main_command,
     comparisons,
     sparse_files,
+    inference,
     search,
     gradient,
     four_bits,

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 SIZE = 4096
-COPIES = 16  # of a matrix, 0.8 GB in bfloat16
+COPIES = 16  # of a matrix, 0.5 GB in bfloat16
 ROUNDS = 7
 LLAMA = {
     "vocab_size": 32000,
@@ -179,7 +179,7 @@ def in_transformers(folder: Path, models: Models, batches: list[int], threads: i
     found: Figures = {}
     for bits, sparsity in models:
         packed = random_llama(folder, sparsity, bits)
-        both = speeds(packed, prompt=512, tokens=16, batches=batches, threads=threads)
+        both = speeds(packed, prompt=128, tokens=12, batches=batches, threads=threads, rounds=1)
         dense, sparse = both["dense"], both["sparse"]
         found[f"{bits} bits, {sparsity:.0%}"] = {
             "load": dense.load / sparse.load,
