@@ -149,6 +149,16 @@ def sparse_files(parts: Parts) -> dict[str, str]:
     return values
 
 
+INFERENCE = (
+    "linear, avx512, one thread",
+    "linear, avx2, one thread",
+    "transformers, avx512, 2 threads",
+    "transformers, avx2, 2 threads",
+    "real, avx512, 2 threads",
+    "vllm, avx512, 2 threads",
+)
+
+
 def inference(parts: Parts) -> dict[str, str]:
     values = {}
     for part in INFERENCE:

@@ -27,7 +27,7 @@ from loguru import logger
 from record import add, here
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 SIZE = 4096
@@ -195,27 +195,38 @@ def in_transformers(folder: Path, models: Models, batches: list[int], threads: i
 
 
 def real(model: Path) -> Figures:
-    """Perplexity and greedy text of a pruned real model, sparse beside dense."""
-    from dlp_plugin.checkpoints.loading import load_dense, load_stored, load_tokenizer
+    """Perplexity and greedy text of a pruned real model in float32, sparse beside dense."""
+    from dlp_plugin import WandaPruningModifier
+    from dlp_plugin.checkpoints.loading import (
+        apply_recipe,
+        load_dense,
+        load_stored,
+        load_tokenizer,
+    )
     from dlp_plugin.checkpoints.packing import pack
     from dlp_plugin.evaluation.perplexity import perplexity
-    from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
+    from dlp_plugin.evaluation.text import (
+        beginning,
+        calibrate_on,
+        calibration_set,
+        read_tokens,
+        token_windows,
+    )
 
     tokenizer = load_tokenizer(model)
     tokens = read_tokens(TEST_TEXT, tokenizer)
-    windows = token_windows(tokens[: 64 * 256], 256, beginning(tokenizer))
+    windows = token_windows(tokens[: 32 * 256], 256, beginning(tokenizer))
     found: Figures = {}
     with tempfile.TemporaryDirectory() as place:
-        for sparsity in (0.5, 0.7):
+        for sparsity in (0.5,):
             source, packed = Path(place) / "source", Path(place) / f"{sparsity}"
-            one = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-            for name, module in one.named_modules():
-                if isinstance(module, torch.nn.Linear) and "layers" in name:
-                    module.weight.data = pruned(module.weight.data, sparsity)
-            one.save_pretrained(source)
-            tokenizer.save_pretrained(source)
+            stage = WandaPruningModifier(
+                sparsity=sparsity, targets=["Linear"], ignore=["re:.*lm_head"]
+            )
+            calibration = calibrate_on(calibration_set(tokens[64 * 256 :], 256, 16), tokenizer)
+            apply_recipe(model, stage, source, **calibration)
             pack(source, packed)
-            dense, sparse = load_dense(packed), load_stored(packed)
+            dense, sparse = (load(packed).to(torch.float32) for load in (load_dense, load_stored))
             values = [perplexity(each, windows) for each in (dense, sparse)]
             same, gaps = greedy(dense, sparse, windows[:20])
             found[f"{sparsity:.0%}"] = {
