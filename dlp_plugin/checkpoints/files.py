@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 __all__ = [
     "INDEX",
+    "WEIGHTS",
     "bytes_on_disk",
     "check_weight_files",
     "copy_others",
@@ -30,19 +31,11 @@ __all__ = [
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# Endings of files with weights in whatever format, and with the names of their tensors
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".index.json",
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"),
+    *(".onnx", ".onnx_data"),
 )
+"""Endings of files with weights, in whatever format."""
 # Where transformers saves the chat templates of a tokenizer that has several.
 _TEMPLATES = "additional_chat_templates"
 
@@ -87,7 +80,7 @@ def copy_others(source: Path, target: Path, but: Collection[str] = ()) -> None:
     :param but: names of files to leave out, ``config.json`` besides
     """
     for path in source.iterdir():
-        if path.name.endswith(_WEIGHTS) or path.name in ("config.json", *but):
+        if path.name.endswith((*WEIGHTS, ".index.json")) or path.name in ("config.json", *but):
             continue
         if path.is_file():
             shutil.copy(path, target)

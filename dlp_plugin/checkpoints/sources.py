@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dlp_plugin.checkpoints.files import WEIGHTS
 from dlp_plugin.checkpoints.trust import trusts_remote_code
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "model_class",
 ]
 
-_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"]
 
 _REMEDIES = {
     "model": "fetch or save it again",
@@ -98,7 +98,7 @@ def local_folder(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     with fetching(name, "model"):
-        return Path(snapshot_download(str(name), ignore_patterns=_WEIGHTS))
+        return Path(snapshot_download(str(name), ignore_patterns=[f"*{each}" for each in WEIGHTS]))
 
 
 @contextmanager
