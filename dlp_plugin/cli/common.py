@@ -29,6 +29,7 @@ __all__ = [
     "MaskStructure",
     "Model",
     "Samples",
+    "Seed",
     "Split",
     "Targets",
     "TestSplit",
@@ -79,6 +80,10 @@ Column = Annotated[
 ]
 Samples = Annotated[
     int, typer.Option(min=1, help="Calibration samples, spread evenly over the text.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Draws the samples at random in place of spreading them evenly."),
 ]
 Targets = Annotated[
     list[str] | None,
@@ -137,6 +142,7 @@ def calibration_arguments(
     column: str,
     length: int | None,
     samples: int,
+    seed: int | None,
 ) -> dict[str, Any]:
     """Arguments of llm-compressor's ``oneshot()`` that say what to calibrate on.
 
@@ -156,11 +162,13 @@ def calibration_arguments(
 
     length = checked_length(model, length)
     tokenizer = load_tokenizer(model)
-    # A file is read whole, so that its samples spread over it; a dataset as far as needed.
-    limit = None if Path(data).is_file() else samples * length
+    # A file is read whole, so that its samples spread over it; a dataset as far as needed, and
+    # farther where there is something to draw from.
+    wanted = samples * length * (1 if seed is None else 8)
+    limit = None if Path(data).is_file() else wanted
     tokens = read_tokens(data, tokenizer, config=config, split=split, column=column, limit=limit)
     check_vocabulary(max(tokens), load_config(model).get_text_config().vocab_size, model)
-    dataset = calibration_set(tokens, length, samples, beginning(tokenizer))
+    dataset = calibration_set(tokens, length, samples, beginning(tokenizer), seed)
     if is_distributed():
         dataset = dataset.shard(num_shards=dist.get_world_size(), index=dist.get_rank())
     return calibrate_on(dataset, tokenizer)

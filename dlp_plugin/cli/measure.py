@@ -18,6 +18,7 @@ from dlp_plugin.cli.common import (
     Length,
     Model,
     Samples,
+    Seed,
     Split,
     Targets,
     TestSplit,
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from dlp_plugin.comparison.results import Cell, Comparison
 
 __all__ = ["compare", "ppl", "zero_shot"]
+
+TaskFolder = Annotated[
+    Path | None, typer.Option(help="Folder with YAML files of tasks of your own.")
+]
 
 
 def ppl(
@@ -81,9 +86,7 @@ def zero_shot(
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Choices at a time.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.")] = None,
-    task_folder: Annotated[
-        Path | None, typer.Option(help="Folder with YAML files of tasks of your own.")
-    ] = None,
+    task_folder: TaskFolder = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -174,6 +177,22 @@ def compare(
     ] = False,
     refine: Annotated[int, typer.Option(min=1, help="Steps, for `-refined`.")] = 16,
     evolve: Annotated[int, typer.Option(min=1, help="Generations, for `-evolved`.")] = 40,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Accuracy too, as by `dlp-plugin zero-shot`: tasks, with commas."),
+    ] = None,
+    task_folder: TaskFolder = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions per task, the first ones; or all.")
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows of the test text, spread evenly over it; or all."),
+    ] = None,
+    test_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per window of the test text; by default as `--length`."),
+    ] = None,
     write_recipe: Annotated[
         Path | None, typer.Option(help="YAML file to write the best recipe to.")
     ] = None,
@@ -189,9 +208,10 @@ def compare(
     test_split: TestSplit = None,
     samples: Samples = 128,
     length: Length = None,
+    seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Compare methods, sparsities, pruners and bits on a model, by perplexity and bytes.
+    """Compare methods, sparsities, pruners and bits: perplexity, accuracy and bytes.
 
     Blocks are scored once for all methods; a run that was interrupted goes on when the
     command is repeated. The folder gets results.json, table.md, perplexity.png,
@@ -204,7 +224,13 @@ def compare(
         from dlp_plugin.comparison.pictures import draw
         from dlp_plugin.comparison.run import compare as run
         from dlp_plugin.comparison.view import markdown, table
-        from dlp_plugin.evaluation.text import beginning, read_tokens, token_windows
+        from dlp_plugin.comparison.yardstick import Yardstick
+        from dlp_plugin.evaluation.text import (
+            beginning,
+            evenly_spread,
+            read_tokens,
+            token_windows,
+        )
         from dlp_plugin.files import check_writable, replacing
         from dlp_plugin.planning.view import check_drawable
 
@@ -212,8 +238,11 @@ def compare(
         aims, best_at = _targets(sparsities, sparsity)
         if write_recipe is not None:
             check_writable(write_recipe)
-        calibration = calibration_arguments(model, data, config, split, column, length, samples)
-        tokenizer, length = calibration["tokenizer"], calibration["max_seq_length"]
+        calibration = calibration_arguments(
+            model, data, config, split, column, length, samples, seed
+        )
+        tokenizer = calibration["tokenizer"]
+        test_length = checked_length(model, test_length or calibration["max_seq_length"])
         tokens = read_tokens(
             test,
             tokenizer,
@@ -222,10 +251,17 @@ def compare(
             usual_split="test",
             column=column,
         )
+        cut = token_windows(tokens, test_length, beginning(tokenizer))
+        yardstick = Yardstick(
+            cut if windows is None else evenly_spread(cut, windows),
+            tasks.split(",") if tasks else (),
+            questions,
+            task_folder,
+        )
         found = run(
             model,
             calibration,
-            token_windows(tokens, length, beginning(tokenizer)),
+            yardstick,
             output,
             methods=methods.split(","),
             sparsities=aims,

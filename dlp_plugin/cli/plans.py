@@ -16,6 +16,7 @@ from dlp_plugin.cli.common import (
     MaskStructure,
     Model,
     Samples,
+    Seed,
     Split,
     Targets,
     TrustRemoteCode,
@@ -74,6 +75,7 @@ def score(
     column: Column = "text",
     samples: Samples = 128,
     length: Length = None,
+    seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a model's blocks and write the plan; the model stays as it is.
@@ -99,7 +101,9 @@ def score(
             ignore=ignore or [],
             plan_path=str(output),
         )
-        calibration = calibration_arguments(model, data, config, split, column, length, samples)
+        calibration = calibration_arguments(
+            model, data, config, split, column, length, samples, seed
+        )
         apply_recipe(model, modifier, **calibration)
         assert modifier.plan is not None
         if first:

@@ -18,6 +18,7 @@ from dlp_plugin.cli.common import (
     Length,
     Model,
     Samples,
+    Seed,
     Split,
     TrustRemoteCode,
     calibration_arguments,
@@ -41,6 +42,7 @@ def oneshot(
     column: Column = "text",
     samples: Samples = 128,
     length: Length = None,
+    seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Prune (and quantize) a model by a recipe and save it.
@@ -60,7 +62,9 @@ def oneshot(
 
         check_vacant(output)
         check_recipe(recipe)
-        calibration = calibration_arguments(model, data, config, split, column, length, samples)
+        calibration = calibration_arguments(
+            model, data, config, split, column, length, samples, seed
+        )
         if pack:
             from dlp_plugin.checkpoints.packing import pack as write_packed
 

@@ -72,12 +72,14 @@ class Plain(BaseModel):
 
     :param perplexity: as it is, or quantized
     :param bytes: size of its weights on disk
+    :param accuracy: task to the share of its questions that were answered rightly
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     perplexity: float
     bytes: int
+    accuracy: dict[str, float] = Field(default_factory=dict)
 
 
 class Cell(BaseModel):
@@ -95,6 +97,7 @@ class Cell(BaseModel):
         where that is smaller; None where it was not asked for
     :param memory: bytes that were held at once meanwhile, as
         :func:`~dlp_plugin.comparison.memory.peak` counts them; None where that is not known
+    :param accuracy: task to the share of its questions that were answered rightly
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -108,6 +111,7 @@ class Cell(BaseModel):
     bits: int = 16
     bytes: int | None = None
     memory: int | None = None
+    accuracy: dict[str, float] = Field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -126,6 +130,8 @@ class Comparison(BaseModel):
 
     :param subject: what the figures hold for: model, data, device, package versions
     :param dense: perplexity of the dense model
+    :param accuracy: its accuracy, by task
+    :param questions: of every task, the first ones; None for all
     :param plans: full name of a method (for some pruners another, see :meth:`plan_name`) to
         target to plan
     :param decided: likewise to the seconds that the plan took, once the blocks were scored
@@ -139,6 +145,8 @@ class Comparison(BaseModel):
 
     subject: dict[str, str]
     dense: float | None = None
+    accuracy: dict[str, float] = Field(default_factory=dict)
+    questions: int | None = None
     plans: dict[str, dict[str, Plan]] = Field(default_factory=dict)
     decided: dict[str, dict[str, float]] = Field(default_factory=dict)
     cells: list[Cell] = Field(default_factory=list)

@@ -49,9 +49,9 @@ from dlp_plugin.comparison.names import (
 from dlp_plugin.comparison.planning import PlanningModifier
 from dlp_plugin.comparison.results import Cell, Comparison, Plain, quantizing, recipe_of
 from dlp_plugin.comparison.storing import group_size_of, smaller
+from dlp_plugin.comparison.yardstick import Yardstick
 from dlp_plugin.evaluation.causal import check_causal
 from dlp_plugin.evaluation.finite import check_finite
-from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.files import check_writable, reserved
 from dlp_plugin.planning.plan import Plan, package_versions
 from dlp_plugin.precision import is_native
@@ -65,7 +65,7 @@ __all__ = ["compare"]
 def compare(
     model: str,
     calibration: Mapping[str, Any],
-    windows: Sequence[torch.Tensor],
+    yardstick: Yardstick,
     folder: str | Path,
     *,
     methods: Sequence[str],
@@ -86,8 +86,7 @@ def compare(
     :param model: a causal language model, as ``oneshot()`` takes it: a folder or an id on the hub
     :param calibration: ``oneshot()``'s arguments that say what to calibrate on, with a
         ``dataset`` of token ids
-    :param windows: test text, int64 ``[tokens]`` each, as
-        :func:`dlp_plugin.evaluation.text.token_windows` cuts it
+    :param yardstick: what is measured
     :param methods: as :func:`~dlp_plugin.comparison.names.contender_named` takes them
     :param sparsities: targets as :func:`~dlp_plugin.comparison.names.target_named` takes them
     :param pruners: as :func:`~dlp_plugin.comparison.names.pruner_named` takes them
@@ -111,19 +110,25 @@ def compare(
     ways = {pruner_named(pruner).way for pruner in pruners}
     path = Path(folder) / "results.json"
     check_prunable(model)
-    subject = _subject(model, calibration, windows)
+    tasks = yardstick.names()
+    subject = _subject(model, calibration, yardstick.windows)
     group_size = group_size_of(model, scope.ignore) if min(widths) < 16 else None
-    bench = _Bench(model, calibration, windows, sizes or widths != [16])
+    bench = _Bench(model, calibration, yardstick, tasks, sizes or widths != [16])
     path.parent.mkdir(parents=True, exist_ok=True)
     with reserved(path):
         check_writable(path)
-        found = _taken_up(path, subject, scope)
+        found = _taken_up(path, subject, scope, yardstick)
         found.group_size = group_size or found.group_size
         if not math.isfinite(found.dense or math.nan):
             dense = _placed(load_to_prune(model)[0])
             check_causal(dense, "compare measures perplexity")
-            value = perplexity(dense, windows)
+            value = yardstick.perplexity(dense)
             found.dense = check_finite(value, f"the perplexity of {model}", dense)
+            _let_go(dense)
+            found.save(path)
+        if missing := [task for task in tasks if task not in found.accuracy]:
+            dense = _placed(load_to_prune(model)[0])
+            found.accuracy |= yardstick.accuracy(dense, calibration["tokenizer"], missing)
             _let_go(dense)
             found.save(path)
         wanted = {
@@ -133,12 +138,12 @@ def compare(
         }
         bench.plan(found, wanted, path)
         for width in widths:
-            if bench.sizes and width not in found.plain:
+            if bench.sizes and bench.lacks(found.plain.get(width)):
                 found.plain[width] = bench.plain(found, width)
                 found.save(path)
             for pruner, target, method in product(dict.fromkeys(pruners), targets, contenders):
                 before = found.cell(method, target, pruner, width)
-                if before is None or (bench.sizes and before.bytes is None):
+                if bench.lacks(before):
                     cell = bench.cell(found, method, target, pruner, width)
                     found.cells = [*(each for each in found.cells if each is not before), cell]
                     found.save(path)
@@ -155,8 +160,15 @@ class _Bench:
 
     model: str
     calibration: Mapping[str, Any]
-    windows: Sequence[torch.Tensor]
+    yardstick: Yardstick
+    tasks: Sequence[str]
     sizes: bool
+
+    def lacks(self, measured: Cell | Plain | None) -> bool:
+        """Whether something is asked for that an earlier run did not measure."""
+        if measured is None or (self.sizes and measured.bytes is None):
+            return True
+        return not set(self.tasks) <= set(measured.accuracy)
 
     def plan(
         self,
@@ -196,16 +208,15 @@ class _Bench:
         reset_peak()
         started = time.perf_counter()
         if self.sizes:
-            value, achieved, size = self._stored(recipe, plan, found.scope)
+            measured, size = self._stored(recipe, plan, found.scope)
         else:
             pruned = apply_recipe(self.model, recipe, **self.calibration)
-            (value, achieved), size = _measured(pruned, self.windows, plan, found.scope), None
+            measured, size = self._measured(pruned, plan, found.scope), None
         return Cell(
             method=method,
             target=target,
             pruner=pruner,
-            perplexity=value,
-            achieved=achieved,
+            **measured,
             seconds=time.perf_counter() - started,
             bits=bits,
             bytes=size,
@@ -215,22 +226,37 @@ class _Bench:
     def plain(self, found: Comparison, bits: int) -> Plain:
         """The model that is not pruned."""
         if bits < 16:
-            value, _, size = self._stored(quantizing(bits, found.group_size, found.scope))
-            return Plain(perplexity=value, bytes=size)
+            measured, size = self._stored(quantizing(bits, found.group_size, found.scope))
+            del measured["achieved"]
+            return Plain(**measured, bytes=size)
         with TemporaryDirectory() as folder:
             load_dense(self.model).save_pretrained(folder)
-            return Plain(perplexity=found.dense or math.nan, bytes=bytes_on_disk(Path(folder)))
+            size = bytes_on_disk(Path(folder))
+        return Plain(perplexity=found.dense or math.nan, bytes=size, accuracy=found.accuracy)
 
     def _stored(
         self, recipe: str, plan: Plan | None = None, scope: Scope = EVERY
-    ) -> tuple[float, float, int]:
-        """Perplexity, sparsity and bytes of what a recipe makes, from disk."""
+    ) -> tuple[dict[str, Any], int]:
+        """What a recipe makes, measured as :meth:`_measured` does, from disk; and its bytes."""
         with TemporaryDirectory() as folder:
             saved = Path(folder) / "saved"
             _let_go(apply_recipe(self.model, recipe, output=saved, **self.calibration))
             kept = smaller(saved)
             stored, _ = load_to_prune(kept)
-            return *_measured(stored, self.windows, plan, scope), bytes_on_disk(kept)
+            return self._measured(stored, plan, scope), bytes_on_disk(kept)
+
+    def _measured(
+        self, model: Any, plan: Plan | None = None, scope: Scope = EVERY
+    ) -> dict[str, Any]:
+        """Perplexity, accuracy, and sparsity of what a plan prunes, of a model that is used up."""
+        model = _placed(remove_dispatch(model))  # oneshot() leaves it to visit the GPU at every use
+        value = self.yardstick.perplexity(model)
+        tasks = self.tasks if math.isfinite(value) else ()  # a wreck scores no choice
+        accuracy = self.yardstick.accuracy(model, self.calibration["tokenizer"], tasks)
+        accuracy |= dict.fromkeys(set(self.tasks) - set(tasks), math.nan)
+        achieved = _achieved(model, plan, scope)
+        _let_go(model)
+        return {"perplexity": value, "achieved": achieved, "accuracy": accuracy}
 
 
 def _targets(sparsities: Iterable[float | str]) -> list[str]:
@@ -243,12 +269,8 @@ def _targets(sparsities: Iterable[float | str]) -> list[str]:
     return sorted({target_named(one) for one in sparsities}, key=rank)
 
 
-def _measured(
-    model: Any, windows: Sequence[torch.Tensor], plan: Plan | None = None, scope: Scope = EVERY
-) -> tuple[float, float]:
-    """Perplexity, and sparsity of what a plan prunes, of a model that is used up."""
-    model = _placed(remove_dispatch(model))  # oneshot() leaves it to visit the GPU at every use
-    value = perplexity(model, windows)
+def _achieved(model: Any, plan: Plan | None, scope: Scope) -> float:
+    """Sparsity of what a plan prunes."""
     blocks = [] if plan is None else [block.name for block in plan.blocks]
     dense = {*unnamed_routers(model, scope.targets), *([] if plan is None else plan.unseen)}
     pruned = [
@@ -257,9 +279,7 @@ def _measured(
         if isinstance(module, torch.nn.Linear) and outer_block(name, blocks) and name not in dense
     ]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
-    achieved = zeros / max(sum(weight.numel() for weight in pruned), 1)
-    _let_go(model)
-    return value, achieved
+    return zeros / max(sum(weight.numel() for weight in pruned), 1)
 
 
 def _placed(model: Any) -> Any:
@@ -298,10 +318,12 @@ def _named(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _taken_up(path: Path, subject: dict[str, str], scope: Scope) -> Comparison:
+def _taken_up(
+    path: Path, subject: dict[str, str], scope: Scope, yardstick: Yardstick
+) -> Comparison:
     """What an earlier run left, if it is of the same subject."""
     if not path.exists():
-        return Comparison(subject=subject, scope=scope)
+        return Comparison(subject=subject, scope=scope, questions=yardstick.questions)
     try:
         found = Comparison.model_validate_json(path.read_text())
     except ValueError:
@@ -310,6 +332,10 @@ def _taken_up(path: Path, subject: dict[str, str], scope: Scope) -> Comparison:
         ) from None
     differing = [key for key in subject if found.subject.get(key) != subject[key]]
     differing += ["targets and ignore"] if found.scope != scope else []
+    if yardstick.tasks:
+        if found.accuracy and found.questions != yardstick.questions:
+            differing.append("questions per task")
+        found.questions = yardstick.questions
     if differing:
         raise ValueError(
             f"{path.parent} holds a comparison that differs in: {', '.join(differing)}; name "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 
 from rich.markup import escape
@@ -13,17 +14,23 @@ __all__ = ["markdown", "table", "verdicts"]
 
 
 def table(found: Comparison) -> Table:
-    """Perplexity and its ratio to dense for the terminal (rich), the best in bold."""
+    """Perplexity and its ratio to dense for the terminal (rich), the best in bold.
+
+    With tasks, the mean of their accuracies too.
+    """
     model = escape(found.subject["model"])
     caption = [f"in brackets: times the dense model's, {found.dense:.4f}", *verdicts(found)]
+    if found.accuracy:
+        caption.insert(1, f"acc: mean accuracy; the dense model's is {_mean(found.accuracy)}")
     table = Table(title=f"Perplexity of {model}", caption="\n".join(caption))
     targets = found.values("target")
     hidden = _hidden(found)
     for column in ("pruner", "bits", "method", *targets):
         if column not in hidden:
             table.add_column(column, justify="right" if column in targets else "left")
-        if column in targets and "MB" not in hidden:
-            table.add_column("MB", justify="right")
+        if column in targets:
+            for more in [each for each in ("acc", "MB") if each not in hidden]:
+                table.add_column(more, justify="right")
     for pruner, bits in product(found.values("pruner"), found.values("bits")):
         table.add_section()
         for method in found.values("method"):
@@ -31,6 +38,7 @@ def table(found: Comparison) -> Table:
             for target in targets:
                 cell = found.cell(method, target, pruner, bits)
                 row += [_entry(found, cell)]
+                row += [] if "acc" in hidden else [_mean(cell.accuracy if cell else {})]
                 row += [] if "MB" in hidden else [_megabytes(cell)]
             table.add_row(*row)
     return table
@@ -50,8 +58,21 @@ def _is_best(found: Comparison, cell: Cell) -> bool:
 
 def _hidden(found: Comparison) -> list[str]:
     """Columns that would say nothing."""
-    bits = ["bits"] if found.values("bits") == [16] else []
-    return bits + (["MB"] if found.values("bytes") == [None] else [])
+    hidden = ["bits"] if found.values("bits") == [16] else []
+    hidden += ["MB"] if found.values("bytes") == [None] else []
+    return hidden + ([] if found.accuracy else ["acc"])
+
+
+def _mean(accuracy: Mapping[str, float]) -> str:
+    return f"{sum(accuracy.values()) / len(accuracy):.3f}" if accuracy else ""
+
+
+def _accuracies(found: Comparison, accuracy: Mapping[str, float]) -> dict[str, str]:
+    """Columns of tasks and of their mean."""
+    if not accuracy:
+        return {}
+    tasks = {task: accuracy[task] for task in found.accuracy if task in accuracy}
+    return {task: f"{value:.3f}" for task, value in tasks.items()} | {"acc": _mean(tasks)}
 
 
 def _megabytes(measured: Cell | Plain | None) -> str:
@@ -62,16 +83,18 @@ def _megabytes(measured: Cell | Plain | None) -> str:
 def markdown(found: Comparison) -> str:
     """All figures as a table in Markdown, the best at each sparsity in bold."""
     names = ["pruner", "target", "bits", "method"]
-    figures = ["strength", "perplexity", "ratio", "MB", "zeros", "to decide", "seconds", "peak MB"]
-    rows = [
-        {"perplexity": f"{found.dense:.4f}", "ratio": "1", "MB": _megabytes(found.plain.get(16))}
-    ]
+    figures = ["strength", "perplexity", "ratio", *found.accuracy, "acc", "MB", "zeros"]
+    figures += ["to decide", "seconds", "peak MB"]
+    whole = {"perplexity": f"{found.dense:.4f}", "ratio": "1"}
+    whole |= _accuracies(found, found.accuracy)
+    rows = [whole | {"MB": _megabytes(found.plain.get(16))}]
     rows += [
         {
             "bits": str(bits),
             "perplexity": f"{plain.perplexity:.4f}",
             "ratio": f"{found.ratio(plain):.3f}",
             "MB": _megabytes(plain),
+            **_accuracies(found, plain.accuracy),
         }
         for bits, plain in found.plain.items()
         if bits < 16
@@ -89,6 +112,7 @@ def markdown(found: Comparison) -> str:
             "strength": f"{found.plan(cell.method, cell.target, cell.pruner).strength:g}",
             "perplexity": f"**{value}**" if _is_best(found, cell) else value,
             "ratio": f"{found.ratio(cell):.3f}",
+            **_accuracies(found, cell.accuracy),
             "MB": _megabytes(cell),
             "zeros": f"{cell.achieved:.4f}",
             "to decide": "" if decided is None else f"{decided:.1f}",

@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dlp_plugin.evaluation.sources import read_pieces
 
-__all__ = ["beginning", "calibrate_on", "calibration_set", "read_tokens", "token_windows"]
+__all__ = [
+    "beginning",
+    "calibrate_on",
+    "calibration_set",
+    "evenly_spread",
+    "read_tokens",
+    "token_windows",
+]
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -110,8 +117,18 @@ def token_windows(
     return [window for window in windows if len(window) > 1]
 
 
+def evenly_spread(windows: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """Some of a text's windows, in its order; all of them if it has no more than ``count``."""
+    count = min(count, len(windows))
+    return [windows[i * len(windows) // count] for i in range(count)]
+
+
 def calibration_set(
-    token_ids: Sequence[int], length: int, samples: int, first: int | None = None
+    token_ids: Sequence[int],
+    length: int,
+    samples: int,
+    first: int | None = None,
+    seed: int | None = None,
 ) -> Dataset:
     """Full windows of a token stream, evenly spread over it, as ``oneshot()`` takes them.
 
@@ -119,6 +136,7 @@ def calibration_set(
     :param length: tokens per sample, at least 2, ``first`` included
     :param first: token that every sample begins with, as :func:`beginning` finds it
     :param samples: how many, at least 1; fewer (with a log line) if the text is short
+    :param seed: draws the samples at random, each once, in place of spreading them evenly
     :return: rows of ``input_ids`` and ``attention_mask``
     :raises ValueError: if the text does not fill one window, or ``samples`` is below 1
     """
@@ -132,8 +150,10 @@ def calibration_set(
     windows = [w for w in token_windows(token_ids, length, first) if len(w) == length]
     if len(windows) < samples:
         logger.warning("The text gives {} samples instead of {}", len(windows), samples)
-        samples = len(windows)
-    chosen = [windows[i * len(windows) // samples].tolist() for i in range(samples)]
+    if seed is not None:
+        drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+        windows = [windows[place] for place in drawn[:samples]]
+    chosen = [window.tolist() for window in evenly_spread(windows, samples)]
     return Dataset.from_dict(
         {"input_ids": chosen, "attention_mask": [[1] * length for _ in chosen]}
     )

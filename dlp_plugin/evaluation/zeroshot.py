@@ -21,7 +21,7 @@ from dlp_plugin.evaluation.vocabulary import check_tokens
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-__all__ = ["TASK_SETS", "zero_shot"]
+__all__ = ["TASK_SETS", "load_tasks", "zero_shot"]
 
 TASK_SETS = {
     "paper7": (
@@ -73,13 +73,9 @@ def zero_shot(
     for name, number in {"batch_size": batch_size, "limit": limit}.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    try:
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError(
-            "zero-shot accuracy needs lm-evaluation-harness: pip install 'dlp_plugin[eval]'"
-        ) from error
+    loaded = load_tasks(tasks, task_folder)
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
 
     class Checked(HFLM):  # type: ignore[misc]
         """Tells of scores that no choice can be made by, of which the harness makes one."""
@@ -91,18 +87,6 @@ def zero_shot(
                     score, f"the log-probability of a choice by {model.name_or_path}", model
                 )
             return scores
-
-    names = _names(tasks)
-    set_seed(SEED)
-    loaded = _manager(names, task_folder).load(names)["tasks"]
-    for name, task in loaded.items():
-        if "acc" not in task.aggregation():
-            raise ValueError(
-                f"task {name} is not measured by accuracy but by "
-                f"{', '.join(task.aggregation())}; leave it out"
-            )
-        task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(SEED)
 
     few = perplexity(model, [torch.arange(1, 5)])
     if math.isnan(few):  # told now, as evaluating takes long
@@ -134,6 +118,37 @@ def zero_shot(
     }
     mean = sum(result["acc"] for result in results.values()) / len(results)
     return {**results, "mean": {"acc": mean}}
+
+
+def load_tasks(tasks: str | Sequence[str], task_folder: str | Path | None = None) -> dict[str, Any]:
+    """Tasks of lm-evaluation-harness by name, sets and groups spelled out, without examples.
+
+    Python's, numpy's and torch's global seeds are set. Arguments are those of
+    :func:`zero_shot`.
+
+    :raises ImportError: if lm-evaluation-harness is not installed
+    :raises ValueError: if a task is unknown, has no accuracy, or its questions cannot be read
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "zero-shot accuracy needs lm-evaluation-harness: pip install 'dlp_plugin[eval]'"
+        ) from error
+
+    names = _names(tasks)
+    set_seed(SEED)
+    manager = _manager(names, task_folder)
+    loaded: dict[str, Any] = manager.load(names)["tasks"]
+    for name, task in loaded.items():
+        if "acc" not in task.aggregation():
+            raise ValueError(
+                f"task {name} is not measured by accuracy but by "
+                f"{', '.join(task.aggregation())}; leave it out"
+            )
+        task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(SEED)
+    return loaded
 
 
 def _names(tasks: str | Sequence[str]) -> list[str]:
