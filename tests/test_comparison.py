@@ -27,6 +27,7 @@ from dlp_plugin.comparison import view
 from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison, recipe_of
 from dlp_plugin.comparison.run import compare
+from dlp_plugin.comparison.yardstick import Yardstick
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import calibrate_on, calibration_set, read_tokens, token_windows
 
@@ -62,7 +63,9 @@ def compared(
     def run(folder: Path, methods: str, *sparsities: float, **changes: Any) -> Comparison:
         settings = {"methods": methods.split(","), "sparsities": sparsities, **changes}
         data = settings.pop("calibration", calibration)
-        return compare(str(source), data, settings.pop("windows", windows), folder, **settings)
+        return compare(
+            str(source), data, Yardstick(settings.pop("windows", windows)), folder, **settings
+        )
 
     return run
 

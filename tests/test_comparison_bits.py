@@ -24,6 +24,7 @@ from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison, Plain
 from dlp_plugin.comparison.run import compare
 from dlp_plugin.comparison.storing import group_size_of
+from dlp_plugin.comparison.yardstick import Yardstick
 from dlp_plugin.evaluation.perplexity import perplexity
 
 WINDOWS = [torch.tensor(row) for row in random_samples(4, seed=1)["input_ids"]]
@@ -60,7 +61,7 @@ def calibration() -> dict[str, Any]:
 
 def compared(model: str, calibration: dict[str, Any], folder: Path, **settings: Any) -> Comparison:
     settings = {"methods": ["uniform"], "sparsities": [0.5], **settings}
-    return compare(model, calibration, WINDOWS, folder, **settings)
+    return compare(model, calibration, Yardstick(WINDOWS), folder, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -207,12 +208,12 @@ def test_of_two_into_one_folder_the_second_is_told(
     assert [cell.method for cell in found.cells] == ["uniform", "dlp:0.15"]
 
 
-@pytest.mark.parametrize("bits", ["3", "many", 32, ""])
+@pytest.mark.parametrize("bits", ["5", "many", 32, ""])
 def test_bits_are_checked_before_any_work(
     model: str, calibration: dict[str, Any], tmp_path: Path, bits: int | str
 ) -> None:
-    assert [bits_named(each) for each in (4, " 8", "16")] == [4, 8, 16]
-    with pytest.raises(ValueError, match=f"bits: {bits!r} is none of 4, 8 and 16"):
+    assert [bits_named(each) for each in (4, " 8", "16", 3)] == [4, 8, 16, 3]
+    with pytest.raises(ValueError, match=f"bits: {bits!r} is none of 4 and 8, of 16"):
         compared(model, calibration, tmp_path / "new", bits=[16, bits])
     assert not (tmp_path / "new").exists()
 

@@ -11,7 +11,13 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from dlp_plugin.evaluation.perplexity import perplexity
-from dlp_plugin.evaluation.text import beginning, calibration_set, read_tokens, token_windows
+from dlp_plugin.evaluation.text import (
+    beginning,
+    calibration_set,
+    evenly_spread,
+    read_tokens,
+    token_windows,
+)
 
 
 def test_windows_do_not_overlap_and_the_last_may_be_short() -> None:
@@ -25,6 +31,17 @@ def test_calibration_samples_are_spread_evenly() -> None:
     assert [row["input_ids"][0] for row in rows] == [0, 25, 50, 75]
     assert rows[0] == {"input_ids": [0, 1, 2, 3, 4], "attention_mask": [1] * 5}
     assert len(calibration_set(range(100), 30, 8)) == 3  # as many as the text fills
+    assert evenly_spread(list("abcdefgh"), 3) == ["a", "c", "f"]
+    assert evenly_spread(["a"], 3) == ["a"]
+
+
+def test_a_seed_draws_calibration_samples() -> None:
+    def begins(seed: int) -> list[int]:
+        return [row["input_ids"][0] for row in calibration_set(range(100), 5, 6, seed=seed)]
+
+    assert begins(1) == begins(1) != begins(2)
+    assert set(begins(1)) < set(range(0, 100, 5))
+    assert len(set(begins(1))) == 6
 
 
 @pytest.mark.parametrize(

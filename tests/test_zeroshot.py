@@ -260,6 +260,6 @@ class TestMistakesAreToldBeforeAnyEvaluation:
     def test_the_extra_is_missing(
         self, model: LlamaForCausalLM, tokenizer: object, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+        monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
         with pytest.raises(ImportError, match=r"pip install 'dlp_plugin\[eval\]'"):
             zero_shot(model, tokenizer, "boolq")

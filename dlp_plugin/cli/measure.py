@@ -166,7 +166,7 @@ def compare(
         str,
         typer.Option(
             help="With commas: `16` as the checkpoint has them; `4`, `8` by GPTQ that keeps the "
-            "zeros, and of the model that is not pruned too."
+            "zeros, and of the model that is not pruned too; `3`, `2` of that model alone."
         ),
     ] = "16",
     sizes: Annotated[

@@ -16,6 +16,7 @@ from dlp_plugin.search.decide import COMPENSATED, REPAIRED, Search, where_to_sea
 
 __all__ = [
     "EVERY",
+    "FEWEST",
     "PRUNERS",
     "Contender",
     "Pruner",
@@ -35,6 +36,9 @@ PRUNERS = {
     "admm": "ADMMPruningModifier",
     "magnitude": "OneShotMagnitudeModifier",
 }
+FEWEST = 4
+"""Bits of a weight that an engine multiplies; with fewer a model is measured, but not pruned."""
+
 # What a pruner's name may end in, to the fields that it stands for.
 _REPAIRS: dict[str, dict[str, Any]] = {
     "-polished": {"polish": True},
@@ -194,15 +198,15 @@ def _method(name: str, strength: str) -> Method:
 
 
 def bits_named(bits: int | str) -> int:
-    """How many bits a weight shall have: 4, 8, or 16 for those of the checkpoint.
+    """How many bits a weight shall have: 2, 3, 4, 8, or 16 for those of the checkpoint.
 
     :raises ValueError: if it is none of these
     """
     text = str(bits).strip()
-    if text not in ("4", "8", "16"):
+    if text not in ("2", "3", "4", "8", "16"):
         raise ValueError(
-            f"bits: {bits!r} is none of 4, 8 and 16, which leaves weights as the checkpoint has "
-            "them"
+            f"bits: {bits!r} is none of 4 and 8, of 16, which leaves weights as the checkpoint has "
+            "them, and of 3 and 2, for the model that is not pruned"
         )
     return int(text)
 

@@ -15,7 +15,7 @@ from dlp_plugin.planning.view import check_drawable
 __all__ = ["draw"]
 
 _LINES = {16: "-", 8: "--", 4: ":"}
-_MARKS = {16: "*", 8: "s", 4: "D"}
+_MARKS = {16: "*", 8: "s", 4: "D", 3: "^", 2: "v"}
 
 
 def draw(found: Comparison, folder: str | Path) -> None:
@@ -68,6 +68,9 @@ def _bytes(found: Comparison, axes: Any, pruner: str) -> None:
         style = {"color": "black", "linestyle": "", "marker": _MARKS[bits], "markersize": 9}
         label = _named("dense", bits)
         axes.plot([plain.bytes / 1e6], [plain.perplexity], label=label, zorder=3, **style)
+    best = [(size / 1e6, value) for size, value in found.frontier()]
+    drawn = {"color": "lightgray", "linewidth": 6, "zorder": 0, "drawstyle": "steps-post"}
+    axes.plot(*zip(*best, strict=True), label="best for the bytes", **drawn)
     axes.set(title=pruner, xlabel="megabytes", yscale="log")
 
 

@@ -11,7 +11,15 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field
 
-from dlp_plugin.comparison.names import EVERY, Scope, Way, plan_name, pruner_named, target_of
+from dlp_plugin.comparison.names import (
+    EVERY,
+    FEWEST,
+    Scope,
+    Way,
+    plan_name,
+    pruner_named,
+    target_of,
+)
 from dlp_plugin.files import replacing
 from dlp_plugin.planning.methods import METHODS
 from dlp_plugin.planning.plan import Plan
@@ -50,16 +58,21 @@ def recipe_of(
 
 
 def quantizing(bits: int, group_size: int, scope: Scope = EVERY) -> str:
-    """The YAML recipe that only quantizes; arguments as in :func:`recipe_of`."""
+    """The YAML recipe that only quantizes; arguments as in :func:`recipe_of`.
+
+    Below 4 bits weights have groups of 32, zero points, and scales of the least squared error.
+    """
     modifiers = _quantizers(bits, group_size, scope)
     return _yaml({"quantization_stage": {"quantization_modifiers": modifiers}})
 
 
 def _quantizers(bits: int, group_size: int, scope: Scope) -> dict[str, Any]:
-    weights = {"num_bits": bits, "strategy": "group", "group_size": group_size}
+    weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": group_size}
+    if bits < FEWEST:  # with the settings of 4 bits nothing is left of a model
+        weights |= {"group_size": 32, "symmetric": False, "observer": "mse"}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     preset = {"scheme": f"W{bits}A16", "targets": ["Linear"]}
-    chosen = preset if group_size == 128 else {"config_groups": groups}
+    chosen = preset if group_size == 128 and bits >= FEWEST else {"config_groups": groups}
     return {"MaskedGPTQModifier": {**chosen, "ignore": [*_HEAD, *scope.ignore]}}
 
 
@@ -216,6 +229,16 @@ class Comparison(BaseModel):
                 f"no perplexity at {cells[0].target} is finite, so none is the best: prune less, "
                 "or with another pruner"
             )
+        return best
+
+    def frontier(self) -> list[tuple[int, float]]:
+        """Bytes and perplexity of every model that none of those as small betters, by bytes."""
+        sized: list[Cell | Plain] = [*self.cells, *self.plain.values()]
+        points = [(one.bytes, one.perplexity) for one in sized if one.bytes is not None]
+        best: list[tuple[int, float]] = []
+        for size, value in sorted(points):
+            if math.isfinite(value) and (not best or value < best[-1][1]):
+                best.append((size, value))
         return best
 
     def recipe(self, target: str | None = None) -> str:

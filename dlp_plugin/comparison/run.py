@@ -36,6 +36,7 @@ from dlp_plugin.checkpoints.loading import (
 from dlp_plugin.comparison.memory import peak, reset_peak
 from dlp_plugin.comparison.names import (
     EVERY,
+    FEWEST,
     Contender,
     Scope,
     Way,
@@ -91,7 +92,8 @@ def compare(
     :param sparsities: targets as :func:`~dlp_plugin.comparison.names.target_named` takes them
     :param pruners: as :func:`~dlp_plugin.comparison.names.pruner_named` takes them
     :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` takes them; below 16, where
-        GPTQ that keeps the zeros quantizes, the model that is not pruned is measured too
+        GPTQ that keeps the zeros quantizes, the model that is not pruned is measured too, and
+        below 4 that one alone
     :param sizes: whether bytes on disk are recorded where all is at 16 bits too; what is
         measured then is what is stored
     :param refine: steps of the gradient, for the methods that are refined
@@ -141,6 +143,8 @@ def compare(
             if bench.sizes and bench.lacks(found.plain.get(width)):
                 found.plain[width] = bench.plain(found, width)
                 found.save(path)
+            if width < FEWEST:
+                continue
             for pruner, target, method in product(dict.fromkeys(pruners), targets, contenders):
                 before = found.cell(method, target, pruner, width)
                 if bench.lacks(before):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dlp_plugin.evaluation.finite import check_finite
@@ -130,7 +131,7 @@ def load_tasks(tasks: str | Sequence[str], task_folder: str | Path | None = None
     :raises ValueError: if a task is unknown, has no accuracy, or its questions cannot be read
     """
     try:
-        import lm_eval  # noqa: F401
+        from lm_eval.tasks import TaskManager  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "zero-shot accuracy needs lm-evaluation-harness: pip install 'dlp_plugin[eval]'"
@@ -139,7 +140,15 @@ def load_tasks(tasks: str | Sequence[str], task_folder: str | Path | None = None
     names = _names(tasks)
     set_seed(SEED)
     manager = _manager(names, task_folder)
-    loaded: dict[str, Any] = manager.load(names)["tasks"]
+    loaded: dict[str, Any] = {}
+    for name in names:
+        try:
+            loaded |= manager.load([name])["tasks"]
+        except (OSError, DatasetGenerationError) as error:
+            raise ValueError(
+                f"the questions of task {name} cannot be read ({error}): they are looked for where "
+                "its YAML file says, seen from the current folder"
+            ) from None
     for name, task in loaded.items():
         if "acc" not in task.aggregation():
             raise ValueError(
