@@ -1,4 +1,4 @@
-"""The benchmarks' page against what was measured: no figure on it is typed by hand."""
+"""The benchmarks' pages against what was measured: no figure on it is typed by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_page_is_what_was_measured(page: ModuleType) -> None:
     parts = page.Parts(BENCHMARKS / "results")
-    assert (BENCHMARKS / "README.md").read_text() == page.page(parts), ANEW
+    for path, text in page.pages(parts).items():
+        assert path.read_text() == text, ANEW
 
 
 def test_so_is_the_main_table_of_the_readme(page: ModuleType) -> None:
@@ -64,8 +65,8 @@ def test_a_command_on_the_page_runs_as_it_was_run(page: ModuleType) -> None:
 def test_what_is_measured_and_not_shown_is_an_error(page: ModuleType) -> None:
     parts = page.Parts(BENCHMARKS / "results")
     parts["another"] = parts["samples"]
-    with pytest.raises(ValueError, match="not on the page: another, from another"):
-        page.page(parts)
+    with pytest.raises(ValueError, match="on no page: another, from another"):
+        page.pages(parts)
 
 
 def test_a_part_in_two_files_is_an_error(page: ModuleType, tmp_path: Path) -> None:

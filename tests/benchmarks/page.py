@@ -1,9 +1,9 @@
-"""Writes README.md beside this file, and the main table of the README, from results/*.json.
+"""Writes README.md and appendix.md beside this file, and the main table of the README.
 
     python tests/benchmarks/page.py
 
-The text is page.md's, with places ``{{...}}`` for what was measured. Every figure stands in a
-file of ``results/``, and every part of those files stands on the page;
+The text is that of page.md and appendix_page.md, with places ``{{...}}`` for what was measured.
+Every figure stands in a file of ``results/``, and every part of those files on one of the pages;
 ``tests/test_benchmarks_page.py`` holds both to it. Standard library only.
 """
 
@@ -14,33 +14,36 @@ import figures
 from layout import Parts, wrapped
 
 HERE = Path(__file__).parent
-PAGE = HERE / "README.md"
+PAGES = {"README.md": "page.md", "appendix.md": "appendix_page.md"}
 README = HERE.parents[1] / "README.md"
 PLACE = re.compile(r"\{\{([^}]+)\}\}")
 MAIN = re.compile(r"(?<=<!-- written by tests/benchmarks/page.py -->\n).*?(?=<!-- end -->)", re.S)
 
 
-def page(parts: Parts) -> str:
-    """The page.
+def pages(parts: Parts) -> dict[Path, str]:
+    """Both pages.
 
-    :raises KeyError: if what page.md asks for was not measured
-    :raises ValueError: if page.md leaves something out that was
+    :raises KeyError: if what they ask for was not measured
+    :raises ValueError: if they leave something out that was
     """
-    text = (HERE / "page.md").read_text()
+    texts = {HERE / page: (HERE / text).read_text() for page, text in PAGES.items()}
     values = {name: value for write in figures.ALL for name, value in write(parts).items()}
     values |= {f"from {name}": parts.whence(name) for name in parts}
-    titles = re.findall(r"^## (.*)$", text, re.M)
-    values["contents"] = "\n".join(f"- [{title}](#{anchor(title)})" for title in titles)
-    asked = set(PLACE.findall(text))
+    for name, text in zip(("contents", "appendix contents"), texts.values(), strict=True):
+        titles = re.findall(r"^## (.*)$", text, re.M)
+        values[name] = "\n".join(f"- [{title}](#{anchor(title)})" for title in titles)
+    asked = set(PLACE.findall("".join(texts.values())))
     needless = {"from search, blind"}  # of one commit with what it is compared with
     if left := {*values} - asked - needless | {*parts} - parts.shown:
-        raise ValueError(f"measured, but not on the page: {', '.join(sorted(left))}")
-    blocks = (filled(block, values) for block in text.split("\n\n"))
-    return "\n\n".join(blocks)
+        raise ValueError(f"measured, but on no page: {', '.join(sorted(left))}")
+    return {
+        page: "\n\n".join(filled(block, values) for block in text.split("\n\n"))
+        for page, text in texts.items()
+    }
 
 
 def filled(block: str, values: dict[str, str]) -> str:
-    """A block of page.md with its places filled; a paragraph is wrapped anew."""
+    """A block of a page with its places filled; a paragraph is wrapped anew."""
     found = PLACE.sub(lambda place: values[place[1]], block)
     return found if block.startswith("{{") or found == block else wrapped(found)
 
@@ -57,7 +60,8 @@ def with_main_table(readme: str, parts: Parts) -> str:
 
 def main() -> None:
     parts = Parts(HERE / "results")
-    PAGE.write_text(page(parts))
+    for page, text in pages(parts).items():
+        page.write_text(text)
     README.write_text(with_main_table(README.read_text(), parts))
 
 

@@ -125,7 +125,8 @@ def slimmed(comparison: dict[str, Any]) -> dict[str, Any]:
         for method, plans in comparison["plans"].items()
         if any(plan["search"] for plan in plans.values())
     }
-    kept = {key: comparison[key] for key in ("subject", "dense", "cells")}
+    measured = ("subject", "dense", "accuracy", "questions", "plain", "cells")
+    kept = {key: comparison[key] for key in measured if key in comparison}
     decided = comparison.get("decided", {})
     return kept | {"strengths": strengths, "searches": searches, "decided": decided}
 

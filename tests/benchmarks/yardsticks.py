@@ -1,0 +1,142 @@
+"""A real model by the field's yardsticks: what page.md says of it. Standard library only."""
+
+from collections.abc import Iterator
+from statistics import mean
+from typing import Any
+
+from cells import method_name, pruner_name
+from layout import Parts, bullets, number, percent, span, table
+
+CHANCE = {"arc_easy": 0.25, "piqa": 0.5, "lambada": 0.0}
+TASKS = {"arc_easy": "ARC easy", "piqa": "PIQA", "lambada": "LAMBADA"}
+MAIN = "yardsticks"
+
+
+def kept(accuracy: dict[str, float], dense: dict[str, float]) -> float:
+    """What a model has above chance of what the dense one has, of the mean of the tasks."""
+    chance = mean(CHANCE.values())
+    return (mean(accuracy[t] for t in CHANCE) - chance) / (mean(dense[t] for t in CHANCE) - chance)
+
+
+def named(cell: dict[str, Any]) -> str:
+    bits = f", {cell['bits']} bits" if cell["bits"] < 16 else ""
+    return f"{pruner_name(cell['pruner'])}, {method_name(cell['method'])}{bits}"
+
+
+def yardsticks(parts: Parts) -> dict[str, str]:
+    found = parts.results(MAIN)
+    dense, accuracy = found["dense"], found["accuracy"]
+    columns = ["perplexity", "to dense", *TASKS.values(), "kept", "MB", "seconds"]
+
+    def figures(one: dict[str, Any]) -> list[str]:
+        return [
+            number(one["perplexity"]),
+            f"{one['perplexity'] / dense:.2f}",
+            *(f"{one['accuracy'][task]:.3f}" for task in TASKS),
+            percent(kept(one["accuracy"], accuracy)),
+            f"{one['bytes'] / 1e6:.0f}",
+            f"{one['seconds']:.0f}" if "seconds" in one else "",
+        ]
+
+    tables = []
+    for target in sorted({cell["target"] for cell in found["cells"]}):
+        cells = [cell for cell in found["cells"] if cell["target"] == target]
+        cells.sort(key=lambda cell: -cell["perplexity"])
+        rows = [[named(cell), *figures(cell)] for cell in cells]
+        tables.append(table([percent(target), *columns], rows))
+    plain = [
+        ["dense" if bits == "16" else f"dense, {bits} bits", *figures(one)]
+        for bits, one in found["plain"].items()
+    ]
+    return {
+        "yardsticks dense": table(["", *columns], plain),
+        "yardsticks tables": "\n\n".join(tables),
+        "yardsticks remarks": bullets([*_asked(found), *_dlp(found)]),
+    }
+
+
+def _asked(found: dict[str, Any]) -> Iterator[str]:
+    """What the best pipeline keeps at every sparsity."""
+    for target in sorted({cell["target"] for cell in found["cells"]}):
+        cells = [c for c in found["cells"] if c["target"] == target and c["bits"] == 16]
+        best = min(cells, key=lambda cell: cell["perplexity"])
+        yield (
+            f"At {percent(target)} the least perplexity is that of {named(best)}: "
+            f"{best['perplexity'] / found['dense']:.2f} times dense; it keeps "
+            f"{percent(kept(best['accuracy'], found['accuracy']))} of what dense has above chance."
+        )
+
+
+def _dlp(found: dict[str, Any]) -> Iterator[str]:
+    """Where DLP's plan beats the uniform one."""
+    values = {(c["pruner"], c["target"], c["method"]): c for c in found["cells"] if c["bits"] == 16}
+    for name in ("dlp:0.15", "owl:0.08", "dlp:0.15 refined 16"):
+        ratios = [
+            cell["perplexity"] / values[pruner, target, "uniform"]["perplexity"]
+            for (pruner, target, method), cell in values.items()
+            if method == name and (pruner, target, "uniform") in values
+        ]
+        if ratios:
+            yield (
+                f"{method_name(name)} is better than uniform in {sum(r < 1 for r in ratios)} of "
+                f"{len(ratios)} pairs; {span(ratios)} of its perplexity."
+            )
+
+
+def seeds(parts: Parts) -> dict[str, str]:
+    """The same rows over other calibration samples."""
+    runs = [parts.results(name) for name in parts if name.startswith(f"{MAIN}, seed")]
+    runs.insert(0, parts.results(MAIN))
+    keys = [
+        {(c["target"], c["pruner"], c["method"], c["bits"]): c["perplexity"] for c in run["cells"]}
+        for run in runs
+    ]
+    rows = []
+    for key in keys[0]:
+        values = [found[key] for found in keys if key in found]
+        if len(values) == len(runs):
+            target, pruner, method, _ = key
+            name = f"{percent(target)}, {pruner_name(pruner)}, {method_name(method)}"
+            spread = f"{(max(values) - min(values)) / mean(values):.1%}".replace("%", " %")
+            rows.append([name, *map(number, values), number(mean(values)), spread])
+    names = ["evenly spread", *(f"seed {place}" for place in range(1, len(runs)))]
+    return {"yardsticks seeds": table(["", *names, "mean", "range to mean"], rows)}
+
+
+def tokens(parts: Parts) -> dict[str, str]:
+    """Perplexity over the number and length of calibration samples."""
+    runs = {}
+    for name in parts:
+        if name.startswith("tokens, "):
+            samples, length = map(int, name.removeprefix("tokens, ").split(" x "))
+            runs[samples, length] = parts.results(name)["cells"]
+    # The table above has the samples that all others are compared with.
+    target = next(iter(runs.values()))[0]["target"]
+    runs[64, 512] = [c for c in parts.results(MAIN)["cells"] if c["target"] == target]
+    order = sorted(runs, key=lambda one: (one[0] * one[1], one[1]))
+    kinds: dict[tuple[str, str], dict[tuple[int, int], dict[str, Any]]] = {}
+    for size, cells in runs.items():
+        for cell in cells:
+            if cell["bits"] == 16:
+                kinds.setdefault((cell["pruner"], cell["method"]), {})[size] = cell
+    rows = []
+    for (pruner, method), found in kinds.items():
+        if len(found) > 1:
+            name = f"{pruner_name(pruner)}, {method_name(method)}"
+            rows.append([name, *(_of(found.get(size)) for size in order)])
+    names = [f"{samples} x {length:,}" for samples, length in order]
+    return {"tokens table": table([percent(target), *names], rows)}
+
+
+def _of(cell: dict[str, Any] | None) -> str:
+    return "" if cell is None else number(cell["perplexity"])
+
+
+def few_bits(parts: Parts) -> dict[str, str]:
+    """Dense models of few bits, quantized in several ways."""
+    dense = parts.results(MAIN)["dense"]
+    rows = [
+        [name, number(one["perplexity"]), f"{one['perplexity'] / dense:.2f}", f"{one['MB']:.0f}"]
+        for name, one in parts.results("few bits").items()
+    ]
+    return {"few bits table": table(["", "perplexity", "to dense", "MB"], rows)}
