@@ -47,6 +47,18 @@ def test_oneshot_prunes_saves_and_shows(pruned: tuple[Path, str]) -> None:
         assert (weight == 0).double().mean().item() == pytest.approx(block.sparsity, abs=0.01)
 
 
+def test_oneshot_at_another_sparsity_than_the_recipe_s(tmp_path: Path) -> None:
+    """By the names that llm-compressor's own scripts have for these options."""
+    recipe = ROOT / "recipes" / "uniform_wanda.yaml"
+    data = ["--dataset", CALIBRATE[1], "--num-calibration-samples", 4, "--max-seq-length", 32]
+    folder = tmp_path / "pruned"
+    chosen = ["--recipe", recipe, "--sparsity", 0.4, "--output-dir", folder]
+    command("oneshot", SHIPPED, *chosen, *data)
+    weight = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert (weight == 0).double().mean().item() == pytest.approx(0.4, abs=0.01)
+    assert "sparsity: 0.4" in (folder / "recipe.yaml").read_text()
+
+
 def test_inspect_counts_blocks_or_linears(pruned: tuple[Path, str]) -> None:
     folder, _ = pruned
     output = command("inspect", folder).output
@@ -206,9 +218,16 @@ def test_ppl_is_the_library_s(tmp_path: Path) -> None:
 
 def test_zero_shot_shows_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"boolq": {"acc": 0.5, "acc_stderr": 0.0625}, "mean": {"acc": 0.5, "acc_norm": 0.25}}
-    monkeypatch.setattr("dlp_plugin.evaluation.zeroshot.zero_shot", lambda *_, **__: found)
+    asked = []
+
+    def measure(model: object, tokenizer: object, tasks: list[str], **_: object) -> dict:
+        asked.extend(tasks)
+        return found
+
+    monkeypatch.setattr("dlp_plugin.evaluation.zeroshot.zero_shot", measure)
     file = tmp_path / "found.json"
-    output = command("zero-shot", SHIPPED, "boolq", "--output", file).output
+    output = command("zero-shot", SHIPPED, "boolq,rte", "piqa", "--output", file).output
+    assert asked == ["boolq", "rte", "piqa"]
     assert re.search(r"boolq +│ 0\.5000 ± 0\.0625 │ +│", output)
     assert re.search(r"mean +│ +0\.5000 │ +0\.2500 │", output)
     assert json.loads(file.read_text()) == found

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 
-from dlp_plugin.modifiers.recipe import check_recipe
+from dlp_plugin.modifiers.recipe import check_recipe, with_sparsity
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
@@ -48,3 +49,12 @@ def test_what_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"recipe\.yaml is no UTF-8 text"):
         check_recipe(tmp_path / "recipe.yaml")
+
+
+def test_another_sparsity_wherever_one_is_stated(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TWICE.replace("0.5}\n    Wanda", "0.5}\n    Magnitude") + "args: {a: 1}\n")
+    stage = yaml.safe_load(with_sparsity(path, 0.6))["pruning_stage"]["pruning_modifiers"]
+    assert [fields["sparsity"] for fields in stage.values()] == [0.6, 0.6]
+    with pytest.raises(ValueError, match=r"sparsity: 0\.6 has no place in .*w4a16\.yaml"):
+        with_sparsity(ROOT / "recipes" / "w4a16.yaml", 0.6)

@@ -64,22 +64,40 @@ Model = Annotated[str, typer.Argument(help="A model id on the hub, or a local fo
 Data = Annotated[
     str,
     typer.Option(
+        "--data",
+        "--dataset",
         help="A text, a data file (.jsonl, .csv, .parquet ...), a folder of such, or a dataset as "
         "`datasets.load_dataset` knows it.",
         show_default=False,
     ),
 ]
 Config = Annotated[
-    str | None, typer.Option(help="The dataset's configuration, e.g. `wikitext-2-raw-v1`.")
+    str | None,
+    typer.Option(
+        "--config",
+        "--dataset-config-name",
+        help="The dataset's configuration, e.g. `wikitext-2-raw-v1`.",
+    ),
 ]
 _SPLIT = "The dataset's split; not needed for a file, or a folder of one split."
 Split = Annotated[str | None, typer.Option(help=_SPLIT, show_default="train")]
 TestSplit = Annotated[str | None, typer.Option(help=_SPLIT, show_default="test")]
 Column = Annotated[
-    str, typer.Option(help="The dataset's column of texts, or of chats for the chat template.")
+    str,
+    typer.Option(
+        "--column",
+        "--text-column",
+        help="The dataset's column of texts, or of chats for the chat template.",
+    ),
 ]
 Samples = Annotated[
-    int, typer.Option(min=1, help="Calibration samples, spread evenly over the text.")
+    int,
+    typer.Option(
+        "--samples",
+        "--num-calibration-samples",
+        min=1,
+        help="Calibration samples, spread evenly over the text.",
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -106,6 +124,8 @@ MaskStructure = Annotated[
 Length = Annotated[
     int | None,
     typer.Option(
+        "--length",
+        "--max-seq-length",
         min=2,
         help="Tokens per sample or window; by default what the model can take, at most 2048.",
     ),

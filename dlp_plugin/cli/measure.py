@@ -82,7 +82,10 @@ def ppl(
 def zero_shot(
     model: Model,
     tasks: Annotated[
-        list[str], typer.Argument(help="Tasks of lm-evaluation-harness, or the set `paper7`.")
+        list[str],
+        typer.Argument(
+            help="Tasks of lm-evaluation-harness, with commas or spaces, or the set `paper7`."
+        ),
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Choices at a time.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.")] = None,
@@ -95,6 +98,7 @@ def zero_shot(
     `paper7` is what the pruning papers report: BoolQ, RTE, HellaSwag, WinoGrande, ARC
     easy and challenge, OpenbookQA; and the mean. Needs `pip install 'dlp_plugin[eval]'`.
     """
+    asked = [task for one in tasks for task in one.split(",") if task]
     with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
         from dlp_plugin.evaluation.zeroshot import zero_shot as measure
@@ -105,7 +109,7 @@ def zero_shot(
         found = measure(
             load_model(model),
             load_tokenizer(model),
-            tasks,
+            asked,
             batch_size=batch_size,
             limit=limit,
             task_folder=task_folder,

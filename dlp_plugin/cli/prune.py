@@ -35,7 +35,14 @@ def oneshot(
     model: Model,
     recipe: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A YAML recipe.")],
     data: Data,
-    output: Annotated[Path, typer.Option(help="Folder to save the model in; new or empty.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "--output-dir", help="Folder to save the model in; new or empty."),
+    ],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="In place of the sparsity that the recipe states."),
+    ] = None,
     pack: Annotated[bool, typer.Option("--pack", help="Save it in the sparse format.")] = False,
     config: Config = None,
     split: Split = None,
@@ -57,11 +64,12 @@ def oneshot(
     ):
         from dlp_plugin import last_plans
         from dlp_plugin.checkpoints.loading import apply_recipe
-        from dlp_plugin.modifiers.recipe import check_recipe
+        from dlp_plugin.modifiers.recipe import check_recipe, with_sparsity
         from dlp_plugin.planning.view import table
 
         check_vacant(output)
         check_recipe(recipe)
+        chosen = str(recipe) if sparsity is None else with_sparsity(recipe, sparsity)
         calibration = calibration_arguments(
             model, data, config, split, column, length, samples, seed
         )
@@ -73,7 +81,7 @@ def oneshot(
             with exit_on_sigterm(), place as room:
                 saved, packed = Path(room) / "saved", Path(room) / "packed"
                 saved.parent.mkdir(exist_ok=True)
-                apply_recipe(model, str(recipe), saved, **calibration)
+                apply_recipe(model, chosen, saved, **calibration)
                 if first:
                     try:
                         write_packed(saved, packed)
@@ -85,7 +93,7 @@ def oneshot(
                         file.rename(file.parents[1] / file.name)
                     packed.rmdir()
         else:
-            apply_recipe(model, str(recipe), output, **calibration)
+            apply_recipe(model, chosen, output, **calibration)
         if first:
             for plan in last_plans():
                 console.print(table(plan))

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-__all__ = ["check_recipe"]
+__all__ = ["check_recipe", "with_sparsity"]
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
@@ -51,6 +51,31 @@ def check_recipe(path: str | Path) -> None:
         for group, modifiers in _named(groups, "_modifiers", f"{path}: {stage}"):
             for name, fields in _named(modifiers, "Modifier", f"{path}: {stage}.{group}"):
                 _named(fields, "", f"{path}: {stage}.{group}.{name}")
+
+
+def with_sparsity(path: str | Path, sparsity: float) -> str:
+    """A recipe with another sparsity in every modifier that states one.
+
+    :param path: of a file that :func:`check_recipe` has passed
+    :return: the recipe as YAML
+    :raises ValueError: if none states one
+    """
+    content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    stated = [
+        fields
+        for stage in (stage for key, stage in content.items() if key != "args")
+        for modifiers in stage.values()
+        for fields in modifiers.values()
+        if "sparsity" in fields
+    ]
+    if not stated:
+        raise ValueError(
+            f"sparsity: {sparsity} has no place in {path}, where no modifier states one: give its "
+            "pruning stage sparsity: 0.5, which is then replaced"
+        )
+    for fields in stated:
+        fields["sparsity"] = sparsity
+    return str(yaml.safe_dump(content, sort_keys=False, width=100))
 
 
 def _named(content: Any, ending: str, where: str) -> list[tuple[str, Any]]:
