@@ -12,12 +12,13 @@ from dlp_plugin.planning.allocation import check_sparsity
 from dlp_plugin.planning.methods import Method, method_of, options
 from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
-from dlp_plugin.search.decide import COMPENSATED, REPAIRED, Search, where_to_search
+from dlp_plugin.pruning import admm, calibrated, magnitude  # noqa: F401 (which declare stages)
+from dlp_plugin.pruning.base import PruningStage, declared
+from dlp_plugin.search.decide import Search, where_judged, where_to_search
 
 __all__ = [
     "EVERY",
     "FEWEST",
-    "PRUNERS",
     "Contender",
     "Pruner",
     "Scope",
@@ -30,12 +31,6 @@ __all__ = [
     "target_of",
 ]
 
-PRUNERS = {
-    "wanda": "WandaPruningModifier",
-    "sparsegpt": "SparseGPTModifier",
-    "admm": "ADMMPruningModifier",
-    "magnitude": "OneShotMagnitudeModifier",
-}
 FEWEST = 4
 """Bits of a weight that an engine multiplies; with fewer a model is measured, but not pruned."""
 
@@ -76,21 +71,23 @@ EVERY = Scope()
 class Pruner:
     """A pruning stage that takes part.
 
-    :param modifier: its class
+    :param kind: its class
     :param fields: those that differ from their defaults
     """
 
-    modifier: str
+    kind: type[PruningStage]
     fields: Mapping[str, Any]
+
+    @property
+    def modifier(self) -> str:
+        """What recipes call it."""
+        return self.kind.__name__
 
     @property
     def way(self) -> Way:
         """How plans for it are judged."""
-        easier = {PRUNERS["sparsegpt"]: COMPENSATED, PRUNERS["admm"]: REPAIRED}
-        return Way(
-            self.modifier == PRUNERS["magnitude"],
-            REPAIRED if self.fields else easier.get(self.modifier, 0.0),
-        )
+        repairs = bool(self.fields) or self.kind.model_fields["polish"].default
+        return Way(self.kind.by_magnitude, where_judged(self.kind.compensates, repairs))
 
 
 def plan_name(method: str, way: Way) -> str:
@@ -113,12 +110,13 @@ def pruner_named(text: str) -> Pruner:
         if name.endswith(ending):
             name = name.removesuffix(ending)
             fields |= _REPAIRS[ending]
-    if name not in PRUNERS:
+    stages = declared()
+    if name not in stages:
         raise ValueError(
-            f"there is no pruner {text!r}; there are {', '.join(PRUNERS)}, each also with "
+            f"there is no pruner {text!r}; there are {', '.join(stages)}, each also with "
             f"{' or '.join(_REPAIRS)} behind it"
         )
-    return Pruner(PRUNERS[name], fields)
+    return Pruner(stages[name], fields)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,10 @@ from dlp_plugin.host import (
 )
 from dlp_plugin.planning.plan import Plan
 from dlp_plugin.planning.structure import MaskStructure
-from dlp_plugin.pruning.admm import ADMMPruningModifier
 from dlp_plugin.pruning.base import PruningStage
-from dlp_plugin.pruning.magnitude import OneShotMagnitudeModifier
 from dlp_plugin.scoring.blocks import Block, group_by_block, outer_block
 from dlp_plugin.scoring.routers import unnamed_routers
-from dlp_plugin.search.decide import COMPENSATED, REPAIRED
+from dlp_plugin.search.decide import where_judged
 
 __all__ = ["FedStage", "all_blocks", "check_stage", "easier", "fed_blocks"]
 
@@ -140,7 +138,7 @@ class FedStage:
     @property
     def by_magnitude(self) -> bool:
         """Whether the stage ranks weights by magnitude; the others rank about as Wanda does."""
-        return isinstance(self.stage, OneShotMagnitudeModifier)
+        return isinstance(self.stage, PruningStage) and self.stage.by_magnitude
 
     def check_single_linears(self) -> None:
         """Refuse targets that hold several Linears, which a refined plan tells apart.
@@ -175,10 +173,9 @@ class FedStage:
 
 def easier(stage: StockStage) -> float:
     """How much less is pruned while a plan for a stage is refined."""
-    if isinstance(stage, PruningStage) and stage.repairs:
-        return REPAIRED
-    makes_up = isinstance(stage, (SparseGPTModifier, ADMMPruningModifier))
-    return COMPENSATED if makes_up else 0.0
+    if isinstance(stage, PruningStage):
+        return where_judged(stage.compensates, stage.repairs)
+    return where_judged(isinstance(stage, SparseGPTModifier), False)
 
 
 def check_stage(stage: StockStage, decider: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.utils import align_module_device, update_offload_parameter
@@ -46,6 +46,9 @@ class ADMMPruningModifier(PruningStage):
         norm 1
     :param offload_hessians: keep Gram matrices on the CPU between samples: less memory, more time
     """
+
+    pruner: ClassVar[str] = "admm"
+    compensates: ClassVar[bool] = True
 
     polish: bool = True
     dampening_frac: float = Field(default=DAMPENING, gt=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.distributed import is_distributed
@@ -32,11 +32,16 @@ from dlp_plugin.pruning.grams import Grams, polishing
 from dlp_plugin.pruning.reconstruction import Reconstruction
 from dlp_plugin.scoring.blocks import check_columns
 
-__all__ = ["PruningStage"]
+__all__ = ["PruningStage", "declared"]
 
 
 class PruningStage(StockStage):
     """A pruning stage that takes an N for every module, and means by ``ignore`` what it says.
+
+    A stage declares in its class what others need to know of it: ``pruner``, its name in
+    comparisons; ``by_magnitude``, whether it ranks weights by magnitude (the others rank about as
+    Wanda does); and ``compensates``, whether while it prunes the weights that stay make up for
+    those that go. By the last two, plans that are made for it are judged.
 
     :param sparsity: of all targets, or one per match of ``targets``; with an N:M structure a
         list of N / M. It may be left out where that structure or a modifier before says it
@@ -44,6 +49,10 @@ class PruningStage(StockStage):
     :param reconstruct: epochs that every block is trained for, masks held, to return what the
         dense model's does; 0 for none
     """
+
+    pruner: ClassVar[str]
+    by_magnitude: ClassVar[bool] = False
+    compensates: ClassVar[bool] = False
 
     polish: bool = False
     reconstruct: int = Field(default=0, ge=0, strict=True)
@@ -272,3 +281,15 @@ class PruningStage(StockStage):
         """Read as it was written again."""
         self.ignore = [entry for entry in self.ignore if entry not in self._heeded]
         return bool(super().on_finalize(state, **kwargs))
+
+
+def declared() -> dict[str, type[PruningStage]]:
+    """The stages there are, by the names that they declare, in their order."""
+    found: dict[str, type[PruningStage]] = {}
+    waiting: list[Any] = [PruningStage]
+    while waiting:
+        kind = waiting.pop(0)
+        if name := vars(kind).get("pruner"):
+            found[name] = kind
+        waiting += kind.__subclasses__()
+    return dict(sorted(found.items()))

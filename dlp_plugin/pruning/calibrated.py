@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from compressed_tensors.distributed import is_distributed
@@ -99,6 +99,8 @@ class _Calibrated(PruningStage):
 class WandaPruningModifier(_Calibrated, pruning.WandaPruningModifier):
     """llm-compressor's Wanda stage, with an N for every entry of a list of sparsities."""
 
+    pruner: ClassVar[str] = "wanda"
+
     @property
     def _statistics(self) -> dict[torch.nn.Module, torch.Tensor]:
         return self._row_scalars
@@ -109,6 +111,9 @@ class WandaPruningModifier(_Calibrated, pruning.WandaPruningModifier):
 
 class SparseGPTModifier(_Calibrated, pruning.SparseGPTModifier):
     """llm-compressor's SparseGPT stage, with an N for every entry of a list of sparsities."""
+
+    pruner: ClassVar[str] = "sparsegpt"
+    compensates: ClassVar[bool] = True
 
     @property
     def _statistics(self) -> dict[torch.nn.Module, torch.Tensor]:

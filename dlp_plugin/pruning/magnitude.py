@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.utils import align_module_device, update_offload_parameter
@@ -38,6 +38,9 @@ class OneShotMagnitudeModifier(PruningStage):
     The fields are those of the host's pruning stages: ``sparsity`` (one, or one per match of
     ``targets``), ``mask_structure``, ``targets``, ``ignore``.
     """
+
+    pruner: ClassVar[str] = "magnitude"
+    by_magnitude: ClassVar[bool] = True
 
     requires_calibration_data: bool = False
 

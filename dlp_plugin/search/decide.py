@@ -18,7 +18,7 @@ from dlp_plugin.search.linears import MOST, shifted
 from dlp_plugin.search.slopes import Slopes
 from dlp_plugin.search.strength import choose_strength
 
-__all__ = ["COMPENSATED", "REPAIRED", "Search", "decide", "where_to_search"]
+__all__ = ["Search", "decide", "where_judged", "where_to_search"]
 
 Search = Literal["gradient", "evolution"]
 """How a plan is refined: by backward passes of the pruned model, or by trial and error."""
@@ -28,6 +28,15 @@ Search = Literal["gradient", "evolution"]
 # alone have wrecked, which these stages do not. Below the least sparsity nothing is wrecked.
 COMPENSATED, REPAIRED = 0.1, 0.2
 LOWEST = 0.5
+
+
+def where_judged(compensates: bool, repairs: bool) -> float:
+    """How much less is pruned while a plan is refined.
+
+    :param compensates: whether what stays makes up for what goes, while it is pruned
+    :param repairs: whether it is repaired afterwards
+    """
+    return REPAIRED if repairs else COMPENSATED if compensates else 0.0
 
 
 def decide(
