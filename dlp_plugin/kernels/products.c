@@ -28,7 +28,7 @@ typedef struct {
 
 /* A thread's own memory. */
 typedef struct {
-    uint8_t *values[4]; /* of rows of integers */
+    void *values[4]; /* of rows of integers */
     float *scales;
     float *rows; /* four, expanded */
     float *products;
@@ -188,35 +188,36 @@ static void
 work(void *data)
 {
     Job *job = data;
-    int64_t columns = 64 * job->weight->words;
-    int64_t unpacked = job->weight->bits ? columns : 0;
-    Scratch scratch = {{room_for(unpacked, 4), room_for(unpacked, 4), room_for(unpacked, 4),
-                        room_for(unpacked, 4)},
-                       room_for(job->weight->groups, 4),
-                       room_for(job->block > 1 ? 0 : 4 * columns, 4),
-                       room_for(job->count * (job->block > 1 ? CHUNK : 4), 4)};
-    if (scratch.values[0] && scratch.values[1] && scratch.values[2] && scratch.values[3] &&
-        scratch.scales && scratch.rows && scratch.products) {
-        for (;;) {
-            int64_t first = __atomic_fetch_add(&job->next, job->chunk, __ATOMIC_RELAXED);
-            int64_t last = least(first + job->chunk, job->last);
-            if (first >= last)
-                break;
-            if (job->count == 0)
-                dense_chunk(job, &scratch, first, last);
-            else if (job->block > 1)
-                register_chunk(job, &scratch, first, last);
-            else
-                matrix_chunk(job, &scratch, first, last);
-        }
-    } else {
+    int64_t columns = 64 * job->weight->words, unpacked = job->weight->bits ? columns : 0;
+    int64_t rows = job->block > 1 ? 0 : 4, products = job->block > 1 ? CHUNK : 4;
+    int64_t entries[] = {unpacked, unpacked, unpacked, unpacked, job->weight->groups,
+                         rows * columns, products * job->count};
+    float *parts[7];
+    int64_t total = 0;
+    for (int i = 0; i < 7; i++)
+        total += entries[i] + SPARE;
+    float *room = room_for(total, 4);
+    if (!room) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+        return;
     }
-    for (int i = 0; i < 4; i++)
-        free(scratch.values[i]);
-    free(scratch.scales);
-    free(scratch.rows);
-    free(scratch.products);
+    parts[0] = room;
+    for (int i = 0; i < 6; i++)
+        parts[i + 1] = parts[i] + entries[i] + SPARE;
+    Scratch scratch = {{parts[0], parts[1], parts[2], parts[3]}, parts[4], parts[5], parts[6]};
+    for (;;) {
+        int64_t first = __atomic_fetch_add(&job->next, job->chunk, __ATOMIC_RELAXED);
+        int64_t last = least(first + job->chunk, job->last);
+        if (first >= last)
+            break;
+        if (job->count == 0)
+            dense_chunk(job, &scratch, first, last);
+        else if (job->block > 1)
+            register_chunk(job, &scratch, first, last);
+        else
+            matrix_chunk(job, &scratch, first, last);
+    }
+    free(room);
 }
 
 static int
@@ -243,30 +244,29 @@ dlp_multiply(const Weight *weight, int which, const void *x, int64_t count, int 
     int pairs = kernels->pair_dots && dtype == BF16 && weight->dtype == BF16;
     int64_t block = count <= (pairs ? 4 * SOME : FEW) ? (pairs ? SOME : FEW) : 1;
     int64_t size = pairs ? 2 : 4;
-    uint8_t *ordered = room_for(count * columns, size);
-    float *row = room_for(columns, 4);
-    if (!count || !ordered || !row) {
+    uint8_t *ordered = room_for((count + 1) * columns, size);
+    if (!count || !ordered) {
         free(ordered);
-        free(row);
         return count != 0;
     }
     for (int64_t i = 0; i < count; i++) {
         int64_t bytes = weight->columns * size_of(dtype), first = i - i % block;
         int64_t beside = least(block, count - first);
         const uint8_t *from = (const uint8_t *)x + i * bytes;
+        uint8_t *to = ordered + first * columns * size;
+        uint8_t *row = beside > 1 ? ordered + count * columns * size : to;
         if (pairs) {
             memcpy(row, from, (size_t)bytes);
         } else {
-            kernels->widen(dtype, from, weight->columns, row);
-            kernels->order(weight->dtype, row, weight->words);
+            /* The row before, in another order, has left something there. */
+            memset((float *)row + weight->columns, 0, (size_t)(columns - weight->columns) * 4);
+            kernels->widen(dtype, from, weight->columns, (float *)row);
+            kernels->order(weight->dtype, (float *)row, weight->words);
         }
-        for (int64_t word = 0; word < weight->words; word++) {
-            int64_t place = first * weight->words + word * beside + i - first;
-            memcpy(ordered + 64 * size * place, (uint8_t *)row + 64 * size * word,
+        for (int64_t word = 0; beside > 1 && word < weight->words; word++)
+            memcpy(to + 64 * size * (word * beside + i - first), row + 64 * size * word,
                    (size_t)(64 * size));
-        }
     }
-    free(row);
     Job job = {.weight = weight, .kernels = kernels, .last = weight->rows, .x = ordered,
                .pairs = pairs, .block = block, .count = count, .bias = bias, .out = out,
                .dtype = dtype};
