@@ -14,54 +14,38 @@
 
 /* The form of expand that reads memory is microcode on AMD, and compilers would make it of a load:
    hence an empty instruction between them. */
-TARGET INLINE __m512i
-expanded(__mmask32 mask, const void *from)
-{
-    __m512i words = _mm512_loadu_si512(from);
-    __asm__("" : "+v"(words));
-    return _mm512_maskz_expand_epi16(mask, words);
-}
+#define EXPANDED(name, vector, bits, load, expand)         \
+    TARGET INLINE vector name(bits mask, const void *from) \
+    {                                                      \
+        vector found = load(from);                         \
+        __asm__("" : "+v"(found));                         \
+        return expand(mask, found);                        \
+    }
 
-TARGET INLINE __m512
-expanded_floats(__mmask16 mask, const void *from)
-{
-    __m512 floats = _mm512_loadu_ps(from);
-    __asm__("" : "+v"(floats));
-    return _mm512_maskz_expand_ps(mask, floats);
-}
-
-TARGET INLINE __m256i
-sixteen(int masked, __mmask16 mask, const void *from)
-{
-    __m256i words = _mm256_loadu_si256(from);
-    __asm__("" : "+v"(words));
-    return masked ? _mm256_maskz_expand_epi16(mask, words) : words;
-}
+EXPANDED(expanded, __m512i, __mmask32, _mm512_loadu_si512, _mm512_maskz_expand_epi16)
+EXPANDED(expanded_half, __m256i, __mmask16, _mm256_loadu_si256, _mm256_maskz_expand_epi16)
+EXPANDED(expanded_floats, __m512, __mmask16, _mm512_loadu_ps, _mm512_maskz_expand_ps)
 
 /* Two vectors of float32 of the next 32 columns, and the pointer moved past their values. */
 TARGET INLINE void
 two(int dtype, int masked, uint32_t mask, const uint8_t **at, __m512 *a, __m512 *b)
 {
-    int64_t count = masked ? _mm_popcnt_u32(mask) : 32;
+    mask = masked ? mask : ~(uint32_t)0;
+    const uint8_t *second = *at + size_of(dtype) * _mm_popcnt_u32(mask & 0xffff);
     if (dtype == FP32) {
-        const uint8_t *next = *at + 4 * (masked ? _mm_popcnt_u32(mask & 0xffff) : 16);
-        *a = masked ? expanded_floats((__mmask16)mask, *at) : _mm512_loadu_ps(*at);
-        *b = masked ? expanded_floats((__mmask16)(mask >> 16), next) : _mm512_loadu_ps(next);
-        *at += 4 * count;
-        return;
-    }
-    if (dtype == FP16) {
+        *a = expanded_floats((__mmask16)mask, *at);
+        *b = expanded_floats((__mmask16)(mask >> 16), second);
+    } else if (dtype == FP16) {
         /* Halves, as of an expanded vector the upper half is brought down slowly. */
-        const uint8_t *next = *at + 2 * (masked ? _mm_popcnt_u32(mask & 0xffff) : 16);
-        *a = _mm512_cvtph_ps(sixteen(masked, (__mmask16)mask, *at));
-        *b = _mm512_cvtph_ps(sixteen(masked, (__mmask16)(mask >> 16), next));
+        *a = _mm512_cvtph_ps(expanded_half((__mmask16)mask, *at));
+        *b = _mm512_cvtph_ps(expanded_half((__mmask16)(mask >> 16), second));
     } else {
         __m512i words = masked ? expanded(mask, *at) : _mm512_loadu_si512(*at);
         /* A bfloat16 number is the upper half of a float32 number. */
         *a = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
         *b = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
     }
-    *at += 2 * count;
+    *at += size_of(dtype) * _mm_popcnt_u32(mask);
 }
 
 /* The sums of four vectors. */
@@ -173,44 +157,48 @@ dense(int dtype, const uint64_t *mask, const void *values, int64_t words, void *
     }
 }
 
+#define FOR_SOME(function, count, ...)            \
+    switch (count) {                              \
+    case 1: return function(1, __VA_ARGS__);      \
+    case 2: return function(2, __VA_ARGS__);      \
+    case 3: return function(3, __VA_ARGS__);      \
+    case 4: return function(4, __VA_ARGS__);      \
+    case 5: return function(5, __VA_ARGS__);      \
+    default: return function(SOME, __VA_ARGS__);  \
+    }
+
 /* Four rows of W times six of x: 24 sums in registers, ten loads for 24 products. */
-#define TILES(function, rows, x, count, columns, out)                 \
-    for (; count >= 6; count -= 6, x += 6 * (columns), out += 24)                \
-        function(6, rows, x, columns, out);                           \
-    switch (count) {                                                          \
-    case 1: function(1, rows, x, columns, out); break;                \
-    case 2: function(2, rows, x, columns, out); break;                \
-    case 3: function(3, rows, x, columns, out); break;                \
-    case 4: function(4, rows, x, columns, out); break;                \
-    case 5: function(5, rows, x, columns, out); break;                \
+#define TILE(target, name, number, vector, load, product)                                   \
+    target INLINE void name##_of(int count, const number *rows, const number *x,            \
+                                 int64_t columns, float *out)                               \
+    {                                                                                       \
+        __m512 sums[SOME][4];                                                               \
+        UNROLL for (int i = 0; i < count; i++)                                              \
+            UNROLL for (int row = 0; row < 4; row++)                                        \
+                sums[i][row] = _mm512_setzero_ps();                                         \
+        for (int64_t column = 0; column < columns; column += 64 / (int64_t)sizeof *x) {     \
+            vector w[4];                                                                    \
+            UNROLL for (int row = 0; row < 4; row++)                                        \
+                w[row] = load(rows + row * columns + column);                               \
+            UNROLL for (int i = 0; i < count; i++) {                                        \
+                vector one = load(x + i * columns + column);                                \
+                UNROLL for (int row = 0; row < 4; row++)                                    \
+                    sums[i][row] = product(one, w[row], sums[i][row]);                      \
+            }                                                                               \
+        }                                                                                   \
+        UNROLL for (int i = 0; i < count; i++)                                              \
+            _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));                                   \
+    }                                                                                       \
+                                                                                            \
+    target static void name(const number *rows, const number *x, int64_t count,             \
+                            int64_t words, float *out)                                      \
+    {                                                                                       \
+        for (; count > SOME; count -= SOME, x += SOME * 64 * words, out += 4 * SOME)        \
+            name##_of(SOME, rows, x, 64 * words, out);                                      \
+        FOR_SOME(name##_of, count, rows, x, 64 * words, out)                                \
     }
 
-TARGET INLINE void
-tile_of(int count, const float *rows, const float *x, int64_t columns, float *out)
-{
-    __m512 sums[6][4];
-    UNROLL for (int i = 0; i < count; i++)
-        UNROLL for (int row = 0; row < 4; row++)
-            sums[i][row] = _mm512_setzero_ps();
-    for (int64_t column = 0; column < columns; column += 16) {
-        __m512 w[4];
-        UNROLL for (int row = 0; row < 4; row++)
-            w[row] = _mm512_loadu_ps(rows + row * columns + column);
-        UNROLL for (int i = 0; i < count; i++) {
-            __m512 one = _mm512_loadu_ps(x + i * columns + column);
-            UNROLL for (int row = 0; row < 4; row++)
-                sums[i][row] = _mm512_fmadd_ps(one, w[row], sums[i][row]);
-        }
-    }
-    UNROLL for (int i = 0; i < count; i++)
-        _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));
-}
-
-TARGET static void
-tile(const float *rows, const float *x, int64_t count, int64_t words, float *out)
-{
-    TILES(tile_of, rows, x, count, 64 * words, out)
-}
+TILE(TARGET, tile, float, __m512, _mm512_loadu_ps, _mm512_fmadd_ps)
 
 /* To the nearest, of two that are equally near to the even one. Where all upper bits of a NaN are
    set it would become zero, which products with scales of 16 bits cannot be. */
@@ -239,10 +227,8 @@ put(int dtype, __m512 value, __mmask16 some, void *out)
 }
 
 /* Where an integer of four bits is, counted in bytes and bits from one at an even place. */
-#define TWICE(n) n, n
-static const uint16_t byte_of[33] = {
-    TWICE(0), TWICE(1), TWICE(2), TWICE(3), TWICE(4), TWICE(5), TWICE(6), TWICE(7), TWICE(8),
-    TWICE(9), TWICE(10), TWICE(11), TWICE(12), TWICE(13), TWICE(14), TWICE(15), 16};
+static const uint16_t byte_of[33] = {0, 0, 1,  1,  2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7, 8,
+                                     8, 9, 9,  10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 16};
 static const uint16_t bit_of[33] = {0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0,
                                     4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0};
 
@@ -350,7 +336,7 @@ order(int dtype, float *x, int64_t words)
 #define BF16_TARGET __attribute__((target(FEATURES ",avx512bf16")))
 
 BF16_TARGET INLINE __m512
-pairs(__m512 sum, __m512i a, __m512i b)
+pairs(__m512i a, __m512i b, __m512 sum)
 {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
@@ -385,7 +371,7 @@ pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *c
                 __m512i one = _mm512_loadu_si512(x + 64 * (word * count + i) + 32 * half);
                 __m512 *sum = sums[half % chains][i];
                 UNROLL for (int row = 0; row < 4; row++)
-                    sum[row] = pairs(sum[row], w[row], one);
+                    sum[row] = pairs(w[row], one, sum[row]);
             }
         }
     }
@@ -396,54 +382,16 @@ pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *c
     }
 }
 
-BF16_TARGET INLINE void
-some_dots(int masked, const uint64_t *const mask[4], const void *const values[4], int64_t words,
-          const uint16_t *x, int64_t count, float *out)
-{
-    if (count == 6)
-        pair_dots_of(6, masked, mask, values, words, x, out);
-    else if (count == 5)
-        pair_dots_of(5, masked, mask, values, words, x, out);
-    else
-        FOR_FEW(pair_dots_of, count, masked, mask, values, words, x, out)
-}
-
 BF16_TARGET static void
 pair_dots(const uint64_t *const mask[4], const void *const values[4], int64_t words,
           const uint16_t *x, int64_t count, float *out)
 {
     if (mask[0])
-        some_dots(1, mask, values, words, x, count, out);
-    else
-        some_dots(0, mask, values, words, x, count, out);
+        FOR_SOME(pair_dots_of, count, 1, mask, values, words, x, out)
+    FOR_SOME(pair_dots_of, count, 0, mask, values, words, x, out)
 }
 
-BF16_TARGET INLINE void
-pair_tile_of(int count, const uint16_t *rows, const uint16_t *x, int64_t columns, float *out)
-{
-    __m512 sums[6][4];
-    UNROLL for (int i = 0; i < count; i++)
-        UNROLL for (int row = 0; row < 4; row++)
-            sums[i][row] = _mm512_setzero_ps();
-    for (int64_t column = 0; column < columns; column += 32) {
-        __m512i w[4];
-        UNROLL for (int row = 0; row < 4; row++)
-            w[row] = _mm512_loadu_si512(rows + row * columns + column);
-        UNROLL for (int i = 0; i < count; i++) {
-            __m512i one = _mm512_loadu_si512(x + i * columns + column);
-            UNROLL for (int row = 0; row < 4; row++)
-                sums[i][row] = pairs(sums[i][row], one, w[row]);
-        }
-    }
-    UNROLL for (int i = 0; i < count; i++)
-        _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));
-}
-
-BF16_TARGET static void
-pair_tile(const uint16_t *rows, const uint16_t *x, int64_t count, int64_t words, float *out)
-{
-    TILES(pair_tile_of, rows, x, count, 64 * words, out)
-}
+TILE(BF16_TARGET, pair_tile, uint16_t, __m512i, _mm512_loadu_si512, pairs)
 
 const Kernels avx512_kernels = {widen, narrow, order, unpack, dots,
                                 expand, tile, dense, NULL, NULL};
