@@ -69,6 +69,14 @@ eight(int dtype, int masked, uint64_t byte, const uint8_t **at)
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(found), places));
 }
 
+TARGET INLINE float
+sum_of(__m256 sums)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
 /* The sums of four vectors. */
 TARGET INLINE __m128
 sums_of(const __m256 all[4])
@@ -78,37 +86,44 @@ sums_of(const __m256 all[4])
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
-/* Four rows at a time share what they load of x, and their chains of additions overlap. */
+/* Four rows at a time share what they load of x, and their chains of additions overlap; two where
+   the sums of four would leave no registers. */
 TARGET INLINE void
 dots_of(int count, int dtype, int masked, const uint64_t *const mask[4],
         const void *const values[4], int64_t words, const float *x, float *out)
 {
-    __m256 sums[FEW][4];
-    const uint8_t *at[4] = {values[0], values[1], values[2], values[3]};
-    UNROLL for (int i = 0; i < count; i++)
-        UNROLL for (int row = 0; row < 4; row++)
-            sums[i][row] = _mm256_setzero_ps();
-    for (int64_t word = 0; word < words; word++) {
-        uint64_t bits[4] = {0};
-        UNROLL for (int row = 0; row < 4; row++) {
-            if (masked) {
-                bits[row] = mask[row][word];
-                _mm_prefetch((const char *)(mask[row] + word) + AHEAD, _MM_HINT_T0);
-            }
-            _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
+    const int together = count < FEW ? 4 : 2;
+    for (int first = 0; first < 4; first += together) {
+        __m256 sums[FEW][4];
+        const uint8_t *at[4];
+        UNROLL for (int row = 0; row < together; row++) {
+            at[row] = values[first + row];
+            UNROLL for (int i = 0; i < count; i++)
+                sums[i][row] = _mm256_setzero_ps();
         }
-        UNROLL for (int part = 0; part < 8; part++)
-            UNROLL for (int row = 0; row < 4; row++) {
-                __m256 w = eight(dtype, masked, byte_of(bits[row], part), &at[row]);
-                UNROLL for (int i = 0; i < count; i++) {
-                    __m256 one = _mm256_loadu_ps(x + 64 * (word * count + i) + 8 * part);
-                    sums[i][row] = _mm256_fmadd_ps(w, one, sums[i][row]);
+        for (int64_t word = 0; word < words; word++) {
+            uint64_t bits[4] = {0};
+            UNROLL for (int row = 0; row < together; row++) {
+                if (masked) {
+                    bits[row] = mask[first + row][word];
+                    _mm_prefetch((const char *)(mask[first + row] + word) + AHEAD, _MM_HINT_T0);
                 }
+                _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
+                _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
             }
+            UNROLL for (int part = 0; part < 8; part++)
+                UNROLL for (int row = 0; row < together; row++) {
+                    __m256 w = eight(dtype, masked, byte_of(bits[row], part), &at[row]);
+                    UNROLL for (int i = 0; i < count; i++) {
+                        __m256 one = _mm256_loadu_ps(x + 64 * (word * count + i) + 8 * part);
+                        sums[i][row] = _mm256_fmadd_ps(w, one, sums[i][row]);
+                    }
+                }
+        }
+        UNROLL for (int i = 0; i < count; i++)
+            for (int row = 0; row < together; row++)
+                out[4 * i + first + row] = sum_of(sums[i][row]);
     }
-    UNROLL for (int i = 0; i < count; i++)
-        _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));
 }
 
 TARGET INLINE void

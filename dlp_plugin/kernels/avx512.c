@@ -353,8 +353,6 @@ pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *c
             sums[0][i][row] = sums[1][i][row] = _mm512_setzero_ps();
     for (int64_t word = 0; word < words; word++) {
         UNROLL for (int row = 0; row < 4; row++) {
-            if (masked)
-                _mm_prefetch((const char *)(mask[row] + word) + AHEAD, _MM_HINT_T0);
             _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
             _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
         }
