@@ -133,7 +133,8 @@ class SparseLinear(torch.nn.Linear):
         if device.type != "cpu":
             raise ValueError(
                 f"{self.name} is multiplied as it is packed, on the CPU only, and cannot move to "
-                f"{device}: {REMEDY}"
+                f"{device}, where modules before it may be now: load the model again to run it on "
+                f"the CPU; to run it elsewhere, {REMEDY}"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._lay_out()

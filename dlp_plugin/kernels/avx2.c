@@ -77,60 +77,64 @@ sum_of(__m256 sums)
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-/* Two rows at a time share what they load of x, and their chains of additions overlap. */
-TARGET INLINE void
-dots_of(int count, int dtype, int masked, const uint64_t *const mask[2],
-        const void *const values[2], int64_t words, const float *x, float *out)
+/* The sums of four vectors. */
+TARGET INLINE __m128
+sums_of(const __m256 all[4])
 {
-    const int chains = count == 1 ? 4 : count == 2 ? 2 : 1;
-    __m256 sums[FEW][2][4];
-    const uint8_t *at[2] = {values[0], values[1]};
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 2; row++)
-            for (int chain = 0; chain < chains; chain++)
-                sums[i][row][chain] = _mm256_setzero_ps();
-    for (int64_t word = 0; word < words; word++) {
-        uint64_t bits[2] = {0, 0};
-        for (int row = 0; row < 2; row++) {
-            if (masked) {
-                bits[row] = mask[row][word];
-                _mm_prefetch((const char *)(mask[row] + word) + AHEAD, _MM_HINT_T0);
-            }
-            _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
+    __m256 pairs = _mm256_hadd_ps(all[0], all[1]), others = _mm256_hadd_ps(all[2], all[3]);
+    __m256 sums = _mm256_hadd_ps(pairs, others);
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+/* Four rows at a time share what they load of x, and their chains of additions overlap; two where
+   the sums of four would leave no registers. */
+TARGET INLINE void
+dots_of(int count, int dtype, int masked, const uint64_t *const mask[4],
+        const void *const values[4], int64_t words, const float *x, float *out)
+{
+    const int together = count < FEW ? 4 : 2;
+    for (int first = 0; first < 4; first += together) {
+        __m256 sums[FEW][4];
+        const uint8_t *at[4];
+        UNROLL for (int row = 0; row < together; row++) {
+            at[row] = values[first + row];
+            UNROLL for (int i = 0; i < count; i++)
+                sums[i][row] = _mm256_setzero_ps();
         }
-        for (int part = 0; part < 8; part++) {
-            __m256 w[2];
-            for (int row = 0; row < 2; row++)
-                w[row] = eight(dtype, masked, byte_of(bits[row], part), &at[row]);
-            for (int i = 0; i < count; i++) {
-                __m256 one = _mm256_loadu_ps(x + 64 * (i * words + word) + 8 * part);
-                __asm__("" : "+x"(one)); /* in a register, or it would be loaded for each row */
-                for (int row = 0; row < 2; row++)
-                    sums[i][row][part % chains] =
-                        _mm256_fmadd_ps(w[row], one, sums[i][row][part % chains]);
+        for (int64_t word = 0; word < words; word++) {
+            uint64_t bits[4] = {0};
+            UNROLL for (int row = 0; row < together; row++) {
+                if (masked) {
+                    bits[row] = mask[first + row][word];
+                    _mm_prefetch((const char *)(mask[first + row] + word) + AHEAD, _MM_HINT_T0);
+                }
+                _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
+                _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
             }
+            UNROLL for (int part = 0; part < 8; part++)
+                UNROLL for (int row = 0; row < together; row++) {
+                    __m256 w = eight(dtype, masked, byte_of(bits[row], part), &at[row]);
+                    UNROLL for (int i = 0; i < count; i++) {
+                        __m256 one = _mm256_loadu_ps(x + 64 * (word * count + i) + 8 * part);
+                        sums[i][row] = _mm256_fmadd_ps(w, one, sums[i][row]);
+                    }
+                }
         }
+        UNROLL for (int i = 0; i < count; i++)
+            for (int row = 0; row < together; row++)
+                out[4 * i + first + row] = sum_of(sums[i][row]);
     }
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 2; row++) {
-            for (int chain = chains / 2; chain; chain /= 2)
-                for (int first = 0; first < chain; first++)
-                    sums[i][row][first] =
-                        _mm256_add_ps(sums[i][row][first], sums[i][row][first + chain]);
-            out[2 * i + row] = sum_of(sums[i][row][0]);
-        }
 }
 
 TARGET INLINE void
-few_dots(int dtype, int masked, const uint64_t *const mask[2], const void *const values[2],
+few_dots(int dtype, int masked, const uint64_t *const mask[4], const void *const values[4],
          int64_t words, const float *x, int64_t count, float *out)
 {
     FOR_FEW(dots_of, count, dtype, masked, mask, values, words, x, out)
 }
 
 TARGET static void
-dots(int dtype, const uint64_t *const mask[2], const void *const values[2], int64_t words,
+dots(int dtype, const uint64_t *const mask[4], const void *const values[4], int64_t words,
      const float *x, int64_t count, float *out)
 {
     FOR_EACH(few_dots, dtype, mask[0], mask, values, words, x, count, out)
@@ -158,10 +162,8 @@ expand(int dtype, const uint64_t *mask, const void *values, int64_t words, float
 TARGET static void
 dense(int dtype, const uint64_t *mask, const void *values, int64_t words, void *out)
 {
-    if (dtype == FP32) {
-        expand(FP32, mask, values, words, out);
-        return;
-    }
+    if (dtype == FP32)
+        return expand(FP32, mask, values, words, out);
     const uint8_t *at = values;
     uint8_t *to = out;
     for (int64_t word = 0; word < words; word++) {
@@ -182,22 +184,21 @@ TARGET INLINE void
 tile_of(int count, const float *rows, const float *x, int64_t columns, float *out)
 {
     __m256 sums[3][4];
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 4; row++)
+    UNROLL for (int i = 0; i < count; i++)
+        UNROLL for (int row = 0; row < 4; row++)
             sums[i][row] = _mm256_setzero_ps();
     for (int64_t column = 0; column < columns; column += 8) {
         __m256 one[3];
-        for (int i = 0; i < count; i++)
+        UNROLL for (int i = 0; i < count; i++)
             one[i] = _mm256_loadu_ps(x + i * columns + column);
-        for (int row = 0; row < 4; row++) {
+        UNROLL for (int row = 0; row < 4; row++) {
             __m256 w = _mm256_loadu_ps(rows + row * columns + column);
-            for (int i = 0; i < count; i++)
+            UNROLL for (int i = 0; i < count; i++)
                 sums[i][row] = _mm256_fmadd_ps(one[i], w, sums[i][row]);
         }
     }
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 4; row++)
-            out[4 * i + row] = sum_of(sums[i][row]);
+    UNROLL for (int i = 0; i < count; i++)
+        _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));
 }
 
 TARGET static void
@@ -210,17 +211,6 @@ tile(const float *rows, const float *x, int64_t count, int64_t words, float *out
         tile_of(2, rows, x, columns, out);
     else if (count == 1)
         tile_of(1, rows, x, columns, out);
-}
-
-TARGET static void
-nibbles(const uint8_t *pairs, int64_t count, uint8_t *out)
-{
-    for (int64_t i = 0; i < count; i += 32) {
-        _mm_prefetch((const char *)pairs + i / 2 + AHEAD, _MM_HINT_T0);
-        __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(pairs + i / 2)));
-        words = _mm256_or_si256(words, _mm256_slli_epi16(words, 4));
-        _mm256_storeu_si256((void *)(out + i), _mm256_and_si256(words, _mm256_set1_epi8(15)));
-    }
 }
 
 /* Eight values of 16 bits, rounded to the nearest, of two equally near to the even one. */
@@ -238,12 +228,26 @@ rounded(int dtype, __m256 value)
     return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
 
+/* Eight integers of four bits from a place on, as words of 32 bits. */
+TARGET INLINE __m256i
+nibbles(const uint8_t *packed, int64_t place)
+{
+    uint64_t bits;
+    memcpy(&bits, packed + place / 2, 8);
+    __m256i all = _mm256_set1_epi32((int)(bits >> 4 * (place % 2)));
+    all = _mm256_srlv_epi32(all, _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+    return _mm256_and_si256(all, _mm256_set1_epi32(15));
+}
+
 TARGET INLINE void
-scaled(int dtype, const uint8_t *integers, int64_t count, int zero, float scale, void *out)
+scaled(int dtype, int bits, const uint8_t *packed, int64_t place, int64_t count, int zero,
+       float scale, void *out)
 {
     uint8_t *to = out;
     for (int64_t i = 0; i < count; i += 8, to += 8 * size_of(dtype)) {
-        __m256i found = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(integers + i)));
+        const uint8_t *bytes = packed + place + i;
+        __m256i found = bits == 4 ? nibbles(packed, place + i)
+                                  : _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)bytes));
         found = _mm256_sub_epi32(found, _mm256_set1_epi32(zero));
         __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(found), _mm256_set1_ps(scale));
         if (dtype == FP32)
@@ -293,6 +297,6 @@ narrow(int dtype, const float *in, int64_t count, void *out)
     }
 }
 
-const Kernels avx2_kernels = {widen, narrow, as_it_is, nibbles, unpack, dots,
+const Kernels avx2_kernels = {widen, narrow, as_it_is, unpack, dots,
                               expand, tile, dense, NULL, NULL};
 #endif

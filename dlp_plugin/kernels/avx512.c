@@ -12,51 +12,69 @@
 #define FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,popcnt,fma,f16c"
 #define TARGET __attribute__((target(FEATURES)))
 
+/* The form of expand that reads memory is microcode on AMD, and compilers would make it of a load:
+   hence an empty instruction between them. */
+#define EXPANDED(name, vector, bits, load, expand)         \
+    TARGET INLINE vector name(bits mask, const void *from) \
+    {                                                      \
+        vector found = load(from);                         \
+        __asm__("" : "+v"(found));                         \
+        return expand(mask, found);                        \
+    }
+
+EXPANDED(expanded, __m512i, __mmask32, _mm512_loadu_si512, _mm512_maskz_expand_epi16)
+EXPANDED(expanded_half, __m256i, __mmask16, _mm256_loadu_si256, _mm256_maskz_expand_epi16)
+EXPANDED(expanded_floats, __m512, __mmask16, _mm512_loadu_ps, _mm512_maskz_expand_ps)
+
 /* Two vectors of float32 of the next 32 columns, and the pointer moved past their values. */
 TARGET INLINE void
 two(int dtype, int masked, uint32_t mask, const uint8_t **at, __m512 *a, __m512 *b)
 {
-    int64_t count = masked ? _mm_popcnt_u32(mask) : 32;
+    mask = masked ? mask : ~(uint32_t)0;
+    const uint8_t *second = *at + size_of(dtype) * _mm_popcnt_u32(mask & 0xffff);
     if (dtype == FP32) {
-        __m512 first = _mm512_loadu_ps(*at);
-        int64_t half = masked ? _mm_popcnt_u32(mask & 0xffff) : 16;
-        __m512 second = _mm512_loadu_ps(*at + 4 * half);
-        *a = masked ? _mm512_maskz_expand_ps((__mmask16)mask, first) : first;
-        *b = masked ? _mm512_maskz_expand_ps((__mmask16)(mask >> 16), second) : second;
-        *at += 4 * count;
-        return;
-    }
-    /* The form of expand that takes a register: the one that reads memory is microcode on AMD. */
-    __m512i words = _mm512_loadu_si512(*at);
-    if (masked)
-        words = _mm512_maskz_expand_epi16(mask, words);
-    *at += 2 * count;
-    if (dtype == FP16) {
-        *a = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
-        *b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+        *a = expanded_floats((__mmask16)mask, *at);
+        *b = expanded_floats((__mmask16)(mask >> 16), second);
+    } else if (dtype == FP16) {
+        /* Halves, as of an expanded vector the upper half is brought down slowly. */
+        *a = _mm512_cvtph_ps(expanded_half((__mmask16)mask, *at));
+        *b = _mm512_cvtph_ps(expanded_half((__mmask16)(mask >> 16), second));
     } else {
+        __m512i words = masked ? expanded(mask, *at) : _mm512_loadu_si512(*at);
         /* A bfloat16 number is the upper half of a float32 number. */
         *a = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
         *b = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
     }
+    *at += size_of(dtype) * _mm_popcnt_u32(mask);
 }
 
-/* Two rows at a time share what they load of x, and their chains of additions overlap. The chain
+/* The sums of four vectors. */
+TARGET INLINE __m128
+sums_of(const __m512 all[4])
+{
+    __m512 ab =
+        _mm512_add_ps(_mm512_unpacklo_ps(all[0], all[1]), _mm512_unpackhi_ps(all[0], all[1]));
+    __m512 cd =
+        _mm512_add_ps(_mm512_unpacklo_ps(all[2], all[3]), _mm512_unpackhi_ps(all[2], all[3]));
+    __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Four rows at a time share what they load of x, and their chains of additions overlap. The chain
    that a row waits for is one addition to a pointer: popcounts run ahead of it. */
 TARGET INLINE void
-dots_of(int count, int dtype, int masked, const uint64_t *const mask[2],
-        const void *const values[2], int64_t words, const float *x, float *out)
+dots_of(int count, int dtype, int masked, const uint64_t *const mask[4],
+        const void *const values[4], int64_t words, const float *x, float *out)
 {
-    const int chains = count == 1 ? 4 : 2;
-    __m512 sums[FEW][2][4];
-    const uint8_t *at[2] = {values[0], values[1]};
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 2; row++)
-            for (int chain = 0; chain < chains; chain++)
-                sums[i][row][chain] = _mm512_setzero_ps();
+    __m512 sums[FEW][4];
+    const uint8_t *at[4] = {values[0], values[1], values[2], values[3]};
+    UNROLL for (int i = 0; i < count; i++)
+        UNROLL for (int row = 0; row < 4; row++)
+            sums[i][row] = _mm512_setzero_ps();
     for (int64_t word = 0; word < words; word++) {
-        uint64_t bits[2] = {0, 0};
-        for (int row = 0; row < 2; row++) {
+        uint64_t bits[4] = {0};
+        UNROLL for (int row = 0; row < 4; row++) {
             if (masked) {
                 bits[row] = mask[row][word];
                 _mm_prefetch((const char *)(mask[row] + word) + AHEAD, _MM_HINT_T0);
@@ -64,41 +82,33 @@ dots_of(int count, int dtype, int masked, const uint64_t *const mask[2],
             _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
             _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
         }
-        for (int half = 0; half < 2; half++) {
-            __m512 w[2][2];
-            for (int row = 0; row < 2; row++)
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m512 w[4][2];
+            UNROLL for (int row = 0; row < 4; row++)
                 two(dtype, masked, (uint32_t)(bits[row] >> 32 * half), &at[row], &w[row][0],
                     &w[row][1]);
-            for (int i = 0; i < count; i++)
-                for (int part = 0; part < 2; part++) {
-                    int64_t column = 64 * word + 32 * half + 16 * part;
-                    __m512 one = _mm512_loadu_ps(x + i * 64 * words + column);
-                    int chain = (2 * half + part) % chains;
-                    for (int row = 0; row < 2; row++)
-                        sums[i][row][chain] =
-                            _mm512_fmadd_ps(w[row][part], one, sums[i][row][chain]);
+            UNROLL for (int i = 0; i < count; i++)
+                UNROLL for (int part = 0; part < 2; part++) {
+                    int64_t column = 64 * (word * count + i) + 32 * half + 16 * part;
+                    __m512 one = _mm512_loadu_ps(x + column);
+                    UNROLL for (int row = 0; row < 4; row++)
+                        sums[i][row] = _mm512_fmadd_ps(w[row][part], one, sums[i][row]);
                 }
         }
     }
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 2; row++) {
-            for (int chain = chains / 2; chain; chain /= 2)
-                for (int first = 0; first < chain; first++)
-                    sums[i][row][first] =
-                        _mm512_add_ps(sums[i][row][first], sums[i][row][first + chain]);
-            out[2 * i + row] = _mm512_reduce_add_ps(sums[i][row][0]);
-        }
+    UNROLL for (int i = 0; i < count; i++)
+        _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));
 }
 
 TARGET INLINE void
-few_dots(int dtype, int masked, const uint64_t *const mask[2], const void *const values[2],
+few_dots(int dtype, int masked, const uint64_t *const mask[4], const void *const values[4],
          int64_t words, const float *x, int64_t count, float *out)
 {
     FOR_FEW(dots_of, count, dtype, masked, mask, values, words, x, out)
 }
 
 TARGET static void
-dots(int dtype, const uint64_t *const mask[2], const void *const values[2], int64_t words,
+dots(int dtype, const uint64_t *const mask[4], const void *const values[4], int64_t words,
      const float *x, int64_t count, float *out)
 {
     FOR_EACH(few_dots, dtype, mask[0], mask, values, words, x, count, out)
@@ -129,71 +139,66 @@ expand(int dtype, const uint64_t *mask, const void *values, int64_t words, float
 TARGET static void
 dense(int dtype, const uint64_t *mask, const void *values, int64_t words, void *out)
 {
-    if (dtype == FP32) {
-        expand(FP32, mask, values, words, out);
-        return;
-    }
+    if (dtype == FP32)
+        return expand(FP32, mask, values, words, out);
     const uint8_t *at = values;
     uint16_t *to = out;
     for (int64_t word = 0; word < words; word++) {
-        uint64_t bits = mask ? mask[word] : ~(uint64_t)0;
+        uint64_t bits = ~(uint64_t)0;
+        if (mask) {
+            bits = mask[word];
+            _mm_prefetch((const char *)(mask + word) + AHEAD, _MM_HINT_T0);
+        }
         for (int half = 0; half < 2; half++, bits >>= 32, to += 32) {
-            __m512i found = _mm512_loadu_si512(at);
             _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-            _mm512_storeu_si512(to, _mm512_maskz_expand_epi16((uint32_t)bits, found));
+            _mm512_storeu_si512(to, expanded((uint32_t)bits, at));
             at += 2 * _mm_popcnt_u32((uint32_t)bits);
         }
     }
 }
 
+#define FOR_SOME(function, count, ...)            \
+    switch (count) {                              \
+    case 1: return function(1, __VA_ARGS__);      \
+    case 2: return function(2, __VA_ARGS__);      \
+    case 3: return function(3, __VA_ARGS__);      \
+    case 4: return function(4, __VA_ARGS__);      \
+    case 5: return function(5, __VA_ARGS__);      \
+    default: return function(SOME, __VA_ARGS__);  \
+    }
+
 /* Four rows of W times six of x: 24 sums in registers, ten loads for 24 products. */
-TARGET INLINE void
-tile_of(int count, const float *rows, const float *x, int64_t columns, float *out)
-{
-    __m512 sums[6][4];
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 4; row++)
-            sums[i][row] = _mm512_setzero_ps();
-    for (int64_t column = 0; column < columns; column += 16) {
-        __m512 w[4];
-        for (int row = 0; row < 4; row++)
-            w[row] = _mm512_loadu_ps(rows + row * columns + column);
-        for (int i = 0; i < count; i++) {
-            __m512 one = _mm512_loadu_ps(x + i * columns + column);
-            for (int row = 0; row < 4; row++)
-                sums[i][row] = _mm512_fmadd_ps(one, w[row], sums[i][row]);
-        }
+#define TILE(target, name, number, vector, load, product)                                   \
+    target INLINE void name##_of(int count, const number *rows, const number *x,            \
+                                 int64_t columns, float *out)                               \
+    {                                                                                       \
+        __m512 sums[SOME][4];                                                               \
+        UNROLL for (int i = 0; i < count; i++)                                              \
+            UNROLL for (int row = 0; row < 4; row++)                                        \
+                sums[i][row] = _mm512_setzero_ps();                                         \
+        for (int64_t column = 0; column < columns; column += 64 / (int64_t)sizeof *x) {     \
+            vector w[4];                                                                    \
+            UNROLL for (int row = 0; row < 4; row++)                                        \
+                w[row] = load(rows + row * columns + column);                               \
+            UNROLL for (int i = 0; i < count; i++) {                                        \
+                vector one = load(x + i * columns + column);                                \
+                UNROLL for (int row = 0; row < 4; row++)                                    \
+                    sums[i][row] = product(one, w[row], sums[i][row]);                      \
+            }                                                                               \
+        }                                                                                   \
+        UNROLL for (int i = 0; i < count; i++)                                              \
+            _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));                                   \
+    }                                                                                       \
+                                                                                            \
+    target static void name(const number *rows, const number *x, int64_t count,             \
+                            int64_t words, float *out)                                      \
+    {                                                                                       \
+        for (; count > SOME; count -= SOME, x += SOME * 64 * words, out += 4 * SOME)        \
+            name##_of(SOME, rows, x, 64 * words, out);                                      \
+        FOR_SOME(name##_of, count, rows, x, 64 * words, out)                                \
     }
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 4; row++)
-            out[4 * i + row] = _mm512_reduce_add_ps(sums[i][row]);
-}
 
-TARGET static void
-tile(const float *rows, const float *x, int64_t count, int64_t words, float *out)
-{
-    int64_t columns = 64 * words;
-    for (; count >= 6; count -= 6, x += 6 * columns, out += 24)
-        tile_of(6, rows, x, columns, out);
-    switch (count) {
-    case 1: tile_of(1, rows, x, columns, out); break;
-    case 2: tile_of(2, rows, x, columns, out); break;
-    case 3: tile_of(3, rows, x, columns, out); break;
-    case 4: tile_of(4, rows, x, columns, out); break;
-    case 5: tile_of(5, rows, x, columns, out); break;
-    }
-}
-
-TARGET static void
-nibbles(const uint8_t *pairs, int64_t count, uint8_t *out)
-{
-    for (int64_t i = 0; i < count; i += 64) {
-        _mm_prefetch((const char *)pairs + i / 2 + AHEAD, _MM_HINT_T0);
-        __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(pairs + i / 2)));
-        words = _mm512_or_si512(words, _mm512_slli_epi16(words, 4));
-        _mm512_storeu_si512(out + i, _mm512_and_si512(words, _mm512_set1_epi8(15)));
-    }
-}
+TILE(TARGET, tile, float, __m512, _mm512_loadu_ps, _mm512_fmadd_ps)
 
 /* To the nearest, of two that are equally near to the even one. Where all upper bits of a NaN are
    set it would become zero, which products with scales of 16 bits cannot be. */
@@ -206,27 +211,75 @@ rounded(__m512 value)
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 }
 
+TARGET INLINE __m256i
+narrowed(int dtype, __m512 value)
+{
+    return dtype == FP16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : rounded(value);
+}
+
 TARGET INLINE void
 put(int dtype, __m512 value, __mmask16 some, void *out)
 {
     if (dtype == FP32)
         _mm512_mask_storeu_ps(out, some, value);
-    else if (dtype == FP16)
-        _mm256_mask_storeu_epi16(out, some, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
     else
-        _mm256_mask_storeu_epi16(out, some, rounded(value));
+        _mm256_mask_storeu_epi16(out, some, narrowed(dtype, value));
 }
 
+/* Where an integer of four bits is, counted in bytes and bits from one at an even place. */
+static const uint16_t byte_of[33] = {0, 0, 1,  1,  2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7, 8,
+                                     8, 9, 9,  10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 16};
+static const uint16_t bit_of[33] = {0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0,
+                                    4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0};
+
+/* 32 integers of four bits, in the lower bits of words. */
+TARGET INLINE __m512i
+nibbles(const uint8_t *packed, int64_t place)
+{
+    const void *at = packed + (uint64_t)place / 2;
+    __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256(at));
+    bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(byte_of + (place & 1)), bytes);
+    return _mm512_srlv_epi16(bytes, _mm512_loadu_si512(bit_of + (place & 1)));
+}
+
+TARGET INLINE __m512
+scaled_of(__m512i integers, int zero, float scale)
+{
+    integers = _mm512_sub_epi32(integers, _mm512_set1_epi32(zero));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(integers), _mm512_set1_ps(scale));
+}
+
+/* Of four bits there are sixteen values, which integers choose from. */
 TARGET INLINE void
-scaled(int dtype, const uint8_t *integers, int64_t count, int zero, float scale, void *out)
+scaled(int dtype, int bits, const uint8_t *packed, int64_t place, int64_t count, int zero,
+       float scale, void *out)
 {
     uint8_t *to = out;
-    for (int64_t i = 0; i < count; i += 16) {
-        __m512i found = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(integers + i)));
-        found = _mm512_sub_epi32(found, _mm512_set1_epi32(zero));
-        __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(found), _mm512_set1_ps(scale));
-        put(dtype, value, (__mmask16)-1, to + i * size_of(dtype));
+    if (bits == 8) {
+        for (int64_t i = 0; i < count; i += 16) {
+            __m128i bytes = _mm_loadu_si128((const void *)(packed + place + i));
+            __m512 values = scaled_of(_mm512_cvtepu8_epi32(bytes), zero, scale);
+            put(dtype, values, (__mmask16)-1, to + i * size_of(dtype));
+        }
+        return;
     }
+    __m512i all = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512 values = scaled_of(all, zero, scale);
+    if (dtype == FP32) {
+        for (int64_t i = 0; i < count; i += 16) {
+            __m256i words = _mm512_castsi512_si256(nibbles(packed, place + i));
+            __m512 some = _mm512_permutexvar_ps(_mm512_cvtepu16_epi32(words), values);
+            _mm512_storeu_ps(to + 4 * i, some);
+        }
+        return;
+    }
+    /* Twice, as the fifth bit of a word is the next integer's. */
+    __m512i table = _mm512_broadcast_i64x4(narrowed(dtype, values));
+    for (int64_t i = 0; i < count; i += 64)
+        for (int half = 0; half < 64; half += 32) {
+            __m512i found = _mm512_permutexvar_epi16(nibbles(packed, place + i + half), table);
+            _mm512_storeu_si512(to + 2 * (i + half), found);
+        }
 }
 
 #include "unpack.h"
@@ -283,98 +336,63 @@ order(int dtype, float *x, int64_t words)
 #define BF16_TARGET __attribute__((target(FEATURES ",avx512bf16")))
 
 BF16_TARGET INLINE __m512
-pairs(__m512 sum, __m512i a, __m512i b)
+pairs(__m512i a, __m512i b, __m512 sum)
 {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
 BF16_TARGET INLINE void
-pair_dots_of(int count, int masked, const uint64_t *const mask[2], const void *const values[2],
+pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *const values[4],
              int64_t words, const uint16_t *x, float *out)
 {
-    __m512 sums[FEW][2][2];
-    const uint8_t *at[2] = {values[0], values[1]};
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 2; row++)
-            sums[i][row][0] = sums[i][row][1] = _mm512_setzero_ps();
+    const int chains = count < 4 ? 2 : 1;
+    __m512 sums[2][SOME][4];
+    const uint8_t *at[4] = {values[0], values[1], values[2], values[3]};
+    UNROLL for (int i = 0; i < count; i++)
+        UNROLL for (int row = 0; row < 4; row++)
+            sums[0][i][row] = sums[1][i][row] = _mm512_setzero_ps();
     for (int64_t word = 0; word < words; word++) {
-        __m512i w[2][2];
-        for (int row = 0; row < 2; row++) {
-            uint64_t bits = masked ? mask[row][word] : ~(uint64_t)0;
-            int64_t low = masked ? _mm_popcnt_u32((uint32_t)bits) : 32;
+        UNROLL for (int row = 0; row < 4; row++) {
             _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
             _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
-            w[row][0] = _mm512_loadu_si512(at[row]);
-            w[row][1] = _mm512_loadu_si512(at[row] + 2 * low);
-            at[row] += 2 * (masked ? _mm_popcnt_u64(bits) : 64);
-            if (masked) {
-                w[row][0] = _mm512_maskz_expand_epi16((uint32_t)bits, w[row][0]);
-                w[row][1] = _mm512_maskz_expand_epi16((uint32_t)(bits >> 32), w[row][1]);
+        }
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m512i w[4];
+            UNROLL for (int row = 0; row < 4; row++) {
+                uint32_t some = 0; /* from memory, as there are not enough registers */
+                if (masked)
+                    memcpy(&some, (const uint8_t *)(mask[row] + word) + 4 * half, 4);
+                w[row] = masked ? expanded(some, at[row]) : _mm512_loadu_si512(at[row]);
+                at[row] += 2 * (masked ? _mm_popcnt_u32(some) : 32);
+            }
+            UNROLL for (int i = 0; i < count; i++) {
+                __m512i one = _mm512_loadu_si512(x + 64 * (word * count + i) + 32 * half);
+                __m512 *sum = sums[half % chains][i];
+                UNROLL for (int row = 0; row < 4; row++)
+                    sum[row] = pairs(w[row], one, sum[row]);
             }
         }
-        for (int i = 0; i < count; i++)
-            for (int half = 0; half < 2; half++) {
-                __m512i one = _mm512_loadu_si512(x + 64 * (i * words + word) + 32 * half);
-                for (int row = 0; row < 2; row++)
-                    sums[i][row][half] = pairs(sums[i][row][half], w[row][half], one);
-            }
     }
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 2; row++)
-            out[2 * i + row] =
-                _mm512_reduce_add_ps(_mm512_add_ps(sums[i][row][0], sums[i][row][1]));
+    UNROLL for (int i = 0; i < count; i++) {
+        UNROLL for (int row = 0; row < 4; row++)
+            sums[0][i][row] = _mm512_add_ps(sums[0][i][row], sums[1][i][row]);
+        _mm_storeu_ps(out + 4 * i, sums_of(sums[0][i]));
+    }
 }
 
 BF16_TARGET static void
-pair_dots(const uint64_t *const mask[2], const void *const values[2], int64_t words,
+pair_dots(const uint64_t *const mask[4], const void *const values[4], int64_t words,
           const uint16_t *x, int64_t count, float *out)
 {
-    if (mask[0]) {
-        FOR_FEW(pair_dots_of, count, 1, mask, values, words, x, out)
-    } else {
-        FOR_FEW(pair_dots_of, count, 0, mask, values, words, x, out)
-    }
+    if (mask[0])
+        FOR_SOME(pair_dots_of, count, 1, mask, values, words, x, out)
+    FOR_SOME(pair_dots_of, count, 0, mask, values, words, x, out)
 }
 
-BF16_TARGET INLINE void
-pair_tile_of(int count, const uint16_t *rows, const uint16_t *x, int64_t columns, float *out)
-{
-    __m512 sums[6][4];
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 4; row++)
-            sums[i][row] = _mm512_setzero_ps();
-    for (int64_t column = 0; column < columns; column += 32) {
-        __m512i w[4];
-        for (int row = 0; row < 4; row++)
-            w[row] = _mm512_loadu_si512(rows + row * columns + column);
-        for (int i = 0; i < count; i++) {
-            __m512i one = _mm512_loadu_si512(x + i * columns + column);
-            for (int row = 0; row < 4; row++)
-                sums[i][row] = pairs(sums[i][row], one, w[row]);
-        }
-    }
-    for (int i = 0; i < count; i++)
-        for (int row = 0; row < 4; row++)
-            out[4 * i + row] = _mm512_reduce_add_ps(sums[i][row]);
-}
+TILE(BF16_TARGET, pair_tile, uint16_t, __m512i, _mm512_loadu_si512, pairs)
 
-BF16_TARGET static void
-pair_tile(const uint16_t *rows, const uint16_t *x, int64_t count, int64_t words, float *out)
-{
-    int64_t columns = 64 * words;
-    for (; count >= 6; count -= 6, x += 6 * columns, out += 24)
-        pair_tile_of(6, rows, x, columns, out);
-    switch (count) {
-    case 1: pair_tile_of(1, rows, x, columns, out); break;
-    case 2: pair_tile_of(2, rows, x, columns, out); break;
-    case 3: pair_tile_of(3, rows, x, columns, out); break;
-    case 4: pair_tile_of(4, rows, x, columns, out); break;
-    case 5: pair_tile_of(5, rows, x, columns, out); break;
-    }
-}
-
-const Kernels avx512_kernels = {widen, narrow, order, nibbles, unpack, dots,
+const Kernels avx512_kernels = {widen, narrow, order, unpack, dots,
                                 expand, tile, dense, NULL, NULL};
-const Kernels avx512bf16_kernels = {widen, narrow, order, nibbles, unpack, dots,
+const Kernels avx512bf16_kernels = {widen, narrow, order, unpack, dots,
                                     expand, tile, dense, pair_dots, pair_tile};
 #endif

@@ -15,6 +15,8 @@
 #error "packed weights are read as little-endian words"
 #endif
 
+/* Sums stay in registers only where the loops over them are unrolled. */
+#define UNROLL _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
 
 /* Software prefetch runs this many bytes ahead of what is read. The processor's own prefetchers
@@ -23,7 +25,8 @@
 #define AHEAD 2048
 
 #define SPARE 64 /* entries past the end of a buffer that vectors may touch */
-#define FEW 4 /* rows of x for which values are expanded in registers */
+#define FEW 4  /* rows of x for which values are expanded in registers */
+#define SOME 6 /* the same where bfloat16 is multiplied by bfloat16 */
 
 enum { BF16, FP16, FP32 }; /* dtypes */
 
@@ -47,23 +50,23 @@ typedef struct {
     void (*narrow)(int dtype, const float *in, int64_t count, void *out);
     /* Brings x from the order of columns to that of expanded rows. */
     void (*order)(int dtype, float *x, int64_t words);
-    /* Integers of four bits, from an even place, a byte each. */
-    void (*nibbles)(const uint8_t *pairs, int64_t count, uint8_t *out);
-    /* A row's values (integer - zero) * scale, rounded to the dtype, of a byte an integer. */
-    void (*unpack)(const Weight *weight, int64_t row, const uint64_t *mask,
-                   const uint8_t *integers, const float *scales, void *out);
-    /* Products of two rows with count rows of x, at most FEW: out[2 * row of x + row]. Without
-       masks all columns are stored. */
-    void (*dots)(int dtype, const uint64_t *const mask[2], const void *const values[2],
+    /* A row's values (integer - zero) * scale, rounded to the dtype. */
+    void (*unpack)(const Weight *weight, int64_t row, const float *scales, void *out);
+    /* Products of four rows with count rows of x, at most FEW, of which every word of the first
+       comes before that of the second: out[4 * row of x + row]. Without masks all columns are
+       stored. */
+    void (*dots)(int dtype, const uint64_t *const mask[4], const void *const values[4],
                  int64_t words, const float *x, int64_t count, float *out);
     void (*expand)(int dtype, const uint64_t *mask, const void *values, int64_t words, float *out);
     /* Products of four expanded rows with count rows of x: out[4 * row of x + row]. */
     void (*tile)(const float *rows, const float *x, int64_t count, int64_t words, float *out);
     /* A row with its zeros, of the dtype of its values, in the order of columns. */
     void (*dense)(int dtype, const uint64_t *mask, const void *values, int64_t words, void *out);
-    /* As dots and tile, of bfloat16 with bfloat16, both in the order of columns; or NULL. */
-    void (*pair_dots)(const uint64_t *const mask[2], const void *const values[2], int64_t words,
+    /* As dots, of bfloat16 with bfloat16, both in the order of columns, and of at most SOME rows
+       of x; or NULL. */
+    void (*pair_dots)(const uint64_t *const mask[4], const void *const values[4], int64_t words,
                       const uint16_t *x, int64_t count, float *out);
+    /* As tile, of the same; or NULL. */
     void (*pair_tile)(const uint16_t *rows, const uint16_t *x, int64_t count, int64_t words,
                       float *out);
 } Kernels;
@@ -76,29 +79,47 @@ extern const Kernels avx512bf16_kernels;
 #endif
 
 /* Call a function whose first arguments are constants, so that it is compiled for each. */
-#define FOR_EACH(function, dtype, masked, ...)                \
-    switch (2 * (dtype) + !!(masked)) {                       \
-    case 2 * BF16: function(BF16, 0, __VA_ARGS__); break;     \
-    case 2 * BF16 + 1: function(BF16, 1, __VA_ARGS__); break; \
-    case 2 * FP16: function(FP16, 0, __VA_ARGS__); break;     \
-    case 2 * FP16 + 1: function(FP16, 1, __VA_ARGS__); break; \
-    case 2 * FP32: function(FP32, 0, __VA_ARGS__); break;     \
-    default: function(FP32, 1, __VA_ARGS__); break;           \
+#define FOR_EACH(function, dtype, masked, ...)                           \
+    switch (2 * (dtype) + !!(masked)) {                                  \
+    case 2 * BF16: return function(BF16, 0, __VA_ARGS__);                \
+    case 2 * BF16 + 1: return function(BF16, 1, __VA_ARGS__);            \
+    case 2 * FP16: return function(FP16, 0, __VA_ARGS__);                \
+    case 2 * FP16 + 1: return function(FP16, 1, __VA_ARGS__);            \
+    case 2 * FP32: return function(FP32, 0, __VA_ARGS__);                \
+    default: return function(FP32, 1, __VA_ARGS__);                      \
     }
 
-#define FOR_FEW(function, count, ...)           \
-    switch (count) {                            \
-    case 1: function(1, __VA_ARGS__); break;    \
-    case 2: function(2, __VA_ARGS__); break;    \
-    case 3: function(3, __VA_ARGS__); break;    \
-    default: function(4, __VA_ARGS__); break;   \
+#define FOR_FEW(function, count, ...)               \
+    switch (count) {                                \
+    case 1: return function(1, __VA_ARGS__);        \
+    case 2: return function(2, __VA_ARGS__);        \
+    case 3: return function(3, __VA_ARGS__);        \
+    default: return function(4, __VA_ARGS__);       \
     }
+
+INLINE const uint64_t *
+mask_of(const Weight *weight, int64_t row)
+{
+    return weight->mask ? weight->mask + row * weight->words : NULL;
+}
+
+/* The place of a row's first value among those that are stored. */
+INLINE int64_t
+start_of(const Weight *weight, int64_t row)
+{
+    return weight->mask ? weight->starts[row] : row * weight->columns;
+}
 
 /* How many columns from first to last, not included, are stored. */
 INLINE int64_t
 ones(const uint64_t *mask, int64_t first, int64_t last)
 {
     int64_t count = 0;
+    if ((first | last) % 64 == 0) {
+        for (int64_t word = first / 64; word < last / 64; word++)
+            count += __builtin_popcountll(mask[word]);
+        return count;
+    }
     for (int64_t word = first / 64; 64 * word < last; word++) {
         uint64_t bits = mask[word];
         if (64 * word < first)
@@ -114,5 +135,7 @@ ones(const uint64_t *mask, int64_t first, int64_t last)
 INLINE void as_it_is(int dtype, float *x, int64_t words) { (void)dtype, (void)x, (void)words; }
 
 INLINE int size_of(int dtype) { return dtype == FP32 ? 4 : 2; }
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #endif

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import tempfile
 from functools import cache
@@ -23,7 +24,8 @@ __all__ = ["VARIABLE", "Weight", "chosen", "library", "missing", "parallel"]
 
 VARIABLE = "DLP_KERNELS"
 _OFF = "off"
-_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # as the library counts them
+_PORTABLE = "portable"
+_LEVELS = (_PORTABLE, "avx2", "avx512", "avx512bf16")  # as the library counts them
 _PACKAGED = "_products.so"
 
 
@@ -45,9 +47,16 @@ def missing() -> str | None:
     """
     if os.environ.get(VARIABLE) == _OFF:
         return f"the kernels are turned off by {VARIABLE}={_OFF}: unset it"
-    chosen()
+    level = chosen()
     found = _found()
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    if _LEVELS[level or 0] == _PORTABLE and not os.environ.get(VARIABLE):
+        return (
+            f"the kernels for this processor ({platform.machine()}) are portable C, which may be "
+            f"slower than a dense product: set {VARIABLE}={_PORTABLE} to run them"
+        )
+    return None
 
 
 def library() -> ctypes.CDLL:
@@ -60,7 +69,7 @@ def library() -> ctypes.CDLL:
 def chosen() -> int | None:
     """The number by which the library knows the processor's kernels, or those it is held to.
 
-    :return: None where :func:`missing` says why
+    :return: None where there is no library, or it is turned off
     :raises ValueError: if ``DLP_KERNELS`` names none, or one that the processor cannot run
     """
     return _level(os.environ.get(VARIABLE, ""))
@@ -141,7 +150,8 @@ def _load(path: Path, wanted: str) -> ctypes.CDLL | None:
 def parallel() -> int | None:
     """The address of ``GOMP_parallel`` that torch calls; None where it has none: one thread."""
     suffix = "dylib" if sys.platform == "darwin" else "so"
-    # In the order of the system's linker: what was loaded for all, then what torch names.
+    # In the order of the system's linker: what was loaded for all, then what torch names. So it is
+    # what torch calls, also where an engine has brought a second OpenMP, or one is preloaded.
     for path in (None, Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"):
         try:
             found = ctypes.CDLL(None if path is None else str(path)).GOMP_parallel

@@ -87,29 +87,29 @@ sum_of(const float sums[8])
 /* One row of x at a time: a sum for each place of four, so that additions do not wait for one
    another. */
 INLINE void
-dots_of(int dtype, int masked, const uint64_t *const mask[2], const void *const values[2],
+dots_of(int dtype, int masked, const uint64_t *const mask[4], const void *const values[4],
         int64_t words, const float *x, int64_t count, float *out)
 {
-    for (int64_t i = 0; i < 2 * count; i++) {
-        const uint64_t *bits_of = mask[i % 2];
-        const float *at = x + i / 2 * 64 * words;
+    for (int64_t i = 0; i < 4 * count; i++) {
+        const uint64_t *bits_of = mask[i % 4];
+        const float *at = x + i / 4 * 64;
         float sums[4] = {0};
-        for (int64_t word = 0, place = 0; word < words; word++, at += 64) {
+        for (int64_t word = 0, place = 0; word < words; word++, at += 64 * count) {
             uint64_t bits = masked ? bits_of[word] : ~(uint64_t)0;
             int left = __builtin_popcountll(bits);
             for (; left >= 4; left -= 4)
                 for (int chain = 0; chain < 4; chain++, bits &= bits - 1)
-                    sums[chain] += float_of(dtype, values[i % 2], place++) *
+                    sums[chain] += float_of(dtype, values[i % 4], place++) *
                                    at[__builtin_ctzll(bits)];
             for (; left; left--, bits &= bits - 1)
-                sums[left] += float_of(dtype, values[i % 2], place++) * at[__builtin_ctzll(bits)];
+                sums[left] += float_of(dtype, values[i % 4], place++) * at[__builtin_ctzll(bits)];
         }
         out[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 }
 
 static void
-dots(int dtype, const uint64_t *const mask[2], const void *const values[2], int64_t words,
+dots(int dtype, const uint64_t *const mask[4], const void *const values[4], int64_t words,
      const float *x, int64_t count, float *out)
 {
     FOR_EACH(dots_of, dtype, mask[0], mask, values, words, x, count, out)
@@ -160,18 +160,15 @@ tile(const float *rows, const float *x, int64_t count, int64_t words, float *out
         }
 }
 
-static void
-nibbles(const uint8_t *pairs, int64_t count, uint8_t *out)
-{
-    for (int64_t i = 0; i < count; i++)
-        out[i] = pairs[i / 2] >> 4 * (i % 2) & 15;
-}
-
 INLINE void
-scaled(int dtype, const uint8_t *integers, int64_t count, int zero, float scale, void *out)
+scaled(int dtype, int bits, const uint8_t *packed, int64_t place, int64_t count, int zero,
+       float scale, void *out)
 {
-    for (int64_t i = 0; i < count; i++)
-        put(dtype, (float)(integers[i] - zero) * scale, out, i);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t at = place + i;
+        int integer = bits == 8 ? packed[at] : packed[at / 2] >> 4 * (at % 2) & 15;
+        put(dtype, (float)(integer - zero) * scale, out, i);
+    }
 }
 
 #define TARGET
@@ -191,5 +188,5 @@ narrow(int dtype, const float *in, int64_t count, void *out)
         put(dtype, in[i], out, i);
 }
 
-const Kernels portable_kernels = {widen, narrow, as_it_is, nibbles, unpack, dots,
-                              expand, tile, dense, NULL, NULL};
+const Kernels portable_kernels = {widen, narrow, as_it_is, unpack, dots,
+                                  expand, tile, dense, NULL, NULL};

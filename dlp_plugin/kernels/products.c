@@ -16,6 +16,7 @@ typedef struct {
     int64_t first, last; /* rows */
     const void *x;       /* float32 in the kernels' order, or bfloat16 if pairs */
     int pairs;           /* whether bfloat16 is multiplied by bfloat16 */
+    int64_t block;       /* of how many rows of x words lie beside one another */
     int64_t count;       /* rows of x; 0: rows of the weight are written with their zeros */
     const float *bias;   /* or NULL */
     void *out;
@@ -27,8 +28,7 @@ typedef struct {
 
 /* A thread's own memory. */
 typedef struct {
-    uint8_t *values[2];
-    uint8_t *integers;
+    void *values[4]; /* of rows of integers */
     float *scales;
     float *rows; /* four, expanded */
     float *products;
@@ -67,38 +67,17 @@ dlp_best(void)
     return 0;
 }
 
-static const uint64_t *
-mask_of(const Weight *weight, int64_t row)
-{
-    return weight->mask ? weight->mask + row * weight->words : NULL;
-}
-
 /* A row's values, in buffer if they are unpacked. */
 static const void *
 values_of(const Kernels *kernels, const Weight *weight, int64_t row, Scratch *scratch, int buffer)
 {
-    const uint64_t *mask = mask_of(weight, row);
-    int64_t start = mask ? weight->starts[row] : row * weight->columns;
     int size = size_of(weight->dtype);
     if (!weight->bits)
-        return weight->packed + start * size;
-    const uint8_t *found = weight->packed + start;
-    if (weight->bits == 4) {
-        int64_t odd = start & 1;
-        int64_t count = mask ? weight->starts[row + 1] - start : weight->columns;
-        kernels->nibbles(weight->packed + start / 2, count + odd, scratch->integers);
-        found = scratch->integers + odd;
-    }
+        return weight->packed + start_of(weight, row) * size;
     const uint8_t *scales = (const uint8_t *)weight->scale + row * weight->groups * size;
     kernels->widen(weight->dtype, scales, weight->groups, scratch->scales);
-    kernels->unpack(weight, row, mask, found, scratch->scales, scratch->values[buffer]);
+    kernels->unpack(weight, row, scratch->scales, scratch->values[buffer]);
     return scratch->values[buffer];
-}
-
-static int64_t
-least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 /* Writes sums[rows of x][stride] of rows from first on. */
@@ -113,29 +92,35 @@ finish(Job *job, const Kernels *kernels, float *sums, int64_t stride, int64_t fi
     }
 }
 
-/* Few rows of x: two rows of the weight at a time, each the next of a run of rows, as software
-   prefetch looks into the rows that follow. */
+/* Values are expanded in registers: four rows of the weight at a time, each the next of a run of
+   rows, as software prefetch looks into the rows that follow. */
 static void
-few_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
+register_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
 {
     const Weight *weight = job->weight;
     const Kernels *kernels = job->kernels;
-    int64_t half = (last - first + 1) / 2;
-    for (int64_t row = first; row < first + half; row++) {
-        int64_t rows[2] = {row, least(row + half, last - 1)};
-        const uint64_t *mask[2];
-        const void *values[2];
-        float two[2 * FEW];
-        for (int i = 0; i < 2; i++) {
+    int64_t run = (last - first + 3) / 4, columns = 64 * weight->words;
+    for (int64_t row = first; row < first + run; row++) {
+        int64_t rows[4];
+        const uint64_t *mask[4];
+        const void *values[4];
+        for (int i = 0; i < 4; i++) {
+            rows[i] = least(row + i * run, last - 1);
             mask[i] = mask_of(weight, rows[i]);
             values[i] = values_of(kernels, weight, rows[i], scratch, i);
         }
-        if (job->pairs)
-            kernels->pair_dots(mask, values, weight->words, job->x, job->count, two);
-        else
-            kernels->dots(weight->dtype, mask, values, weight->words, job->x, job->count, two);
-        for (int64_t i = 0; i < 2 * job->count; i++)
-            scratch->products[i / 2 * CHUNK + rows[i % 2] - first] = two[i];
+        for (int64_t done = 0, count; done < job->count; done += count) {
+            float found[4 * SOME];
+            count = least(job->block, job->count - done);
+            if (job->pairs)
+                kernels->pair_dots(mask, values, weight->words,
+                                   (const uint16_t *)job->x + done * columns, count, found);
+            else
+                kernels->dots(weight->dtype, mask, values, weight->words,
+                              (const float *)job->x + done * columns, count, found);
+            for (int64_t i = 0; i < 4 * count; i++)
+                scratch->products[(done + i / 4) * CHUNK + rows[i % 4] - first] = found[i];
+        }
     }
     finish(job, kernels, scratch->products, CHUNK, first, last - first);
 }
@@ -178,6 +163,10 @@ dense_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
         const void *values = values_of(kernels, weight, row, scratch, 0);
         uint8_t *out = (uint8_t *)job->out +
                        (row - job->first) * weight->columns * size_of(job->dtype);
+        if (job->dtype == weight->dtype && weight->columns % 64 == 0) {
+            kernels->dense(weight->dtype, mask_of(weight, row), values, weight->words, out);
+            continue;
+        }
         kernels->dense(weight->dtype, mask_of(weight, row), values, weight->words, scratch->rows);
         if (job->dtype == weight->dtype)
             memcpy(out, scratch->rows, (size_t)(weight->columns * size_of(job->dtype)));
@@ -186,46 +175,49 @@ dense_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
     }
 }
 
+/* Zeros, from the beginning of a line of the cache on. */
 static void *
 room_for(int64_t entries, int64_t size)
 {
-    return calloc((size_t)(entries + SPARE), (size_t)size);
+    size_t bytes = ((size_t)(entries + SPARE) * (size_t)size + 63) / 64 * 64;
+    void *room = aligned_alloc(64, bytes);
+    return room ? memset(room, 0, bytes) : NULL;
 }
 
 static void
 work(void *data)
 {
     Job *job = data;
-    int64_t columns = 64 * job->weight->words;
-    int64_t unpacked = job->weight->bits ? columns : 0;
-    Scratch scratch = {{room_for(unpacked, 4), room_for(unpacked, 4)},
-                       room_for(unpacked, 1),
-                       room_for(job->weight->groups, 4),
-                       room_for(0 < job->count && job->count <= FEW ? 0 : 4 * columns, 4),
-                       room_for(job->count <= FEW ? FEW * CHUNK : 4 * job->count, 4)};
-    if (scratch.values[0] && scratch.values[1] && scratch.integers && scratch.scales &&
-        scratch.rows && scratch.products) {
-        for (;;) {
-            int64_t first = __atomic_fetch_add(&job->next, job->chunk, __ATOMIC_RELAXED);
-            int64_t last = least(first + job->chunk, job->last);
-            if (first >= last)
-                break;
-            if (job->count == 0)
-                dense_chunk(job, &scratch, first, last);
-            else if (job->count <= FEW)
-                few_chunk(job, &scratch, first, last);
-            else
-                matrix_chunk(job, &scratch, first, last);
-        }
-    } else {
+    int64_t columns = 64 * job->weight->words, unpacked = job->weight->bits ? columns : 0;
+    int64_t rows = job->block > 1 ? 0 : 4, products = job->block > 1 ? CHUNK : 4;
+    int64_t entries[] = {unpacked, unpacked, unpacked, unpacked, job->weight->groups,
+                         rows * columns, products * job->count};
+    float *parts[7];
+    int64_t total = 0;
+    for (int i = 0; i < 7; i++)
+        total += entries[i] + SPARE;
+    float *room = room_for(total, 4);
+    if (!room) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+        return;
     }
-    free(scratch.values[0]);
-    free(scratch.values[1]);
-    free(scratch.integers);
-    free(scratch.scales);
-    free(scratch.rows);
-    free(scratch.products);
+    parts[0] = room;
+    for (int i = 0; i < 6; i++)
+        parts[i + 1] = parts[i] + entries[i] + SPARE;
+    Scratch scratch = {{parts[0], parts[1], parts[2], parts[3]}, parts[4], parts[5], parts[6]};
+    for (;;) {
+        int64_t first = __atomic_fetch_add(&job->next, job->chunk, __ATOMIC_RELAXED);
+        int64_t last = least(first + job->chunk, job->last);
+        if (first >= last)
+            break;
+        if (job->count == 0)
+            dense_chunk(job, &scratch, first, last);
+        else if (job->block > 1)
+            register_chunk(job, &scratch, first, last);
+        else
+            matrix_chunk(job, &scratch, first, last);
+    }
+    free(room);
 }
 
 static int
@@ -250,23 +242,34 @@ dlp_multiply(const Weight *weight, int which, const void *x, int64_t count, int 
     const Kernels *kernels = kernels_of(which);
     int64_t columns = 64 * weight->words;
     int pairs = kernels->pair_dots && dtype == BF16 && weight->dtype == BF16;
-    float *ordered = room_for(count * columns, 4);
+    int64_t block = count <= (pairs ? 4 * SOME : FEW) ? (pairs ? SOME : FEW) : 1;
+    int64_t size = pairs ? 2 : 4;
+    uint8_t *ordered = room_for((count + 1) * columns, size);
     if (!count || !ordered) {
         free(ordered);
         return count != 0;
     }
     for (int64_t i = 0; i < count; i++) {
-        int64_t bytes = weight->columns * size_of(dtype);
-        const uint8_t *row = (const uint8_t *)x + i * bytes;
+        int64_t bytes = weight->columns * size_of(dtype), first = i - i % block;
+        int64_t beside = least(block, count - first);
+        const uint8_t *from = (const uint8_t *)x + i * bytes;
+        uint8_t *to = ordered + first * columns * size;
+        uint8_t *row = beside > 1 ? ordered + count * columns * size : to;
         if (pairs) {
-            memcpy((uint16_t *)ordered + i * columns, row, (size_t)bytes);
+            memcpy(row, from, (size_t)bytes);
         } else {
-            kernels->widen(dtype, row, weight->columns, ordered + i * columns);
-            kernels->order(weight->dtype, ordered + i * columns, weight->words);
+            /* The row before, in another order, has left something there. */
+            memset((float *)row + weight->columns, 0, (size_t)(columns - weight->columns) * 4);
+            kernels->widen(dtype, from, weight->columns, (float *)row);
+            kernels->order(weight->dtype, (float *)row, weight->words);
         }
+        for (int64_t word = 0; beside > 1 && word < weight->words; word++)
+            memcpy(to + 64 * size * (word * beside + i - first), row + 64 * size * word,
+                   (size_t)(64 * size));
     }
     Job job = {.weight = weight, .kernels = kernels, .last = weight->rows, .x = ordered,
-               .pairs = pairs, .count = count, .bias = bias, .out = out, .dtype = dtype};
+               .pairs = pairs, .block = block, .count = count, .bias = bias, .out = out,
+               .dtype = dtype};
     int failed = run(&job, threads, parallel);
     free(ordered);
     return failed;

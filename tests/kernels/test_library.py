@@ -35,6 +35,21 @@ print(available())
 """
 
 
+# An engine may bring an OpenMP of its own, as vLLM does.
+TWO = """
+import ctypes, shutil
+from pathlib import Path
+import torch
+from dlp_plugin.kernels.library import parallel
+
+(own,) = (Path(torch.__file__).parent / "lib").glob("libgomp*")
+shutil.copy(own, "other.so")
+ctypes.CDLL("./other.so", mode=ctypes.RTLD_GLOBAL)
+found = ctypes.cast(ctypes.CDLL(str(own)).GOMP_parallel, ctypes.c_void_p).value
+print(parallel() == found)
+"""
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """The package without a library, in a folder of its own."""
@@ -126,6 +141,19 @@ def test_it_is_held_to_less_than_the_processor_has(monkeypatch: pytest.MonkeyPat
         available()
 
 
+def test_what_is_slower_than_a_dense_product_runs_where_it_is_asked_for(package: Path) -> None:
+    """As on a processor that has portable C only: a model is then loaded dense."""
+    for source in (package / "dlp_plugin" / "kernels").glob("*.[ch]"):
+        source.write_text(source.read_text().replace("__x86_64__", "__another__"))
+    cache = {"XDG_CACHE_HOME": str(package / "cache")}
+    said = say(package, **cache)
+    if said.startswith("no kernels are built"):
+        pytest.skip("there is no C compiler")
+    assert said.startswith("the kernels for this processor (")
+    assert said.endswith("slower than a dense product: set DLP_KERNELS=portable to run them")
+    assert say(package, **cache, DLP_KERNELS="portable") == "None"
+
+
 @pytest.mark.skipif(sys.platform != "linux" or missing() is not None, reason="as torch is there")
 def test_the_threads_are_those_of_torch() -> None:
     """No second OpenMP is loaded: what torch links with is what the library is given."""
@@ -148,6 +176,11 @@ def test_the_threads_are_those_of_torch() -> None:
         assert len(os.listdir("/proc/self/task")) <= number + 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or missing() is not None, reason="as torch is there")
+def test_the_threads_are_those_of_torch_where_there_is_another_openmp(package: Path) -> None:
+    assert say(package, TWO) == "True"
 
 
 def test_the_digest_is_of_every_source(package: Path) -> None:

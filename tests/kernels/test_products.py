@@ -55,7 +55,7 @@ def test_numbers_of_rows_of_x(level: str, kind: str, dtype: torch.dtype) -> None
     found = packed(kind, (37, 150))
     layout, weight = layout_of(*found), weight_of(found)
     bias = inputs(1, 37, dtype)[0]
-    for count in (*range(1, 10), 12, 13, 31, 32, 64, 65, 70):
+    for count in (*range(1, 10), 12, 13, 24, 25, 31, 32, 64, 65, 70):
         x = inputs(count, 150, dtype)
         assert_product(linear(x, layout, bias), x, weight, bias)
 
@@ -120,6 +120,17 @@ def test_what_is_not_finite_stays_so(level: str) -> None:
             infinite[:, 1] = float("inf")
             if level != "portable":
                 assert not linear(infinite, layout).isfinite().any()
+
+
+def test_a_row_of_x_that_is_not_finite_leaves_the_others_alone(level: str) -> None:
+    for width in (70, 128):
+        found = packed(torch.bfloat16, (8, width))
+        layout, weight = layout_of(*found), weight_of(found)
+        for dtype in FLOATS:
+            for count in (2, 4, 7, 30, 66):
+                x = inputs(count, width, dtype)
+                x[0] = float("inf")
+                assert_product(linear(x, layout)[1:], x[1:], weight)
 
 
 def test_numbers_of_half_precision(level: str) -> None:
