@@ -380,6 +380,45 @@ pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *c
     }
 }
 
+/* More streams of values than two are read more slowly, which one row of x waits for. */
+BF16_TARGET INLINE void
+pair_dot_of(int masked, const uint64_t *const mask[2], const void *const values[2], int64_t words,
+            const uint16_t *x, float *out)
+{
+    __m512 sums[2][2];
+    const uint8_t *at[2] = {values[0], values[1]};
+    UNROLL for (int row = 0; row < 2; row++)
+        sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+    for (int64_t word = 0; word < words; word++) {
+        __m512i low = _mm512_loadu_si512(x + 64 * word);
+        __m512i high = _mm512_loadu_si512(x + 64 * word + 32);
+        UNROLL for (int row = 0; row < 2; row++) {
+            uint64_t bits = masked ? mask[row][word] : ~(uint64_t)0;
+            const uint8_t *second = at[row] + 2 * (masked ? _mm_popcnt_u32((uint32_t)bits) : 32);
+            _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)at[row] + AHEAD + 64, _MM_HINT_T0);
+            __m512i a = masked ? expanded((uint32_t)bits, at[row]) : _mm512_loadu_si512(at[row]);
+            __m512i b =
+                masked ? expanded((uint32_t)(bits >> 32), second) : _mm512_loadu_si512(second);
+            sums[row][0] = pairs(a, low, sums[row][0]);
+            sums[row][1] = pairs(b, high, sums[row][1]);
+            at[row] += 2 * (masked ? _mm_popcnt_u64(bits) : 64);
+        }
+    }
+    UNROLL for (int row = 0; row < 2; row++)
+        out[row] = _mm512_reduce_add_ps(_mm512_add_ps(sums[row][0], sums[row][1]));
+}
+
+BF16_TARGET static void
+pair_dot(const uint64_t *const mask[2], const void *const values[2], int64_t words,
+         const uint16_t *x, float *out)
+{
+    if (mask[0])
+        pair_dot_of(1, mask, values, words, x, out);
+    else
+        pair_dot_of(0, mask, values, words, x, out);
+}
+
 BF16_TARGET static void
 pair_dots(const uint64_t *const mask[4], const void *const values[4], int64_t words,
           const uint16_t *x, int64_t count, float *out)
@@ -392,7 +431,7 @@ pair_dots(const uint64_t *const mask[4], const void *const values[4], int64_t wo
 TILE(BF16_TARGET, pair_tile, uint16_t, __m512i, _mm512_loadu_si512, pairs)
 
 const Kernels avx512_kernels = {widen, narrow, order, unpack, dots,
-                                expand, tile, dense, NULL, NULL};
+                                expand, tile, dense, NULL, NULL, NULL};
 const Kernels avx512bf16_kernels = {widen, narrow, order, unpack, dots,
-                                    expand, tile, dense, pair_dots, pair_tile};
+                                    expand, tile, dense, pair_dot, pair_dots, pair_tile};
 #endif

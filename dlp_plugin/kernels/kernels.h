@@ -62,11 +62,14 @@ typedef struct {
     void (*tile)(const float *rows, const float *x, int64_t count, int64_t words, float *out);
     /* A row with its zeros, of the dtype of its values, in the order of columns. */
     void (*dense)(int dtype, const uint64_t *mask, const void *values, int64_t words, void *out);
-    /* As dots, of bfloat16 with bfloat16, both in the order of columns, and of at most SOME rows
-       of x; or NULL. */
+    /* As dots, of bfloat16 with bfloat16, both in the order of columns: of two rows with one of x;
+       or NULL. */
+    void (*pair_dot)(const uint64_t *const mask[2], const void *const values[2], int64_t words,
+                     const uint16_t *x, float *out);
+    /* The same of four rows with at most SOME of x. */
     void (*pair_dots)(const uint64_t *const mask[4], const void *const values[4], int64_t words,
                       const uint16_t *x, int64_t count, float *out);
-    /* As tile, of the same; or NULL. */
+    /* As tile, of the same. */
     void (*pair_tile)(const uint16_t *rows, const uint16_t *x, int64_t count, int64_t words,
                       float *out);
 } Kernels;

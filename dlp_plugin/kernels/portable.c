@@ -189,4 +189,4 @@ narrow(int dtype, const float *in, int64_t count, void *out)
 }
 
 const Kernels portable_kernels = {widen, narrow, as_it_is, unpack, dots,
-                                  expand, tile, dense, NULL, NULL};
+                                  expand, tile, dense, NULL, NULL, NULL};

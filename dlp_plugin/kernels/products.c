@@ -92,19 +92,20 @@ finish(Job *job, const Kernels *kernels, float *sums, int64_t stride, int64_t fi
     }
 }
 
-/* Values are expanded in registers: four rows of the weight at a time, each the next of a run of
-   rows, as software prefetch looks into the rows that follow. */
+/* Values are expanded in registers: four rows of the weight at a time, or two, each the next of a
+   run of rows, as software prefetch looks into the rows that follow. */
 static void
 register_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
 {
     const Weight *weight = job->weight;
     const Kernels *kernels = job->kernels;
-    int64_t run = (last - first + 3) / 4, columns = 64 * weight->words;
+    int64_t beside = job->pairs && job->count == 1 ? 2 : 4;
+    int64_t run = (last - first + beside - 1) / beside, columns = 64 * weight->words;
     for (int64_t row = first; row < first + run; row++) {
         int64_t rows[4];
         const uint64_t *mask[4];
         const void *values[4];
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < beside; i++) {
             rows[i] = least(row + i * run, last - 1);
             mask[i] = mask_of(weight, rows[i]);
             values[i] = values_of(kernels, weight, rows[i], scratch, i);
@@ -112,14 +113,18 @@ register_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
         for (int64_t done = 0, count; done < job->count; done += count) {
             float found[4 * SOME];
             count = least(job->block, job->count - done);
-            if (job->pairs)
+            if (beside == 2)
+                kernels->pair_dot(mask, values, weight->words, job->x, found);
+            else if (job->pairs)
                 kernels->pair_dots(mask, values, weight->words,
                                    (const uint16_t *)job->x + done * columns, count, found);
             else
                 kernels->dots(weight->dtype, mask, values, weight->words,
                               (const float *)job->x + done * columns, count, found);
-            for (int64_t i = 0; i < 4 * count; i++)
-                scratch->products[(done + i / 4) * CHUNK + rows[i % 4] - first] = found[i];
+            for (int64_t i = 0; i < beside * count; i++) {
+                int64_t row_of_x = done + i / beside;
+                scratch->products[row_of_x * CHUNK + rows[i % beside] - first] = found[i];
+            }
         }
     }
     finish(job, kernels, scratch->products, CHUNK, first, last - first);
@@ -241,7 +246,7 @@ dlp_multiply(const Weight *weight, int which, const void *x, int64_t count, int 
 {
     const Kernels *kernels = kernels_of(which);
     int64_t columns = 64 * weight->words;
-    int pairs = kernels->pair_dots && dtype == BF16 && weight->dtype == BF16;
+    int pairs = kernels->pair_dot && dtype == BF16 && weight->dtype == BF16;
     int64_t block = count <= (pairs ? 4 * SOME : FEW) ? (pairs ? SOME : FEW) : 1;
     int64_t size = pairs ? 2 : 4;
     uint8_t *ordered = room_for((count + 1) * columns, size);
