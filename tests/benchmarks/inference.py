@@ -179,7 +179,7 @@ def in_transformers(folder: Path, models: Models, batches: list[int], threads: i
     found: Figures = {}
     for bits, sparsity in models:
         packed = random_llama(folder, sparsity, bits)
-        both = speeds(packed, prompt=128, tokens=12, batches=batches, threads=threads, rounds=1)
+        both = speeds(packed, prompt=512, tokens=12, batches=batches, threads=threads, rounds=2)
         dense, sparse = both["dense"], both["sparse"]
         found[f"{bits} bits, {sparsity:.0%}"] = {
             "load": dense.load / sparse.load,

@@ -10,6 +10,7 @@ from layout import Parts, bullets, number, percent, span, table
 CHANCE = {"arc_easy": 0.25, "piqa": 0.5, "lambada": 0.0}
 TASKS = {"arc_easy": "ARC easy", "piqa": "PIQA", "lambada": "LAMBADA"}
 MAIN = "yardsticks"
+PLAIN_WAYS = ("uniform", "dlp:0.15")
 
 
 def kept(accuracy: dict[str, float], dense: dict[str, float]) -> float:
@@ -53,6 +54,30 @@ def yardsticks(parts: Parts) -> dict[str, str]:
         "yardsticks tables": "\n\n".join(tables),
         "yardsticks remarks": bullets([*_asked(found), *_dlp(found)]),
     }
+
+
+def gain_table(parts: Parts) -> str:
+    """What the README shows of it: at every sparsity the plain ways and the best."""
+    found = parts.results(MAIN)
+    few = parts.results("few bits")
+    dense, accuracy = found["dense"], found["accuracy"]
+
+    def row(name: str, one: dict[str, Any]) -> list[str]:
+        size = one["bytes"] / 1e6 if "bytes" in one else one["MB"]
+        share = percent(kept(one["accuracy"], accuracy)) if "accuracy" in one else ""
+        values = number(one["perplexity"]), f"{one['perplexity'] / dense:.2f}", share
+        return [name, *values, f"{size:.0f}"]
+
+    rows = [row("dense", found["plain"]["16"])]
+    for target in sorted({cell["target"] for cell in found["cells"]}):
+        cells = [cell for cell in found["cells"] if cell["target"] == target]
+        shown = [c for c in cells if c["pruner"] == "wanda" and c["method"] in PLAIN_WAYS]
+        for bits in (16, 4):
+            some = [cell for cell in cells if cell["bits"] == bits and cell not in shown]
+            shown += [min(some, key=lambda cell: cell["perplexity"])] if some else []
+        rows += [row(f"{percent(target)}, {named(cell)}", cell) for cell in shown]
+    rows += [row(f"dense, {name}", one) for name, one in few.items()]
+    return table(["SmolLM2-135M", "perplexity", "to dense", "accuracy kept", "MB"], rows)
 
 
 def _asked(found: dict[str, Any]) -> Iterator[str]:
