@@ -345,12 +345,11 @@ BF16_TARGET INLINE void
 pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *const values[4],
              int64_t words, const uint16_t *x, float *out)
 {
-    const int chains = count < 4 ? 2 : 1;
-    __m512 sums[2][SOME][4];
+    __m512 sums[SOME][4];
     const uint8_t *at[4] = {values[0], values[1], values[2], values[3]};
     UNROLL for (int i = 0; i < count; i++)
         UNROLL for (int row = 0; row < 4; row++)
-            sums[0][i][row] = sums[1][i][row] = _mm512_setzero_ps();
+            sums[i][row] = _mm512_setzero_ps();
     for (int64_t word = 0; word < words; word++) {
         UNROLL for (int row = 0; row < 4; row++) {
             _mm_prefetch((const char *)at[row] + AHEAD, _MM_HINT_T0);
@@ -367,28 +366,23 @@ pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *c
             }
             UNROLL for (int i = 0; i < count; i++) {
                 __m512i one = _mm512_loadu_si512(x + 64 * (word * count + i) + 32 * half);
-                __m512 *sum = sums[half % chains][i];
                 UNROLL for (int row = 0; row < 4; row++)
-                    sum[row] = pairs(w[row], one, sum[row]);
+                    sums[i][row] = pairs(w[row], one, sums[i][row]);
             }
         }
     }
-    UNROLL for (int i = 0; i < count; i++) {
-        UNROLL for (int row = 0; row < 4; row++)
-            sums[0][i][row] = _mm512_add_ps(sums[0][i][row], sums[1][i][row]);
-        _mm_storeu_ps(out + 4 * i, sums_of(sums[0][i]));
-    }
+    UNROLL for (int i = 0; i < count; i++)
+        _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));
 }
 
-/* More streams of values than two are read more slowly, which one row of x waits for. */
+/* More streams of values than two are read more slowly, which one row of x waits for. All products
+   add columns in the same order, so that a row of x gives the same bits whatever is beside it. */
 BF16_TARGET INLINE void
 pair_dot_of(int masked, const uint64_t *const mask[2], const void *const values[2], int64_t words,
             const uint16_t *x, float *out)
 {
-    __m512 sums[2][2];
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     const uint8_t *at[2] = {values[0], values[1]};
-    UNROLL for (int row = 0; row < 2; row++)
-        sums[row][0] = sums[row][1] = _mm512_setzero_ps();
     for (int64_t word = 0; word < words; word++) {
         __m512i low = _mm512_loadu_si512(x + 64 * word);
         __m512i high = _mm512_loadu_si512(x + 64 * word + 32);
@@ -400,13 +394,12 @@ pair_dot_of(int masked, const uint64_t *const mask[2], const void *const values[
             __m512i a = masked ? expanded((uint32_t)bits, at[row]) : _mm512_loadu_si512(at[row]);
             __m512i b =
                 masked ? expanded((uint32_t)(bits >> 32), second) : _mm512_loadu_si512(second);
-            sums[row][0] = pairs(a, low, sums[row][0]);
-            sums[row][1] = pairs(b, high, sums[row][1]);
+            sums[row] = pairs(b, high, pairs(a, low, sums[row]));
             at[row] += 2 * (masked ? _mm_popcnt_u64(bits) : 64);
         }
     }
-    UNROLL for (int row = 0; row < 2; row++)
-        out[row] = _mm512_reduce_add_ps(_mm512_add_ps(sums[row][0], sums[row][1]));
+    sums[2] = sums[3] = sums[0];
+    _mm_storel_pi((__m64 *)out, sums_of(sums));
 }
 
 BF16_TARGET static void

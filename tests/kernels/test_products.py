@@ -84,6 +84,21 @@ def test_the_same_to_the_bit_for_any_number_of_threads(level: str, pattern: str)
                 assert all(torch.equal(one, found[0]) for one in found)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", [name for name in HERE if name.startswith("avx512")])
+def test_the_same_to_the_bit_whatever_rows_of_x_are_beside(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: str, dtype: torch.dtype
+) -> None:
+    """So a text is the same alone and in a batch, as long as prompts are short."""
+    monkeypatch.setenv("DLP_KERNELS", name)
+    layout = layout_of(*packed(kind, (37, 512)))
+    x = inputs(64, 512, dtype)
+    alone = torch.cat([linear(row[None], layout) for row in x])
+    for count in (2, 4, 5, 7, 24, 25, 64):
+        assert torch.equal(linear(x[:count], layout), alone[:count]), count
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)])
 def test_of_nothing(level: str, shape: tuple[int, int]) -> None:
     for kind in (torch.bfloat16, "8", "4 unmasked"):
