@@ -36,11 +36,11 @@ def test_the_page_is_what_was_measured(page: ModuleType) -> None:
         assert path.read_text() == text, ANEW
 
 
-def test_so_is_the_main_table_of_the_readme(page: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_so_are_the_tables_of_other_pages(page: ModuleType) -> None:
     parts = page.Parts(BENCHMARKS / "results")
-    assert page.figures.main_table(parts) in readme, ANEW
-    assert page.with_main_table(readme, parts) == readme, ANEW
+    for path, text in page.with_tables(parts).items():
+        assert path.read_text() == text, ANEW
+        assert page.TABLES[path](parts).strip() in text, ANEW
 
 
 def test_every_part_says_what_it_holds_for(page: ModuleType) -> None:

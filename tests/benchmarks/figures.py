@@ -5,6 +5,7 @@ from typing import Any
 
 from cells import PRUNERS, Cells, pruner_name
 from layout import Parts, bullets, number, percent, span, table
+from yardsticks import few_bits, yardsticks
 
 # What run.py calls them -> what the page does
 WAYS = {
@@ -381,6 +382,8 @@ def _seconds(value: float) -> str:
 
 ALL: Sequence = (
     main_command,
+    yardsticks,
+    few_bits,
     comparisons,
     sparse_files,
     inference,

@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from dlp_plugin.checkpoints.files import bytes_on_disk
+
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 SIZE = 4096
 COPIES = 16  # of a matrix, 0.5 GB in bfloat16
@@ -274,10 +276,20 @@ def in_vllm(folder: Path, models: Models, batches: list[int], threads: int) -> F
         found[f"{bits} bits, {sparsity:.0%}"] = {
             **{f"batch {n}": other[f"{n}"] / one[f"{n}"] for n in batches},
             "memory": other["memory"] / one["memory"],
+            "bytes of the Linears": linears(packed) / linears(plain if bits == 4 else None),
             "dense tokens/s": one[f"{batches[0]}"],
             "sparse tokens/s": other[f"{batches[0]}"],
         }
     return found
+
+
+def linears(folder: Path | None) -> int:
+    """Bytes of the blocks' Linears on disk; without a folder as bfloat16 has them."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    whole = 2 * sum(each.numel() for each in model.parameters())
+    pruned = 2 * sum(e.numel() for n, e in model.named_parameters() if "layers" in n and e.ndim > 1)
+    return pruned if folder is None else bytes_on_disk(folder) - (whole - pruned)
 
 
 def vllm_rates(

@@ -1,4 +1,4 @@
-"""Writes README.md and appendix.md beside this file, and the main table of the README.
+"""Writes README.md and appendix.md beside this file, and the tables of two other pages.
 
     python tests/benchmarks/page.py
 
@@ -12,12 +12,17 @@ from pathlib import Path
 
 import figures
 from layout import Parts, wrapped
+from yardsticks import gain_table
 
 HERE = Path(__file__).parent
 PAGES = {"README.md": "page.md", "appendix.md": "appendix_page.md"}
-README = HERE.parents[1] / "README.md"
+ROOT = HERE.parents[1]
+TABLES = {
+    ROOT / "README.md": gain_table,
+    ROOT / "examples" / "README.md": figures.main_table,
+}
 PLACE = re.compile(r"\{\{([^}]+)\}\}")
-MAIN = re.compile(r"(?<=<!-- written by tests/benchmarks/page.py -->\n).*?(?=<!-- end -->)", re.S)
+MARKED = re.compile(r"(?<=<!-- written by tests/benchmarks/page.py -->\n).*?(?=<!-- end -->)", re.S)
 
 
 def pages(parts: Parts) -> dict[Path, str]:
@@ -53,16 +58,18 @@ def anchor(title: str) -> str:
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
-def with_main_table(readme: str, parts: Parts) -> str:
-    """The README with the main command's table in its place."""
-    return MAIN.sub(lambda _: f"\n{figures.main_table(parts)}\n", readme)
+def with_tables(parts: Parts) -> dict[Path, str]:
+    """The pages that have a table of what was measured, with it in its place."""
+    return {
+        page: MARKED.sub(lambda _, write=write: f"\n{write(parts).strip()}\n\n", page.read_text())
+        for page, write in TABLES.items()
+    }
 
 
 def main() -> None:
     parts = Parts(HERE / "results")
-    for page, text in pages(parts).items():
+    for page, text in (pages(parts) | with_tables(parts)).items():
         page.write_text(text)
-    README.write_text(with_main_table(README.read_text(), parts))
 
 
 if __name__ == "__main__":

@@ -108,55 +108,6 @@ def _dlp(found: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def seeds(parts: Parts) -> dict[str, str]:
-    """The same rows over other calibration samples."""
-    runs = [parts.results(name) for name in parts if name.startswith(f"{MAIN}, seed")]
-    runs.insert(0, parts.results(MAIN))
-    keys = [
-        {(c["target"], c["pruner"], c["method"], c["bits"]): c["perplexity"] for c in run["cells"]}
-        for run in runs
-    ]
-    rows = []
-    for key in keys[0]:
-        values = [found[key] for found in keys if key in found]
-        if len(values) == len(runs):
-            target, pruner, method, _ = key
-            name = f"{percent(target)}, {pruner_name(pruner)}, {method_name(method)}"
-            spread = f"{(max(values) - min(values)) / mean(values):.1%}".replace("%", " %")
-            rows.append([name, *map(number, values), number(mean(values)), spread])
-    names = ["evenly spread", *(f"seed {place}" for place in range(1, len(runs)))]
-    return {"yardsticks seeds": table(["", *names, "mean", "range to mean"], rows)}
-
-
-def tokens(parts: Parts) -> dict[str, str]:
-    """Perplexity over the number and length of calibration samples."""
-    runs = {}
-    for name in parts:
-        if name.startswith("tokens, "):
-            samples, length = map(int, name.removeprefix("tokens, ").split(" x "))
-            runs[samples, length] = parts.results(name)["cells"]
-    # The table above has the samples that all others are compared with.
-    target = next(iter(runs.values()))[0]["target"]
-    runs[64, 512] = [c for c in parts.results(MAIN)["cells"] if c["target"] == target]
-    order = sorted(runs, key=lambda one: (one[0] * one[1], one[1]))
-    kinds: dict[tuple[str, str], dict[tuple[int, int], dict[str, Any]]] = {}
-    for size, cells in runs.items():
-        for cell in cells:
-            if cell["bits"] == 16:
-                kinds.setdefault((cell["pruner"], cell["method"]), {})[size] = cell
-    rows = []
-    for (pruner, method), found in kinds.items():
-        if len(found) > 1:
-            name = f"{pruner_name(pruner)}, {method_name(method)}"
-            rows.append([name, *(_of(found.get(size)) for size in order)])
-    names = [f"{samples} x {length:,}" for samples, length in order]
-    return {"tokens table": table([percent(target), *names], rows)}
-
-
-def _of(cell: dict[str, Any] | None) -> str:
-    return "" if cell is None else number(cell["perplexity"])
-
-
 def few_bits(parts: Parts) -> dict[str, str]:
     """Dense models of few bits, quantized in several ways."""
     dense = parts.results(MAIN)["dense"]
