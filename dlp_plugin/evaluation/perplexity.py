@@ -52,7 +52,7 @@ def perplexity(
             ids = torch.stack(batch).to(device)
             with wide_enough(model, device):
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            for row, wanted in zip(logits, ids[:, 1:], strict=True):
+            for row, wanted in zip(logits, ids[:, 1:].to(logits.device), strict=True):
                 for few, right in zip(row.split(_WIDE), wanted.split(_WIDE), strict=True):
                     losses = torch.nn.functional.cross_entropy(few.float(), right, reduction="none")
                     total += losses.cpu().double().sum().item()
