@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import yaml
+from accelerate.utils import align_module_device
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,7 @@ from rich.table import Table
 from dlp_plugin import last_plans, pack
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost, zstd_bytes
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
+from dlp_plugin.checkpoints.placing import let_go
 from dlp_plugin.cli.speed import speed_table
 from dlp_plugin.comparison.results import quantizing
 from dlp_plugin.comparison.speeds import cache_bytes, speeds
@@ -55,7 +57,10 @@ def sparsity_of(model: torch.nn.Module) -> float:
     """Zeros among the weights of all Linears but the head."""
     head = model.get_output_embeddings()
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    zeros = sum(int((linear.weight == 0).sum()) for linear in linears)
+    zeros = 0
+    for linear in linears:
+        with align_module_device(linear):  # of a model that is spread over devices
+            zeros += int((linear.weight == 0).sum())
     return zeros / sum(linear.weight.numel() for linear in linears)
 
 
@@ -121,6 +126,7 @@ def main() -> None:
         value = perplexity(model, windows)
         dense = dense or value
         zeros = sparsity_of(model)
+        let_go(model)  # before the next is loaded
         row = f"{zeros:.4f}", f"{value:.3f}", f"{value / dense:.3f}", f"{seconds:.1f}"
         table.add_row(name, *row)
         if name == "DLP, alpha auto, refined":

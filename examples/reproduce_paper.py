@@ -20,7 +20,6 @@ from compressed_tensors.offload import remove_dispatch
 from datasets import load_dataset
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
-from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from prune_and_compare import sparsity_of
 from rich.console import Console
@@ -28,7 +27,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dlp_plugin import DLPModifier, OWLModifier
-from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
+from dlp_plugin.checkpoints.loading import apply_recipe, load_to_prune, load_tokenizer
+from dlp_plugin.checkpoints.placing import let_go, placed
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import calibrate_on, calibration_set, read_tokens, token_windows
 
@@ -92,13 +92,13 @@ def main() -> None:
     def measure(model: torch.nn.Module) -> tuple[float, float]:
         """Perplexity and sparsity of a model, which is used up."""
         # oneshot() leaves weights on the CPU, to visit the GPU at every use
-        remove_dispatch(model).to(get_main_device())
+        model = placed(remove_dispatch(model))
         result = perplexity(model, windows, batch_size=1), sparsity_of(model)
-        model.to("meta")  # the host's tracing keeps a model alive; its weights are let go
+        let_go(model)
         return result
 
     started = time.time()
-    dense, _ = measure(load_model(arguments.model))
+    dense, _ = measure(load_to_prune(arguments.model)[0])
     columns = ("pruner", "method", "zeros", "perplexity", "published, LLaMA-2-7B", "seconds")
     table = Table(*columns, title=f"{arguments.model} at {SPARSITY:.0%}")
     table.add_row("", "dense", "0", f"{dense:.2f}", "", f"{time.time() - started:.0f}")

@@ -12,7 +12,7 @@ from llmcompressor import oneshot
 from torch.utils.data import DataLoader, RandomSampler
 
 from dlp_plugin import DLPModifier, Plan, WandaPruningModifier
-from dlp_plugin.scoring.calibration import scoring_batches
+from dlp_plugin.scoring.calibration import scoring_batches, together
 
 
 def batch(*rows: list[int], **more: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -147,6 +147,25 @@ def test_rows_without_tokens_are_told_before_anything_is_pruned(
             shuffle_calibration_samples=True,
         )
     assert {zeros(linear) for linear in linears_of(model).values()} == {0}
+
+
+class TestTogether:
+    def test_neighbours_are_joined_and_large_batches_taken_apart(self) -> None:
+        """Of four tokens each; a longer sample stays whole."""
+        given = [batch([1, 2]), batch([3, 4]), batch([5, 6], [7, 8], [9, 1]), batch([2] * 5)]
+        found = together(given, 4)
+        assert ids(found) == [[[1, 2], [3, 4]], [[5, 6], [7, 8]], [[9, 1]], [[2] * 5]]
+        assert all(one["attention_mask"].shape == one["input_ids"].shape for one in found)
+
+    def test_samples_are_cut_beginnings_first(self) -> None:
+        given = [batch([1, 2, 3, 4, 5], [6, 7, 8, 9, 1]), batch([2, 3, 4])]
+        found = ids(together(given, 2, cut=True))
+        assert found[:3] == [[[1, 2]], [[6, 7]], [[2, 3]]]
+        assert found[3:] == [[[3, 4]], [[8, 9]], [[4], [5]], [[1]]]
+
+    def test_what_is_not_one_value_a_token_stays_as_it_is(self) -> None:
+        given = [batch([1, 2, 3], pixels=torch.zeros(1, 3, 4))]
+        assert together(given, 2, cut=True) == given
 
 
 @pytest.mark.parametrize(

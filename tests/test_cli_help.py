@@ -21,7 +21,7 @@ HELP = {
     ],
     "show": ["--strength,--alpha", "--plot", "at another target it is another plan"],
     "inspect": ["--against", "how many of its zeros are lost in FOLDER?", "Packed 4-bit weights"],
-    "ppl": ["Windows do not overlap", "--batch-size", "[default: 8]"],
+    "ppl": ["Windows do not overlap", "--batch-size", "as many as hold 2,048 tokens"],
     "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
     "speed": ["dense and sparse, side by side", "--batches", "--json"],
     "compare": ["uniform, dlp, owl, alpha-pruning, linear", "dlp-refined", "--write-recipe"],

@@ -4,10 +4,13 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import CALIBRATION_TEXT, ROOT, SHIPPED, TEST_TEXT
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dlp_plugin.checkpoints import loading
 
 
 def beginning_of(text: Path, characters: int, file: Path) -> str:
@@ -56,14 +59,33 @@ def test_the_job_of_the_readme(example: Callable[..., str], few: list[str], tmp_
     assert float(best[1]) < float(refined[1]) < float(rows["uniform"][1])
 
 
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
+    """The models that were loaded, each after the weights of those before had been freed."""
+    found: list[PreTrainedModel] = []
+    load = loading.load_stored
+
+    def watched(*arguments: Any, **named: Any) -> PreTrainedModel:
+        assert {w.device.type for model in found for w in model.parameters()} <= {"meta"}
+        found.append(load(*arguments, **named))
+        return found[-1]
+
+    monkeypatch.setattr(loading, "load_stored", watched)
+    return found
+
+
 def test_the_same_on_a_model_that_groups_of_128_do_not_fit(
-    example: Callable[..., str], few: list[str], tmp_path: Path
+    example: Callable[..., str],
+    few: list[str],
+    tmp_path: Path,
+    one_at_a_time: list[PreTrainedModel],
 ) -> None:
     config = AutoConfig.from_pretrained(SHIPPED)
     config.update({"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2})
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "model")
     output = example("prune_and_compare.py", str(tmp_path / "model"), *few)
+    assert len(one_at_a_time) == 9
     assert "pruned weights that came back with 4 bits: 0" in output
     for folder in ("w4a16", "best"):
         saved = AutoConfig.from_pretrained(tmp_path / "out" / folder).quantization_config

@@ -23,7 +23,9 @@ from sparse_models import REMEDY, dense, load, packed_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_plugin import last_plans
+from dlp_plugin.checkpoints import placing
 from dlp_plugin.checkpoints.loading import load_model
+from dlp_plugin.checkpoints.placing import let_go, placed
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.text import read_tokens, token_windows
 from dlp_plugin.planning.structure import UNSTRUCTURED
@@ -143,3 +145,17 @@ def test_weights_stay_on_the_gpu_while_a_plan_is_made(
             prune(make_model(), recipe({"refine": steps}))
         counts.append(len(fetched))
     assert counts[0] == counts[1]
+
+
+def test_a_model_that_has_no_room_is_spread(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the GPU and the CPU's memory, and predicts what it does on the GPU."""
+    windows = list(torch.arange(96).view(3, 32))
+    expected = perplexity(placed(make_model()), windows)
+    monkeypatch.setattr(placing, "get_max_memory", lambda: {0: 300_000, "cpu": 1 << 30})
+    model = placed(make_model())
+    assert {weight.device.type for weight in model.parameters()} == {"cuda", "meta"}
+    assert perplexity(model, windows) == pytest.approx(expected, rel=1e-5)
+    let_go(model)
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}

@@ -8,6 +8,7 @@ from helpers import MakeModel, random_samples
 
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.scoring.blocks import Block
+from dlp_plugin.search import predictions
 from dlp_plugin.search import slopes as module
 from dlp_plugin.search.masks import Masks
 from dlp_plugin.search.slopes import Slopes
@@ -187,6 +188,19 @@ def test_steps_go_through_the_samples_one_portion_after_the_other(
     assert slopes.portion(3, 1000) == [0, 1, 2, 3, 4]  # all there is, each once
 
 
+def test_a_step_runs_no_more_tokens_where_samples_are_longer(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are cut, and steps see the beginnings of all before what follows these."""
+    monkeypatch.setattr(module, "TOGETHER", 16)
+    model = make_model()
+    blocks = blocks_of(model)
+    slopes = Slopes(model, blocks, masks_of(blocks), batches(2, 40))
+    sparsities = dict.fromkeys(slopes._masks.linears, 0.5)
+    ran = [slopes.at(sparsities, slopes.portion(step, 16))[1] for step in range(6)]
+    assert ran == [16, 16, 16, 16, 16, 16]  # the last of two ends of eight tokens
+
+
 def peak_bytes(model: torch.nn.Module, tokens: int) -> int:
     """Most memory that one backward pass takes beyond what was there."""
     blocks = blocks_of(model)
@@ -212,6 +226,19 @@ def test_memory_grows_by_one_tensor_a_block(make_model: MakeModel) -> None:
     assert many - few < 8 * 2 * inputs
     # what a block's backward would hold besides: inputs and outputs of seven Linears
     assert 8 * 4 * tokens * (7 * hidden + 4 * 128) > 4 * (many - few)
+
+
+def test_of_a_large_vocabulary_logits_and_their_gradient_are_in_memory(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing as large besides."""
+    monkeypatch.setattr(predictions, "WIDE", 64)
+    tokens, vocabulary = 1024, 8192
+    small, large = (
+        peak_bytes(make_model(vocab_size=size, attn_implementation="sdpa"), tokens)
+        for size in (vocabulary // 2, vocabulary)
+    )
+    assert large - small < 2.5 * 4 * tokens * vocabulary / 2
 
 
 def test_no_room_is_told_with_the_remedy(

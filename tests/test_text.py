@@ -114,6 +114,17 @@ def test_batching_changes_nothing_and_the_mode_comes_back(make_model: MakeModel)
     assert one_by_one == pytest.approx(mean.exp().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("length", "together"), [(256, [8, 1]), (1500, [1] * 9), (4000, [1] * 9)])
+def test_as_many_windows_are_run_together_as_hold_2048_tokens(
+    length: int, together: list[int]
+) -> None:
+    """Whose logits are in memory at once."""
+    done: list[int] = []
+    windows = [torch.zeros(length, dtype=torch.int64)] * 9
+    perplexity(Table(torch.zeros(2, 2)), windows, advance=done.append)
+    assert done == together
+
+
 def test_a_collapsed_model_has_no_finite_perplexity() -> None:
     logits = torch.zeros(4, 4)
     logits[:, 0] = 1e4  # sure of token 0, which never comes

@@ -21,6 +21,7 @@ from llmcompressor.utils.dev import get_main_device
 from transformers import PreTrainedModel
 
 from dlp_plugin.checkpoints.files import check_weight_files
+from dlp_plugin.checkpoints.placing import placed
 from dlp_plugin.checkpoints.quantized import as_plain, check_known, dequantizing, quantization_of
 from dlp_plugin.checkpoints.saving import save_like
 from dlp_plugin.checkpoints.sources import fetching, load_config, load_tokenizer, model_class
@@ -48,7 +49,8 @@ _SHOWN = 3
 def load_model(name: str | Path) -> PreTrainedModel:
     """Load a model to measure it, on the accelerator if there is one.
 
-    A packed one runs as it is packed where it can.
+    One that has no room there is spread (:func:`dlp_plugin.checkpoints.placing.placed`). A packed
+    one runs as it is packed where it can.
 
     :param name: a local folder, or an id on the hub
     :raises FileNotFoundError: if there is no such folder
@@ -58,9 +60,9 @@ def load_model(name: str | Path) -> PreTrainedModel:
     quantization = quantization_of(load_config(name))
     packed = quantization.get("quant_method") == QUANT_METHOD
     arguments = dequantizing(str(name), quantization) if packed and device.type != "cpu" else {}
-    model: Any = load_stored(name, **arguments)
+    model = load_stored(name, **arguments)
     widen(model, device)
-    return model.to(device)  # type: ignore[no-any-return]
+    return placed(model)
 
 
 def check_prunable(name: str | Path) -> None:

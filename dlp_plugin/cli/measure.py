@@ -48,7 +48,10 @@ def ppl(
     split: TestSplit = None,
     column: Column = "text",
     length: Length = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows at a time.", show_default="as many as hold 2,048 tokens"),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model's perplexity on a text or dataset.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from accelerate.utils import align_module_device
 
 __all__ = ["check_finite"]
 
@@ -38,11 +39,13 @@ def check_finite(figure: float, what: str, model: torch.nn.Module) -> float:
 
 def _broken(model: torch.nn.Module) -> str | None:
     """The first parameter or buffer that is not finite, or weight that is kept packed."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            return name
     for name, module in model.named_modules():
-        decoded = getattr(module, "decoded", None)
-        if decoded is not None and not decoded().isfinite().all():
-            return f"{name}.weight"
+        with align_module_device(module):  # of a model that is spread
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for tensor_name, tensor in own:
+                if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                    return f"{name}.{tensor_name}".strip(".")
+            decoded = getattr(module, "decoded", None)
+            if decoded is not None and not decoded().isfinite().all():
+                return f"{name}.weight"
     return None

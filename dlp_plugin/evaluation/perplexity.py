@@ -13,8 +13,9 @@ from dlp_plugin.precision import wide_enough
 
 __all__ = ["perplexity"]
 
-# Tokens whose logits are widened to float32 together: their number may be a hundred thousand
-# times that of the tokens.
+# Tokens that are run together unless windows are longer, and tokens whose logits are widened to
+# float32 together: these may be a hundred thousand times as many as the tokens.
+TOGETHER = 2048
 _WIDE = 256
 
 
@@ -22,7 +23,7 @@ _WIDE = 256
 def perplexity(
     model: torch.nn.Module,
     windows: Sequence[torch.Tensor],
-    batch_size: int = 8,
+    batch_size: int | None = None,
     advance: Callable[[int], Any] = lambda _: None,
 ) -> float:
     """Perplexity over token windows: every token after a window's first counts once.
@@ -33,7 +34,8 @@ def perplexity(
     :param model: a causal language model of transformers; its mode is restored
     :param windows: int64 tensors ``[tokens]``, as
         :func:`dlp_plugin.evaluation.text.token_windows` cuts them
-    :param batch_size: windows of equal length evaluated together
+    :param batch_size: windows of equal length evaluated together; by default as many as hold 2,048
+        tokens
     :param advance: called with the number of windows done, for a progress bar
     :return: ``exp`` of the mean negative log-likelihood per predicted token; infinite where
         that is beyond a float's range, as of a model that has collapsed, and NaN where the
@@ -50,7 +52,7 @@ def perplexity(
             ids = torch.stack(batch).to(device)
             with wide_enough(model, device):
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            for row, wanted in zip(logits, ids[:, 1:], strict=True):
+            for row, wanted in zip(logits, ids[:, 1:].to(logits.device), strict=True):
                 for few, right in zip(row.split(_WIDE), wanted.split(_WIDE), strict=True):
                     losses = torch.nn.functional.cross_entropy(few.float(), right, reduction="none")
                     total += losses.cpu().double().sum().item()
@@ -66,11 +68,12 @@ def perplexity(
         return math.inf
 
 
-def _batches(windows: Sequence[torch.Tensor], batch_size: int) -> list[list[torch.Tensor]]:
+def _batches(windows: Sequence[torch.Tensor], batch_size: int | None) -> list[list[torch.Tensor]]:
     batches: list[list[torch.Tensor]] = []
     for window in windows:
         last = batches[-1] if batches else []
-        if last and len(last) < batch_size and len(last[0]) == len(window):
+        most = batch_size or TOGETHER // len(window)
+        if last and len(last) < most and len(last[0]) == len(window):
             last.append(window)
         else:
             batches.append([window])

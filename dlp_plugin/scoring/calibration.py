@@ -179,13 +179,15 @@ def _keep_real(sample: Batch, mask: torch.Tensor, prefix: str) -> None:
             sample[key] = value[:, mask[0]]
 
 
-def together(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """Join neighbouring batches that hold nothing but tensors of one shape per token.
+def together(batches: Sequence[Batch], tokens: int, *, cut: bool = False) -> list[Batch]:
+    """Join neighbouring batches, and take large ones apart, that hold only tensors per token.
 
-    :param tokens: how many a joined batch has at most
+    :param tokens: how many a batch has at most, unless one sample has more
+    :param cut: whether samples are cut to so many too. The beginnings of all come before what
+        follows them, so that the first batches are of many samples
     """
     joined: list[Batch] = []
-    for batch in batches:
+    for batch in _apart(batches, tokens, cut):
         last = joined[-1] if joined else None
         if (
             last is not None
@@ -198,6 +200,28 @@ def together(batches: Sequence[Batch], tokens: int) -> list[Batch]:
         else:
             joined.append(batch)
     return joined
+
+
+def _apart(batches: Sequence[Batch], tokens: int, cut: bool) -> list[Batch]:
+    """Batches of so many tokens at most; a sample's pieces in rounds, one of each a round."""
+    rounds: list[list[Batch]] = [[]]
+    for batch in batches:
+        if not _per_token(batch) or batch["input_ids"].ndim != 2:
+            rounds[0].append(batch)
+            continue
+        length = min(tokens, batch["input_ids"].shape[1]) if cut else batch["input_ids"].shape[1]
+        samples = max(1, tokens // length)
+        for number, piece in enumerate(_splits(batch, length, 1)):
+            if number == len(rounds):
+                rounds.append([])
+            rounds[number] += _splits(piece, samples, 0)
+    return [piece for pieces in rounds for piece in pieces]
+
+
+def _splits(batch: Batch, size: int, dimension: int) -> Iterator[Batch]:
+    """Parts of a batch of tensors of one shape."""
+    parts = zip(*(tensor.split(size, dimension) for tensor in batch.values()), strict=True)
+    return (dict(zip(batch, part, strict=True)) for part in parts)
 
 
 def _per_token(batch: Batch) -> bool:

@@ -33,7 +33,7 @@ from dlp_plugin.search.predictions import (
 
 __all__ = ["Judge"]
 
-# Tokens that are run together.
+# Tokens that are run together, unless a sample is longer.
 TOGETHER = 2048
 
 
@@ -170,8 +170,8 @@ class Judge:
                     self._masks.count(name, sparsity, structure),
                 )
                 if count:
-                    kept = partial(self._masks.kept, name, count, structure)
-                    stack.enter_context(patch_attr(linear, "forward", _Masked(linear, kept)))
+                    masked = partial(self._masks.masked, name, count, structure)
+                    stack.enter_context(patch_attr(linear, "forward", _Masked(linear, masked)))
             yield
 
 
@@ -179,14 +179,16 @@ class _Masked:
     """A Linear's forward with some weights at zero."""
 
     def __init__(
-        self, linear: torch.nn.Linear, kept: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        linear: torch.nn.Linear,
+        masked: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
     ) -> None:
-        self._parts = linear, kept
+        self._parts = linear, masked
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        linear, kept = self._parts
-        weight = linear.weight.to(inputs.device)
-        return functional.linear(inputs, weight * kept(weight), linear.bias)
+        linear, masked = self._parts
+        weight = masked(linear.weight.to(inputs.device), inputs.dtype)
+        return functional.linear(inputs, weight, linear.bias)
 
 
 def _mean(total: float, count: int, device: torch.device) -> float:

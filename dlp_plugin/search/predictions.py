@@ -20,6 +20,7 @@ __all__ = [
     "Predictions",
     "device_of",
     "divergences",
+    "gradient",
     "keep",
     "loaded",
     "logits_of",
@@ -100,19 +101,41 @@ def divergences(logits: torch.Tensor, kept: Predictions) -> torch.Tensor:
     A lower bound of the divergences over the whole vocabulary.
 
     :param logits: ``[n, vocabulary]``
-    :return: one sum per ``WIDE`` tokens, as wide as the device can; differentiable
+    :return: one sum per ``WIDE`` tokens, as wide as the device can
     """
-    sums = []
-    for few, places, logs in zip(
-        logits.split(WIDE), kept.places.split(WIDE), kept.logs.split(WIDE), strict=True
-    ):
-        every = few.float().log_softmax(-1)
-        top = every.gather(1, places.long().to(every.device))
-        other = torch.cat([top, _rest(top)], dim=1)
-        logs = logs.to(every.device)
-        differences = logs.exp() * (logs - other)
-        sums.append(differences.to(widest(logs.device)).sum())
-    return torch.stack(sums)
+    return torch.stack([_divergence(*few) for few in _portions(logits, kept)])
+
+
+def gradient(logits: torch.Tensor, kept: Predictions) -> torch.Tensor:
+    """Gradient of the divergences' sum with respect to the logits.
+
+    As large as these; what is computed in float32 on the way is of a few tokens at a time.
+
+    :param logits: ``[n, vocabulary]``
+    """
+    found = torch.empty_like(logits)
+    for part, few in zip(found.split(WIDE), _portions(logits.detach(), kept), strict=True):
+        few[0].requires_grad_()
+        with torch.enable_grad():
+            total = _divergence(*few)
+        part.copy_(*torch.autograd.grad(total, few[0]))
+    return found
+
+
+def _portions(
+    logits: torch.Tensor, kept: Predictions
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """``WIDE`` tokens' logits, and what was kept for them."""
+    return zip(logits.split(WIDE), kept.places.split(WIDE), kept.logs.split(WIDE), strict=True)
+
+
+def _divergence(logits: torch.Tensor, places: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    every = logits.float().log_softmax(-1)
+    top = every.gather(1, places.long().to(every.device))
+    other = torch.cat([top, _rest(top)], dim=1)
+    logs = logs.to(every.device)
+    differences = logs.exp() * (logs - other)
+    return differences.to(widest(logs.device)).sum()
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:

@@ -28,11 +28,11 @@ from dlp_plugin.precision import wide_enough, widest
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.scoring.calibration import Batch, together
 from dlp_plugin.search.masks import Masks
-from dlp_plugin.search.predictions import device_of, divergences, keep, logits_of
+from dlp_plugin.search.predictions import device_of, gradient, keep, logits_of
 
 __all__ = ["Slopes"]
 
-# Tokens that are run together, unless a sample is longer.
+# Tokens that are run together; longer samples are cut.
 TOGETHER = 1024
 # Rows of a weight that a slope is read off, evenly spread. With 256 on SmolLM2 (half of its rows) a
 # step took three quarters of the time, and sixteen steps led less far.
@@ -45,7 +45,7 @@ BAND = 0.06
 class Slopes:
     """Slopes of the divergence from the dense model, at any sparsities.
 
-    About a thousand tokens are run together, and of their activations one block's are in memory:
+    At most 1,024 tokens are run together, and of their activations one block's are in memory:
     blocks are run again in the backward pass. No weight needs a gradient, and none is kept.
 
     :param model: a causal language model of transformers
@@ -65,7 +65,7 @@ class Slopes:
         self._model = model
         self._blocks = [model.get_submodule(block.name) for block in blocks]
         self._masks = masks
-        self._batches = together(batches, TOGETHER)
+        self._batches = together(batches, TOGETHER, cut=True)
 
     @property
     def _device(self) -> torch.device:
@@ -141,13 +141,15 @@ class Slopes:
             torch.enable_grad(),
         ):
             logits = logits_of(self._model, batch, self._device).flatten(0, 1)
-            total = divergences(logits, dense).sum()
-            if not total.requires_grad:
+            if not logits.requires_grad:
                 raise ValueError(
                     f"{type(self._model).__name__} has no gradient with respect to its Linears' "
                     "weights: take search: evolution"
                 )
-            found = torch.autograd.grad(total, probes, allow_unused=True)  # no other's is kept
+            slope = gradient(logits, dense)
+            found = torch.autograd.grad(  # which keeps no other's
+                logits, probes, slope, allow_unused=True
+            )
         costs = [
             torch.zeros_like(p) if cost is None else cost
             for p, cost in zip(probes, found, strict=True)
@@ -205,9 +207,7 @@ class _Masked:
 
     def weight(self, like: torch.Tensor) -> torch.Tensor:
         """The masked weight ``[out, in]`` where and as wide as what it is multiplied with."""
-        weight = self.linear.weight.to(like.device)
-        kept = self._masks.kept(*self._at, weight)
-        return (weight * kept).to(like.dtype)
+        return self._masks.masked(*self._at, self.linear.weight.to(like.device), like.dtype)
 
     @property
     def rows(self) -> slice:
