@@ -33,6 +33,7 @@ from dlp_plugin.checkpoints.loading import (
     load_dense,
     load_to_prune,
 )
+from dlp_plugin.checkpoints.placing import let_go, placed
 from dlp_plugin.comparison.memory import peak, reset_peak
 from dlp_plugin.comparison.names import (
     EVERY,
@@ -122,16 +123,16 @@ def compare(
         found = _taken_up(path, subject, scope, yardstick)
         found.group_size = group_size or found.group_size
         if not math.isfinite(found.dense or math.nan):
-            dense = _placed(load_to_prune(model)[0])
+            dense = placed(load_to_prune(model)[0])
             check_causal(dense, "compare measures perplexity")
             value = yardstick.perplexity(dense)
             found.dense = check_finite(value, f"the perplexity of {model}", dense)
-            _let_go(dense)
+            let_go(dense)
             found.save(path)
         if missing := [task for task in tasks if task not in found.accuracy]:
-            dense = _placed(load_to_prune(model)[0])
+            dense = placed(load_to_prune(model)[0])
             found.accuracy |= yardstick.accuracy(dense, calibration["tokenizer"], missing)
-            _let_go(dense)
+            let_go(dense)
             found.save(path)
         wanted = {
             (plan_name(contender.name, way), target): (contender, target, way)
@@ -204,7 +205,7 @@ class _Bench:
         ]
         if missing:
             planning = PlanningModifier(missing, keep, path.with_name("search.json"), found.scope)
-            _let_go(apply_recipe(self.model, planning, **self.calibration))
+            let_go(apply_recipe(self.model, planning, **self.calibration))
 
     def cell(self, found: Comparison, method: str, target: str, pruner: str, bits: int) -> Cell:
         plan = found.plan(method, target, pruner)
@@ -244,7 +245,7 @@ class _Bench:
         """What a recipe makes, measured as :meth:`_measured` does, from disk; and its bytes."""
         with TemporaryDirectory() as folder:
             saved = Path(folder) / "saved"
-            _let_go(apply_recipe(self.model, recipe, output=saved, **self.calibration))
+            let_go(apply_recipe(self.model, recipe, output=saved, **self.calibration))
             kept = smaller(saved)
             stored, _ = load_to_prune(kept)
             return self._measured(stored, plan, scope), bytes_on_disk(kept)
@@ -253,13 +254,13 @@ class _Bench:
         self, model: Any, plan: Plan | None = None, scope: Scope = EVERY
     ) -> dict[str, Any]:
         """Perplexity, accuracy, and sparsity of what a plan prunes, of a model that is used up."""
-        model = _placed(remove_dispatch(model))  # oneshot() leaves it to visit the GPU at every use
+        model = placed(remove_dispatch(model))  # oneshot() leaves it to visit the GPU at every use
         value = self.yardstick.perplexity(model)
         tasks = self.tasks if math.isfinite(value) else ()  # a wreck scores no choice
         accuracy = self.yardstick.accuracy(model, self.calibration["tokenizer"], tasks)
         accuracy |= dict.fromkeys(set(self.tasks) - set(tasks), math.nan)
         achieved = _achieved(model, plan, scope)
-        _let_go(model)
+        let_go(model)
         return {"perplexity": value, "achieved": achieved, "accuracy": accuracy}
 
 
@@ -284,15 +285,6 @@ def _achieved(model: Any, plan: Plan | None, scope: Scope) -> float:
     ]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
     return zeros / max(sum(weight.numel() for weight in pruned), 1)
-
-
-def _placed(model: Any) -> Any:
-    return model.to(get_main_device())
-
-
-def _let_go(model: torch.nn.Module) -> None:
-    """Free a model's weights: the host's tracing keeps every model alive."""
-    remove_dispatch(model).to("meta")
 
 
 def _subject(
