@@ -254,7 +254,8 @@ class _Bench:
         self, model: Any, plan: Plan | None = None, scope: Scope = EVERY
     ) -> dict[str, Any]:
         """Perplexity, accuracy, and sparsity of what a plan prunes, of a model that is used up."""
-        model = placed(remove_dispatch(model))  # oneshot() leaves it to visit the GPU at every use
+        plain: Any = remove_dispatch(model)  # oneshot() leaves it to visit the GPU at every use
+        model = placed(plain)
         value = self.yardstick.perplexity(model)
         tasks = self.tasks if math.isfinite(value) else ()  # a wreck scores no choice
         accuracy = self.yardstick.accuracy(model, self.calibration["tokenizer"], tasks)
