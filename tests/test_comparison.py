@@ -384,7 +384,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(
 def test_pruners_and_sparsities_are_checked_before_any_work(
     compared: Callable[..., Comparison], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"no pruner 'obs'; there are admm, magnitude, sparsegpt, wan"):
+    with pytest.raises(
+        ValueError, match=r"no pruner 'obs'; there are admm, magnitude, sparsegpt, wan"
+    ):
         compared(tmp_path / "new", "dlp", 0.5, pruners=["obs"])
     with pytest.raises(ValueError, match="strictly between 0 and 1, got 50"):
         compared(tmp_path / "new", "dlp", 50)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from common import ROOT, SHIPPED, TEXT, peak, reset_peak
 from datasets import Dataset
+from large import LENGTH, SHAPES
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -35,14 +36,7 @@ from dlp_plugin.search.judge import Judge
 from dlp_plugin.search.masks import Masks
 from dlp_plugin.search.slopes import Slopes
 
-# Hidden size, MLP, heads, key-value heads
-SHAPES = {
-    "1.1 B": (2048, 5632, 32, 4),
-    "1 B": (2048, 8192, 32, 8),
-    "8 B": (4096, 14336, 32, 8),
-    "70 B": (8192, 28672, 64, 8),
-}
-LENGTH, SAMPLES = 512, {"1.1 B": (4, 8), "1 B": (4, 8), "8 B": (4, 8), "70 B": (1, 2)}
+FEW, TWICE = (4,), (4, 8)
 STAGE = {"sparsity": 0.6, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
 STAGES: dict[str, tuple[type[Modifier], dict[str, object]]] = {
     "scoring": (dlp_plugin.DLPModifier, {"sparsity": 0.6}),
@@ -57,16 +51,19 @@ STAGES: dict[str, tuple[type[Modifier], dict[str, object]]] = {
     ),
 }
 SEARCHES = ("a step of refine", "judging")
-# On the fewer samples only: without data, on as many tokens whatever the samples are, and ADMM,
-# which grows with the tokens as SparseGPT does
-ONCE = ("magnitude", "a step of refine", "packing", "ADMM")
-# What is measured of a shape; the page scales the others
-CHEAP = ("scoring", "magnitude", "Wanda", *SEARCHES, "packing")
-MEASURED = {
-    "1.1 B": ("scoring", "Wanda", "SparseGPT"),
-    "1 B": (*STAGES, *SEARCHES, "packing"),
-    "8 B": (*CHEAP, "SparseGPT"),
-    "70 B": ("scoring", "magnitude", "Wanda", "judging"),
+# What is measured, on how many samples; the page scales the rest
+MEASURED: dict[str, dict[str, tuple[int, ...]]] = {
+    "1.1 B": dict.fromkeys(("scoring", "Wanda", "SparseGPT"), TWICE),
+    "1 B": {
+        **dict.fromkeys((*STAGES, *SEARCHES, "packing"), FEW),
+        **dict.fromkeys(("scoring", "Wanda", "SparseGPT"), TWICE),
+        **dict.fromkeys(("Wanda, reconstructed", "masked GPTQ", "judging"), TWICE),
+    },
+    "8 B": {
+        **dict.fromkeys(("scoring", "Wanda"), TWICE),
+        **dict.fromkeys(("magnitude", "a step of refine", "packing", "SparseGPT"), FEW),
+    },
+    "70 B": {"scoring": (1, 2), "magnitude": (1,)},
 }
 VOCABULARIES = (256, 32768)
 LARGE = {
@@ -181,8 +178,8 @@ def in_oneshot(
 def blocks(results: Results, keep: Callable[[], None]) -> None:
     """Every stage of every shape: shape -> stage -> samples -> figures."""
     for shape, stages in MEASURED.items():
-        for stage in stages:
-            for samples in SAMPLES[shape][: 1 if stage in ONCE else 2]:
+        for stage, counts in stages.items():
+            for samples in counts:
                 known = results.setdefault(shape, {}).setdefault(stage, {})
                 if str(samples) not in known:
                     known[str(samples)] = in_a_process(shape, stage, samples)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cells import PRUNERS, Cells, pruner_name
+from large import large_model
 from layout import Parts, bullets, number, percent, span, table
 from yardsticks import few_bits, yardsticks
 
@@ -393,4 +394,5 @@ ALL: Sequence = (
     recovery,
     recovery_by_pruner,
     costs,
+    large_model,
 )
