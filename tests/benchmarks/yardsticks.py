@@ -27,7 +27,7 @@ def named(cell: dict[str, Any]) -> str:
 def yardsticks(parts: Parts) -> dict[str, str]:
     found = parts.results(MAIN)
     dense, accuracy = found["dense"], found["accuracy"]
-    columns = ["perplexity", "to dense", *TASKS.values(), "kept", "MB", "seconds"]
+    columns = ["perplexity", "to dense", *TASKS.values(), "kept", "MB"]
 
     def figures(one: dict[str, Any]) -> list[str]:
         return [
@@ -36,7 +36,6 @@ def yardsticks(parts: Parts) -> dict[str, str]:
             *(f"{one['accuracy'][task]:.3f}" for task in TASKS),
             percent(kept(one["accuracy"], accuracy)),
             f"{one['bytes'] / 1e6:.0f}",
-            f"{one['seconds']:.0f}" if "seconds" in one else "",
         ]
 
     tables = []
