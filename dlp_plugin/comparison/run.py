@@ -255,12 +255,12 @@ class _Bench:
     ) -> dict[str, Any]:
         """Perplexity, accuracy, and sparsity of what a plan prunes, of a model that is used up."""
         plain: Any = remove_dispatch(model)  # oneshot() leaves it to visit the GPU at every use
+        achieved = _achieved(plain, plan, scope)  # before some of it may lie on no device
         model = placed(plain)
         value = self.yardstick.perplexity(model)
         tasks = self.tasks if math.isfinite(value) else ()  # a wreck scores no choice
         accuracy = self.yardstick.accuracy(model, self.calibration["tokenizer"], tasks)
         accuracy |= dict.fromkeys(set(self.tasks) - set(tasks), math.nan)
-        achieved = _achieved(model, plan, scope)
         let_go(model)
         return {"perplexity": value, "achieved": achieved, "accuracy": accuracy}
 
