@@ -40,6 +40,21 @@ EVERY = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
 PRUNERS = [WandaPruningModifier, SparseGPTModifier, OneShotMagnitudeModifier]
 """The package's own stages."""
 
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+output_type: {output_type}
+test_split: test
+doc_to_text: context
+doc_to_target: answer
+doc_to_choice: choices
+metric_list:
+"""
+"""A task of lm-evaluation-harness in YAML; the metrics follow."""
+
 Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Name of a Linear to its weight and its input channels' norms."""
 MakeModel = Callable[..., LlamaForCausalLM]

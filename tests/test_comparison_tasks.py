@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCABULARY, command, random_samples, word_tokenizer
+from helpers import TASK, VOCABULARY, command, random_samples, word_tokenizer
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,20 +22,6 @@ from dlp_plugin.comparison.yardstick import Yardstick
 from dlp_plugin.evaluation.zeroshot import zero_shot
 
 WINDOWS = [torch.tensor(row) for row in random_samples(4, seed=1)["input_ids"]]
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-  cache_dir: {cache}
-output_type: multiple_choice
-test_split: test
-doc_to_text: context
-doc_to_target: answer
-doc_to_choice: choices
-metric_list:
-  - metric: acc
-"""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +38,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         if questions:
             data.write_text("".join(json.dumps(each) + "\n" for each in questions))
-        text = TASK.format(name=name, data=data, cache=folder / "cache")
+        settings = {"data": data, "cache": folder / "cache", "output_type": "multiple_choice"}
+        text = TASK.format(name=name, **settings) + "  - metric: acc\n"
         (folder / f"{name}.yaml").write_text(text)
     return folder
 

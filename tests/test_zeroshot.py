@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from helpers import SHIPPED, TEST_TEXT, assert_same, weights_of
+from helpers import SHIPPED, TASK, TEST_TEXT, assert_same, weights_of
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -20,20 +20,6 @@ from dlp_plugin.evaluation.zeroshot import TASK_SETS, zero_shot
 QUESTIONS, CHOICES = 64, 4
 CONTEXT = 400  # characters
 CONTINUATIONS = (70, 80, 90)  # in turn, so that length matters
-
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-  cache_dir: {cache}
-output_type: {output_type}
-test_split: test
-doc_to_text: context
-doc_to_target: answer
-doc_to_choice: choices
-metric_list:
-"""
 
 
 def questions() -> list[dict]:

@@ -122,15 +122,15 @@ def compare(
         check_writable(path)
         found = _taken_up(path, subject, scope, yardstick)
         found.group_size = group_size or found.group_size
-        if not math.isfinite(found.dense or math.nan):
+        unknown = not math.isfinite(found.dense or math.nan)
+        missing = [task for task in tasks if task not in found.accuracy]
+        if unknown or missing:
             dense = placed(load_to_prune(model)[0])
-            check_causal(dense, "compare measures perplexity")
-            value = yardstick.perplexity(dense)
-            found.dense = check_finite(value, f"the perplexity of {model}", dense)
-            let_go(dense)
-            found.save(path)
-        if missing := [task for task in tasks if task not in found.accuracy]:
-            dense = placed(load_to_prune(model)[0])
+            if unknown:
+                check_causal(dense, "compare measures perplexity")
+                value = yardstick.perplexity(dense)
+                found.dense = check_finite(value, f"the perplexity of {model}", dense)
+                found.save(path)
             found.accuracy |= yardstick.accuracy(dense, calibration["tokenizer"], missing)
             let_go(dense)
             found.save(path)

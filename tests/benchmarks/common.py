@@ -18,6 +18,16 @@ TEXT = ROOT / "examples" / "text" / "calibration.txt"
 TEST_TEXT = ROOT / "examples" / "text" / "test.txt"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 3
+# A Llama of 1.1 billion parameters
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
 
 
 class Stamp(Modifier):

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import ROOT, SHIPPED, TEXT, peak, reset_peak
+from common import LLAMA, ROOT, SHIPPED, TEXT, peak, reset_peak
 from datasets import Dataset
 from large import LENGTH, SHAPES
 from llmcompressor import oneshot
@@ -66,15 +66,6 @@ MEASURED: dict[str, dict[str, tuple[int, ...]]] = {
     "70 B": {"scoring": (1, 2), "magnitude": (1,)},
 }
 VOCABULARIES = (256, 32768)
-LARGE = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
 
 Results = dict[str, Any]
 
@@ -204,7 +195,7 @@ def end_to_end(results: Results, keep: Callable[[], None]) -> None:
             continue
         with TemporaryDirectory() as folder:
             source = Path(folder) / "source"
-            random_llama(source, **LARGE).save_pretrained(source)
+            random_llama(source, **LLAMA).save_pretrained(source)
             AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(source)
             command = [sys.executable, "-m", "dlp_plugin", "oneshot", str(source)]
             command += ["--recipe", str(ROOT / "recipes" / f"{recipe}.yaml"), "--data", str(TEXT)]

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import ROOT, TEST_TEXT
+from common import LLAMA, ROOT, TEST_TEXT
 from loguru import logger
 from record import add, here
 from rich.console import Console
@@ -35,15 +35,6 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 SIZE = 4096
 COPIES = 16  # of a matrix, 0.5 GB in bfloat16
 ROUNDS = 7
-LLAMA = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
 HELD = {  # to AVX2: torch's own kernels, oneDNN's, ours
     "avx512": {},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "DLP_KERNELS": "avx2"},
