@@ -5,6 +5,9 @@ makes README.md of them. What ``dlp-plugin compare`` wrote becomes a part by
 
     python tests/benchmarks/record.py methods FOLDER/results.json --commit COMMIT \
         --command 'dlp-plugin compare ...'
+
+Several folders of one model and the same data become one comparison. With ``--apart`` they may
+differ in data, and each stands by itself under its folder's name.
 """
 
 import argparse
@@ -131,18 +134,55 @@ def slimmed(comparison: dict[str, Any]) -> dict[str, Any]:
     return kept | {"strengths": strengths, "searches": searches, "decided": decided}
 
 
+def merged(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+    """Comparisons of one model and the same data as one; of what stands twice the first counts.
+
+    :raises ValueError: if they differ in either, or in the dense model's perplexity
+    """
+    first, *others = comparisons
+    found = json.loads(json.dumps(first))
+    for other in others:
+        for key in ("subject", "dense", "questions"):
+            if other[key] != first[key]:
+                raise ValueError(f"comparisons of different {key}: {first[key]}, {other[key]}")
+        have = {_place(cell) for cell in found["cells"]}
+        found["cells"] += [cell for cell in other["cells"] if _place(cell) not in have]
+        for key in ("plain", "accuracy"):
+            found[key] = other[key] | found[key]
+        for key in ("plans", "decided"):
+            for method, targets in other[key].items():
+                found[key][method] = targets | found[key].get(method, {})
+    return found
+
+
+def _place(cell: dict[str, Any]) -> tuple[Any, ...]:
+    return cell["method"], cell["target"], cell["pruner"], cell["bits"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", help="name of the part, and of the file that keeps it")
-    parser.add_argument("comparison", type=Path, help="results.json of dlp-plugin compare")
+    parser.add_argument(
+        "comparisons", type=Path, nargs="+", help="results.json of dlp-plugin compare"
+    )
+    parser.add_argument("--file", help="another file that keeps it, without .json")
+    parser.add_argument("--apart", action="store_true", help="keep every folder by itself")
+    parser.add_argument("--model", help="what the model is called in its place")
     parser.add_argument("--command", required=True, help="that made it")
     parser.add_argument("--commit", help="that was measured; by default this one")
     parser.add_argument("--threads", type=int, default=1, help="that it ran on")
     arguments = parser.parse_args()
     found = here(arguments.command, arguments.threads)
     found["commit"] = arguments.commit or found["commit"]
-    found["results"] = slimmed(json.loads(arguments.comparison.read_text()))
-    add(RESULTS / f"{arguments.part.replace(' ', '_')}.json", {arguments.part: found})
+    read = {file.parent.name: json.loads(file.read_text()) for file in arguments.comparisons}
+    for comparison in read.values() if arguments.model else ():
+        comparison["subject"]["model"] = arguments.model
+    if arguments.apart:
+        found["results"] = {name: slimmed(one) for name, one in read.items()}
+    else:
+        found["results"] = slimmed(merged(list(read.values())))
+    file = arguments.file or arguments.part.replace(" ", "_")
+    add(RESULTS / f"{file}.json", {arguments.part: found})
 
 
 if __name__ == "__main__":

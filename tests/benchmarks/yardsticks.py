@@ -10,7 +10,6 @@ from layout import Parts, bullets, number, percent, span, table
 CHANCE = {"arc_easy": 0.25, "piqa": 0.5, "lambada": 0.0}
 TASKS = {"arc_easy": "ARC easy", "piqa": "PIQA", "lambada": "LAMBADA"}
 MAIN = "yardsticks"
-PLAIN_WAYS = ("uniform", "dlp:0.15")
 
 
 def kept(accuracy: dict[str, float], dense: dict[str, float]) -> float:
@@ -56,26 +55,25 @@ def yardsticks(parts: Parts) -> dict[str, str]:
 
 
 def gain_table(parts: Parts) -> str:
-    """What the README shows of it: at every sparsity the plain ways and the best."""
+    """What the README shows of it: at every sparsity the plain way and the best."""
     found = parts.results(MAIN)
-    few = parts.results("few bits")
     dense, accuracy = found["dense"], found["accuracy"]
 
     def row(name: str, one: dict[str, Any]) -> list[str]:
-        size = one["bytes"] / 1e6 if "bytes" in one else one["MB"]
-        share = percent(kept(one["accuracy"], accuracy)) if "accuracy" in one else ""
+        share = percent(kept(one["accuracy"], accuracy))
         values = number(one["perplexity"]), f"{one['perplexity'] / dense:.2f}", share
-        return [name, *values, f"{size:.0f}"]
+        return [name, *values, f"{one['bytes'] / 1e6:.0f}"]
 
     rows = [row("dense", found["plain"]["16"])]
     for target in sorted({cell["target"] for cell in found["cells"]}):
         cells = [cell for cell in found["cells"] if cell["target"] == target]
-        shown = [c for c in cells if c["pruner"] == "wanda" and c["method"] in PLAIN_WAYS]
+        shown = [c for c in cells if c["pruner"] == "wanda" and c["method"] == "uniform"]
         for bits in (16, 4):
             some = [cell for cell in cells if cell["bits"] == bits and cell not in shown]
             shown += [min(some, key=lambda cell: cell["perplexity"])] if some else []
         rows += [row(f"{percent(target)}, {named(cell)}", cell) for cell in shown]
-    rows += [row(f"dense, {name}", one) for name, one in few.items()]
+    few = [(bits, one) for bits, one in found["plain"].items() if int(bits) < 16]
+    rows += [row(f"dense, {bits} bits", one) for bits, one in few]
     return table(["SmolLM2-135M", "perplexity", "to dense", "accuracy kept", "MB"], rows)
 
 
