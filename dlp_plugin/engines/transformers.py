@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -36,8 +36,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import Mxfp4Config
 
+from dlp_plugin.checkpoints.names import SourceNames, check_experts
 from dlp_plugin.checkpoints.packed import check_parts
 from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, decode, read_stored
+from dlp_plugin.checkpoints.stored import read_fused
+from dlp_plugin.engines.experts import with_experts
 from dlp_plugin.engines.linear import DTYPES, SparseLinear
 from dlp_plugin.kernels.layout import layout_of, parts_of
 from dlp_plugin.kernels.products import available
@@ -82,13 +85,15 @@ class SparseQuantizer(HfQuantizer):
                 "quantization_config is a SparseConfig, and the model is not packed: leave it out, "
                 "or give a folder that `dlp-plugin pack` wrote"
             )
-        self.linears = read_stored(quantization_config.to_dict(), "config.json")
+        said = quantization_config.to_dict()
+        self.linears = read_stored(said, "config.json")
+        self.fused = read_fused(said, self.linears, "config.json")
         self.places: dict[str, str] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """The model's own conversions, and what becomes of packed Linears."""
-        return [*weight_conversions, _Gatherer()]
+        return [*with_experts(weight_conversions, self.fused), _Gatherer()]
 
     def update_device_map(self, device_map: Any) -> Any:
         """All on the CPU where there is nothing else; a map would count dense weights."""
@@ -118,11 +123,29 @@ class SparseQuantizer(HfQuantizer):
             with safe_open(file, framework="pt") as opened:
                 self.places.update(dict.fromkeys(opened.keys(), file))
         check_parts(self.linears, self.places)
+        self._check_experts(model)
         self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
         reason = _why_dense(model, device_map)
         if reason and not self.quantization_config.dequantize:
             logger.info(f"{model.config.name_or_path} is loaded dense: {reason}")
             self.quantization_config.dequantize = True
+
+    def _check_experts(self, model: Any) -> None:
+        """Refuse a checkpoint of which experts are missing, or of unequal shape."""
+        shapes: dict[str, Sequence[int]] = {
+            f"{name}.weight": stored.shape for name, stored in self.linears.items()
+        }
+        for name, count in self.fused.items():
+            shapes[name] = (count, *self.linears[f"{name}.0"].shape)
+        names = SourceNames(model)
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for key, file in self.places.items():
+                if key.rpartition(".")[2] not in PARTS and names.experts(key):
+                    if file not in opened:
+                        opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                    shapes[key] = opened[file].get_slice(key).get_shape()
+        check_experts(names, shapes, model.config.name_or_path)
 
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> None:
         # Where there is a quantizer, transformers leaves what it renames in the file's dtype.
@@ -171,6 +194,7 @@ class SparseQuantizer(HfQuantizer):
         names = revert_weight_conversion(model, numbered)
         linears = {key.removesuffix(".weight"): told[int(n)] for key, n in names.items()}
         self.quantization_config.linears = linears
+        vars(self.quantization_config).pop("fused", None)
         return state, {}
 
 
