@@ -30,8 +30,8 @@ def pruned_experts(tensor: Tensor) -> list[tuple[Stored, dict[str, Tensor]]] | N
 def pruned(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
     """A dense Linear as it is stored; None where too few of its weights are zero.
 
-    A table of exponents shrinks unpruned ones too, but engines build some of these, such as
-    gates, where they ask no quantization method.
+    A table of exponents shrinks unpruned ones too, but engines build some of these where they ask
+    no quantization method.
     """
     found = encode(weight)
     return None if found is None or 16 * found[0].kept > 15 * weight.numel() else found

@@ -40,6 +40,7 @@ from dlp_plugin.checkpoints.sparse_format import (
 )
 from dlp_plugin.checkpoints.stored import read_fused
 from dlp_plugin.files import check_vacant, replacing, reserved
+from dlp_plugin.scoring.routers import unnamed_routers
 
 __all__ = ["Packed", "pack", "unpack"]
 
@@ -105,9 +106,9 @@ def pack(
     """Write a pruned checkpoint, or model in memory, in the sparse format.
 
     Packed are the Linears of blocks that shrink by it, dense ones and pack-quantized ones
-    (W4A16, W8A16), experts among them; embeddings and heads stay as they are. Shard by shard, so
-    that one is in memory at a time; other files are copied, and ``README.md`` is told how to load
-    it.
+    (W4A16, W8A16), experts among them; embeddings, heads, and routers that are not quantized stay
+    as they are. Shard by shard, so that one is in memory at a time; other files are copied, and
+    ``README.md`` is told how to load it.
 
     :param source: folder of a saved model; or the model that ``oneshot()`` returned, which is
         then packed as if it had been saved, and written without a tokenizer
@@ -137,9 +138,12 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
     opened = _opened(source)
     bits = _bits(opened)
     model = built(opened.folder)
-    experts, stacked = _experts(opened, SourceNames(model))
+    known = SourceNames(model)
+    experts, stacked = _experts(opened, known)
     names = linears_of_blocks(model, opened.places) | experts
     integers = {k.removesuffix(_WORDS) for k in opened.places if k.endswith(_WORDS)}
+    routers = {f"{router}.weight" for router in unnamed_routers(model, [])}
+    packable = names - {n for n in names - integers if known.weight(f"{n}.weight") in routers}
     if outside := sorted(integers - names):
         raise ValueError(
             f"{outside[0]} of {opened.folder} is quantized, and the format has Linears of blocks "
@@ -163,7 +167,7 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
             after += sum(size_of(parts) for _, parts in all_of_them)
             return {f"{n}.{part}": x for n, (_, parts) in made.items() for part, x in parts.items()}
         name, _, local = key.rpartition(".")
-        if name not in names or local not in ("weight", *LOCALS):
+        if name not in packable or local not in ("weight", *LOCALS):
             return None
         if local not in ("weight", LOCALS[0]):
             return {}
