@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, make
-from helpers import random_samples, run
+from helpers import VOCABULARY, command, random_samples, run
 from packed_checkpoints import assert_same_bits, tensors_of
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from sparse_models import sparse_of
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from dlp_plugin import MaskedGPTQModifier, SparseConfig, WandaPruningModifier, pack, unpack
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost
-from dlp_plugin.checkpoints.loading import load_stored
 from dlp_plugin.checkpoints.packing import Packed
+from dlp_plugin.kernels.products import available
 
 # Family to names in its files: of an expert's Linear, or of a layer's experts
 EXPERT = {
@@ -56,8 +59,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def load(folder: Path, **arguments: object) -> PreTrainedModel:
-    """All of a checkpoint, which is an error otherwise."""
-    return load_stored(folder, attn_implementation="eager", **arguments)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True, **arguments
+    )
+    assert not any(info.values()), info
+    return model
 
 
 @torch.no_grad()
@@ -102,12 +108,186 @@ def test_a_family_comes_back(name: str, pruned: Callable[..., Path], tmp_path: P
     assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(source))
 
 
-def test_it_is_small_with_experts_counted(pruned: Callable[..., Path], tmp_path: Path) -> None:
-    """All Linears of blocks take 0.30 of bfloat16, which attention alone would not bring about."""
-    source = pruned("mixtral")
-    packed, _ = packed_of(source, tmp_path)
-    sizes = [
-        sum(x.nbytes for key, x in tensors_of(folder).items() if "layers" in key and x.ndim)
-        for folder in (source, packed)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_attention_and_shared_experts_run_as_they_are_packed(
+    name: str, pruned: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Saved again, such a model holds its other experts dense."""
+    packed, found = packed_of(pruned(name), tmp_path)
+    model = load(packed, dtype=torch.float32)
+    experts = {each for each in found.linears if ".experts." in each}
+    if available() is None:
+        assert len(sparse_of(model)) == len(found.linears) - len(experts)
+    expected = logits(load(pruned(name), dtype=torch.float32))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    load(packed).save_pretrained(tmp_path / "again")
+    again = tensors_of(tmp_path / "again")
+    assert f"{EXPERT[name]}.weight" in again
+    torch.testing.assert_close(
+        logits(load(tmp_path / "again", dtype=torch.float32)), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_an_expert_that_is_not_pruned(
+    name: str, pruned: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One by one it stays dense beside packed ones; in a fused tensor it is stored as it is."""
+    source = changed(pruned(name), tmp_path / "source", lambda tensors: fill(tensors, name))
+    packed, found = packed_of(source, tmp_path)
+    assert (EXPERT[name] in found.linears, found.dense) == (False, int(name == "mixtral"))
+    unpack(packed, tmp_path / "unpacked")
+    assert_same_bits(tensors_of(tmp_path / "unpacked"), tensors_of(source))
+    dense = load(packed, quantization_config=SparseConfig(dequantize=True))
+    assert_same_bits(dense.state_dict(), load(source).state_dict())
+    assert set(zeros_lost(source, packed).values()) == {0}
+
+
+def test_fused_experts_that_are_not_pruned_stay_dense(
+    pruned: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = EXPERT["gpt_oss"]
+    source = changed(pruned("gpt_oss"), tmp_path / "source", lambda x: x[whole].fill_(0.5))
+    packed, found = packed_of(source, tmp_path)
+    assert found.dense == 4
+    assert whole in tensors_of(packed)
+    assert inspect_checkpoint(packed).linears == inspect_checkpoint(source).linears
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_experts_at_4_bits(name: str, pruned: Callable[..., Path], tmp_path: Path) -> None:
+    """Saved and unpacked it is the checkpoint of compressed-tensors; loaded they are decoded."""
+    source = pruned(name, quantized=True)
+    packed, found = packed_of(source, tmp_path)
+    assert found.linears[EXPERT[name]].kind == "integers"
+    assert found.bytes_after < 0.8 * found.bytes_before
+    unpack(packed, tmp_path / "unpacked")
+    assert_same_bits(tensors_of(tmp_path / "unpacked"), tensors_of(source))
+    plain = load(source, quantization_config=CompressedTensorsConfig(dequantize=True))
+    dense = load(packed, quantization_config=SparseConfig(dequantize=True))
+    expected = dict(plain.named_parameters())
+    for key, value in dense.named_parameters():
+        assert torch.equal(value, expected[key]), key
+    with pytest.raises(ValueError, match=r"quantized Linears of .* copy the folder instead"):
+        load(packed).save_pretrained(tmp_path / "again")
+
+
+def test_what_the_commands_do(pruned: Callable[..., Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(pruned("gpt_oss"), source)
+    assert "36 Linears of blocks packed, 0 left dense" in said("pack", source, tmp_path / "packed")
+    assert "lost: 0" in said("inspect", tmp_path / "packed", "--against", source)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(number) for number in range(VOCABULARY)))
+    data = ["--data", text, "--length", "32"]
+    figures = [
+        float(re.search(r"perplexity\D*([\d.]+)", said("ppl", folder, *data))[1])
+        for folder in (source, tmp_path / "packed")
     ]
-    assert sizes[1] / sizes[0] < 0.32
+    assert figures[0] == pytest.approx(figures[1], rel=1e-2)
+    told = said("export-gptq", tmp_path / "packed", tmp_path / "gptq", code=1)
+    assert "packed is not pack-quantized (quant_method dlp-sparse" in told
+    assert not (tmp_path / "gptq").exists()
+
+
+class TestBadInput:
+    """One line, and nothing is written."""
+
+    @pytest.mark.parametrize(
+        ("name", "edit", "message"),
+        [
+            (
+                "mixtral",
+                lambda x: x.pop(f"{EXPERT['mixtral']}.weight"),
+                r"no file of .*source holds model\.layers\.0\.block_sparse_moe\.experts\.3\.w1\."
+                "weight, and the layer has 4 experts: fetch or save",
+            ),
+            (
+                "deepseek_v3",
+                lambda x: [
+                    x.pop(key) for key in list(x) if re.search(r"experts\.\d\.up_proj", key)
+                ],
+                r"hold 8,192 weights of model\.layers\.1\.mlp\.experts\.gate_up_proj, and the "
+                r"model has \[4, 64, 64\]: config\.json is that of another model, or a file is",
+            ),
+            (
+                "qwen3_moe",
+                lambda x: shorten(x, f"{EXPERT['qwen3_moe']}.weight"),
+                r"experts\.3\.gate_proj\.weight of .*source is \[31, 64\], and model\.layers\.0\."
+                r"mlp\.experts\.0\.gate_proj\.weight \[32, 64\]: experts of a layer have one shape",
+            ),
+            (
+                "gpt_oss",
+                lambda x: shorten(x, EXPERT["gpt_oss"]),
+                r"hold 36,864 weights of model\.layers\.0\.mlp\.experts\.gate_up_proj, and the",
+            ),
+        ],
+    )
+    def test_experts_of_a_source(
+        self,
+        pruned: Callable[..., Path],
+        tmp_path: Path,
+        name: str,
+        edit: Callable,
+        message: str,
+    ) -> None:
+        source = changed(pruned(name), tmp_path / "source", edit)
+        with pytest.raises(ValueError, match=message):
+            pack(source, tmp_path / "packed")
+        assert not (tmp_path / "packed").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("mixtral", r"experts\.3\.w1\.weight, and the layer has 4 experts"),
+            (
+                "gpt_oss",
+                r"gate_up_proj of .* damaged entry in .* \(its 4 experts are not all there",
+            ),
+        ],
+    )
+    def test_experts_of_a_packed_folder(
+        self, pruned: Callable[..., Path], tmp_path: Path, name: str, message: str
+    ) -> None:
+        """Of which config.json does not tell either: transformers would take what there is."""
+        expert = EXPERT[name] if name == "mixtral" else f"{EXPERT[name]}.3"
+        packed, _ = packed_of(pruned(name), tmp_path)
+        broken = changed(packed, tmp_path / "broken", lambda x: drop(x, expert))
+        config = json.loads((broken / "config.json").read_text())
+        del config["quantization_config"]["linears"][expert]
+        (broken / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            load(broken)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def changed(source: Path, folder: Path, edit: Callable[[Tensors], object]) -> Path:
+    """A copy of a checkpoint of which ``edit(tensors)`` was called."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def fill(tensors: Tensors, name: str) -> None:
+    """Give an expert weights of more exponents than there is room for in a table."""
+    weight = tensors[EXPERT[name]][0] if name == "gpt_oss" else tensors[f"{EXPERT[name]}.weight"]
+    exponents = torch.arange(weight.numel()).remainder(40).sub(20).view(weight.shape)
+    weight.copy_(exponents.float().exp2())
+
+
+def shorten(tensors: Tensors, key: str) -> None:
+    """Take off the last row, of fused experts the last expert."""
+    tensors[key] = tensors[key][:-1].clone()
+
+
+def drop(tensors: Tensors, name: str) -> None:
+    for key in [key for key in tensors if key.startswith(f"{name}.")]:
+        del tensors[key]
+
+
+def said(*arguments: object, code: int = 0) -> str:
+    return " ".join(command(*arguments, code=code).output.split())
