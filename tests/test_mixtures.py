@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from families import FAMILIES, make
 from helpers import VOCABULARY, command, random_samples, run
 from packed_checkpoints import assert_same_bits, tensors_of
 from safetensors.torch import load_file, save_file
-from sparse_models import sparse_of
+from sparse_models import needs_kernels, sparse_of
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from dlp_plugin import MaskedGPTQModifier, SparseConfig, WandaPruningModifier, pack, unpack
@@ -108,24 +109,36 @@ def test_a_family_comes_back(name: str, pruned: Callable[..., Path], tmp_path: P
     assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(source))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_attention_and_shared_experts_run_as_they_are_packed(
-    name: str, pruned: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Saved again, such a model holds its other experts dense."""
+@needs_kernels
+@pytest.mark.parametrize("name", EXPERT)
+def test_it_runs_as_it_is_packed(name: str, pruned: Callable[..., Path], tmp_path: Path) -> None:
+    """Experts that files hold one by one too; fused ones are decoded. Saved, it is as it was."""
     packed, found = packed_of(pruned(name), tmp_path)
     model = load(packed, dtype=torch.float32)
-    experts = {each for each in found.linears if ".experts." in each}
-    if available() is None:
-        assert len(sparse_of(model)) == len(found.linears) - len(experts)
+    left = {each for each in found.linears if ".experts." in each and name == "gpt_oss"}
+    assert len(sparse_of(model)) == len(found.linears) - len(left)
+    held = [key for key, each in model.named_parameters() if each.ndim == 3]
+    assert bool(held) == (name == "gpt_oss")
     expected = logits(load(pruned(name), dtype=torch.float32))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     load(packed).save_pretrained(tmp_path / "again")
-    again = tensors_of(tmp_path / "again")
-    assert f"{EXPERT[name]}.weight" in again
-    torch.testing.assert_close(
-        logits(load(tmp_path / "again", dtype=torch.float32)), expected, rtol=1e-5, atol=1e-5
-    )
+    again = logits(load(tmp_path / "again", dtype=torch.float32))
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+    if not left:
+        assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(packed))
+        assert config_of(tmp_path / "again") == config_of(packed)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_and_a_copy(
+    pruned: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    packed, _ = packed_of(pruned("mixtral"), tmp_path)
+    model = load(packed, dtype=dtype)
+    expected = logits(load(pruned("mixtral"), dtype=dtype))
+    torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.05)
+    assert torch.equal(logits(deepcopy(model)), logits(model))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -168,8 +181,9 @@ def test_experts_at_4_bits(name: str, pruned: Callable[..., Path], tmp_path: Pat
     expected = dict(plain.named_parameters())
     for key, value in dense.named_parameters():
         assert torch.equal(value, expected[key]), key
-    with pytest.raises(ValueError, match=r"quantized Linears of .* copy the folder instead"):
+    if available() is None:
         load(packed).save_pretrained(tmp_path / "again")
+        assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(packed))
 
 
 def test_what_the_commands_do(pruned: Callable[..., Path], tmp_path: Path) -> None:

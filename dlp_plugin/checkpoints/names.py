@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from dlp_plugin.checkpoints.inspect import block_of
 
@@ -22,6 +28,7 @@ if TYPE_CHECKING:  # transformers may import this module before that class is ma
 __all__ = ["SourceNames", "check_experts", "linears_of_blocks"]
 
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+_STACKED = [(MergeModulelist, 0), (Concatenate, 1)]  # the second where there are several kinds
 Shape = Sequence[int]
 
 
@@ -56,6 +63,18 @@ class SourceNames:
         parts = full.split(".")
         known = "experts" in parts and (pattern is None or "experts" in pattern)
         return full if known and full in self._state and self._state[full].ndim == 3 else None
+
+    def is_stacked(self, key: str) -> bool:
+        """Whether the weight that an expert's is part of is a stack of such, and no more.
+
+        Of several kinds of them, such as gate and up, they lie one behind the other.
+        """
+        _, pattern = self._renamed(key)
+        for each in self._converters:
+            if pattern in each.source_patterns:
+                steps = [(type(step), getattr(step, "dim", None)) for step in each.operations]
+                return steps == _STACKED[: len(each.source_patterns)]
+        return False
 
     def shape(self, full: str) -> Shape:
         """The shape of a weight in the model.

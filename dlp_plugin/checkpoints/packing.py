@@ -138,17 +138,15 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
     opened = _opened(source)
     bits = _bits(opened)
     model = built(opened.folder)
-    known = SourceNames(model)
-    experts, stacked = _experts(opened, known)
+    experts, stacked = _experts(opened, SourceNames(model))
     names = linears_of_blocks(model, opened.places) | experts
     integers = {k.removesuffix(_WORDS) for k in opened.places if k.endswith(_WORDS)}
-    routers = {f"{router}.weight" for router in unnamed_routers(model, [])}
-    packable = names - {n for n in names - integers if known.weight(f"{n}.weight") in routers}
     if outside := sorted(integers - names):
         raise ValueError(
             f"{outside[0]} of {opened.folder} is quantized, and the format has Linears of blocks "
             "only: put it on the ignore list, or pack the dense checkpoint"
         )
+    packable = names - _routers(model, names - integers)
     linears: dict[str, Stored] = {}
     fused: dict[str, int] = {}
     before = after = 0
@@ -157,14 +155,13 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
         nonlocal before, after
         if key in stacked:
             tensor = opened.tensor(key)
-            all_of_them = pruned_experts(tensor)
-            if all_of_them is None:
+            made = {f"{key}.{i}": one for i, one in enumerate(pruned_experts(tensor) or ())}
+            if not made:
                 return None
-            fused[key] = len(tensor)
-            made = {f"{key}.{number}": one for number, one in enumerate(all_of_them)}
+            fused[key] = len(made)
             linears.update((name, stored) for name, (stored, _) in made.items())
             before += tensor.nbytes
-            after += sum(size_of(parts) for _, parts in all_of_them)
+            after += sum(size_of(parts) for _, parts in made.values())
             return {f"{n}.{part}": x for n, (_, parts) in made.items() for part, x in parts.items()}
         name, _, local = key.rpartition(".")
         if name not in packable or local not in ("weight", *LOCALS):
@@ -337,6 +334,15 @@ def _bits(source: _Source) -> set[int]:
             "(W4A16, W8A16)"
         )
     return {args["num_bits"] for args in weights}
+
+
+def _routers(model: PreTrainedModel, linears: Iterable[str]) -> set[str]:
+    """Which of a checkpoint's Linears choose experts: engines ask for none of these how to load it.
+
+    :param linears: their full names in the files
+    """
+    known, routers = SourceNames(model), unnamed_routers(model, [])
+    return {n for n in linears if (known.weight(f"{n}.weight") or "")[: -len(".weight")] in routers}
 
 
 def _experts(source: _Source, names: SourceNames) -> tuple[set[str], dict[str, int]]:

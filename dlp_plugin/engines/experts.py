@@ -1,7 +1,8 @@
-"""Packed experts on their way into transformers, decoded before it makes one weight of them.
+"""Packed experts on their way into transformers, which makes one weight of a layer's.
 
-A checkpoint holds a layer's experts one by one (``experts.0.w1``), or fused in a tensor; the model
-holds them fused. What transformers would do with dense ones is done with decoded ones.
+A checkpoint holds them one by one (``experts.0.w1``), or fused in a tensor. Where a model only
+stacks what the files hold they stay packed: its module of them gives way to a
+:class:`~.mixture.SparseExperts`. Elsewhere they are decoded, and done with as transformers does.
 """
 
 from __future__ import annotations
@@ -11,12 +12,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from safetensors import safe_open
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.distributed.utils import is_dtensor
 
+from dlp_plugin.checkpoints.names import SourceNames
 from dlp_plugin.checkpoints.sparse_format import PARTS, Stored, decode
+from dlp_plugin.engines.linear import DTYPES, SparseLinear
+from dlp_plugin.engines.mixture import SparseExperts
+from dlp_plugin.kernels.layout import layout_of
 
-__all__ = ["with_experts"]
+__all__ = ["files_names", "read_parts", "staying_packed", "with_experts"]
 
 _LOCALS = "|".join(part.removeprefix("weight_") for part in PARTS)
 
@@ -41,6 +54,63 @@ def with_experts(conversions: Iterable[Any], fused: Iterable[str]) -> Iterator[A
         ):
             plain = WeightConverter(f".experts.{local}", f".experts.{local}", [_AsItIs()])
             yield _Experts(plain, [_packed_too(plain.source_patterns[0])])
+
+
+def staying_packed(
+    model: Any, names: SourceNames, keys: Iterable[str], linears: Mapping[str, Stored]
+) -> set[str]:
+    """Full names of a model's modules of experts that can multiply by what the files hold.
+
+    :param keys: names in the files of experts' weights, dense or not
+    :param linears: what is packed, by its name in the files
+    """
+    found: dict[str, bool] = {}
+    for key in keys:
+        if full := names.experts(key):
+            path = full.rpartition(".")[0]
+            stored = linears.get(key.removesuffix(".weight"))
+            packed = stored is not None and stored.dtype in DTYPES and names.is_stacked(key)
+            known = found.get(path)
+            if known is None:
+                known = SparseExperts.can_stand_for(model.get_submodule(path))
+            found[path] = known and packed
+    return {path for path, packed in found.items() if packed}
+
+
+def files_names(model: Any, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """What Linears that stay packed are called in files, and in a state that is to be saved.
+
+    transformers reads its conversions backwards for every name of such a state.
+
+    :param linears: full names in the model, those within a :class:`~.mixture.SparseExperts` too
+    """
+    numbers = {name: number for number, name in enumerate(linears)}
+    names, alone = list(numbers), dict(numbers)
+    marks: dict[str, torch.Tensor] = {}
+    for path, experts in model.named_modules():
+        if isinstance(experts, SparseExperts):
+            for tensor, inside in experts.names(path).items():
+                rows = [[[alone.pop(name)] for name in expert] for expert in inside]
+                marks[tensor] = torch.tensor(rows)
+    marks |= {f"{name}.weight": torch.tensor(number) for name, number in alone.items()}
+    used = getattr(model, "_weight_conversions", None) or ()
+    renamings = [each for each in used if isinstance(each, WeightRenaming)]
+    found = {}
+    for key, number in revert_weight_conversion(model, marks).items():
+        name, file = names[int(number)], key.removesuffix(".weight")
+        state = name if name in alone else rename_source_key(f"{file}.", renamings, [])[0][:-1]
+        found[name] = file, state
+    return found
+
+
+def read_parts(stored: Stored, name: str, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The parts of a Linear from the files, in memory of their own."""
+    parts = {}
+    for part in stored.part_shapes():
+        key = f"{name}.{part}"
+        with safe_open(places[key], framework="pt", backend="pread") as opened:
+            parts[part] = opened.get_tensor(key)
+    return parts
 
 
 def _packed_too(pattern: str) -> str:
@@ -103,7 +173,15 @@ class _Experts(WeightConverter):
         hf_quantizer: Any = None,
         loading_info: Any = None,
     ) -> dict[str, torch.Tensor]:
-        """A layer's experts by their full name in the model."""
+        """A layer's experts by their full name in the model; none if they stay packed."""
+        path, _, local = layer_name.rpartition(".")
+        if path in hf_quantizer.experts:
+            self.materialize_tensors()  # which would keep all that was read of their files
+            if not isinstance(model.get_submodule(path), SparseExperts):
+                model.set_submodule(path, SparseExperts(model.get_submodule(path)))
+            model.get_submodule(path).hold(local, self._linears(hf_quantizer, layer_name))
+            loading_info.missing_keys.discard(layer_name)
+            return {}
         parameter = model.get_parameter(layer_name)
         if is_dtensor(parameter):
             raise ValueError(
@@ -118,6 +196,18 @@ class _Experts(WeightConverter):
             layer_name, model, config, None, loading_info
         )
         return made
+
+    def _linears(self, quantizer: Any, layer_name: str) -> list[list[SparseLinear]]:
+        """For every expert the Linears of all patterns, in their order."""
+        columns = []
+        for pattern in self.source_patterns:
+            made = []
+            for name, key in {key.rpartition(".")[0]: key for key in self.keys[pattern]}.items():
+                stored, where = quantizer.linears[name], f"{quantizer.places[key]}: {name}"
+                layout = layout_of(stored, read_parts(stored, name, quantizer.places), where)
+                made.append(SparseLinear(layout, None, layer_name))
+            columns.append(made)
+        return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _decoded(
