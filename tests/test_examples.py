@@ -1,5 +1,6 @@
 """The examples, run as scripts on the small trained model that the repository ships."""
 
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -113,3 +114,34 @@ def test_recovery(example: Callable[..., str], few: list[str]) -> None:
 def cells(line: str) -> list[str]:
     """Cells of a row of a table that rich drew."""
     return [cell.strip() for cell in line.split("│")]
+
+
+def test_a_small_mixture_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few steps, by which its loss falls."""
+    train = beginning_of(TEST_TEXT, 30_000, tmp_path / "train.txt")
+    valid = beginning_of(TEST_TEXT, 3_000, tmp_path / "valid.txt")
+    script, out = str(ROOT / "examples" / "train_small_model.py"), tmp_path / "out"
+    size = ["--tokens", str(2 * 16 * 256), "--experts", "4"]
+    arguments = [script, "--train", train, "--valid", valid, "--out", str(out), *size]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(script, run_name="__main__")
+    said = capsys.readouterr().out
+    first, last = (float(each) for each in re.findall(r"loss ([\d.]+)", said))
+    assert last < first
+    least, most = re.findall(r"chosen ([\d.]+) to ([\d.]+) times", said)[0]
+    assert 0 <= float(least) < 1 < float(most) <= 2
+    config = loading.load_model(out).config
+    assert (config.num_local_experts, config.output_router_logits) == (4, False)
+
+
+def test_a_mixture_of_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(ROOT / "examples" / "train_small_model.py")
+    files = ["--train", "a", "--valid", "b", "--out", "c"]
+    monkeypatch.setattr(sys, "argv", [script, *files, "--experts", "1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    assert "--experts is 1: write 2 or more, or leave it out" in capsys.readouterr().err

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, make
-from helpers import PRUNERS, Logged, linears_of, random_samples, run, zeros
+from helpers import PRUNERS, Logged, linears_of, random_samples, refuses, run, zeros
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers import pruning
 from torch.nn import Linear, ModuleList
 
-from dlp_plugin import ADMMPruningModifier, DLPModifier, MaskedGPTQModifier, Plan
+from dlp_plugin import ADMMPruningModifier, DLPModifier, MaskedGPTQModifier, Plan, pack
 from dlp_plugin.scoring.routers import unnamed_routers
 
 JAMBA = "model.layers.1.feed_forward.router"
@@ -88,6 +90,57 @@ def test_a_stage_leaves_them_dense_unless_they_are_named(
     ]
 
 
+BROAD = ["Linear", "re:.*mlp.*"]
+
+
+def quantizer(targets: list[str]) -> MaskedGPTQModifier:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": targets, "weights": weights}}
+    return MaskedGPTQModifier(config_groups=groups, ignore=["re:.*lm_head"])
+
+
+def stage(targets: list[str]) -> object:
+    return PRUNERS[0](sparsity=0.6, targets=targets, ignore=["re:.*lm_head"])
+
+
+@pytest.mark.parametrize("make_modifier", [stage, quantizer])
+def test_targets_that_reach_them_are_warned_of(
+    make_modifier: Callable, tmp_path: Path, logged: Logged
+) -> None:
+    modifier = make_modifier(BROAD)
+    run(model_of("qwen3_next", tmp_path), [modifier], random_samples(2))
+    (told,) = [message for message in logged("WARNING") if "has routers among" in message]
+    assert told == (
+        f"{type(modifier).__name__} has routers among its targets, which decide what experts are "
+        f"used for: {GATES[0]} and 2 more; to leave them dense, add "
+        r"'re:.*\.shared_expert_gate$' to its ignore"
+    )
+
+
+@pytest.mark.parametrize("make_modifier", [stage, quantizer])
+def test_targets_that_name_one_that_is_no_linear_are_refused(
+    make_modifier: Callable, tmp_path: Path
+) -> None:
+    """Which most families have; nothing would become of such an entry."""
+    message = (
+        r"targets holds 're:\.\*mlp\\\\\.gate\$', which matches model\.layers\.0\.mlp\.gate, a "
+        r"router of the class MixtralTopKRouter and no Linear, which stays as it is: remove it"
+    )
+    model = linearize_moe(model_of("mixtral", tmp_path))  # as the host does
+    refuses(model, message, make_modifier(["Linear", r"re:.*mlp\.gate$"]))
+
+
+def test_pack_leaves_them_dense(tmp_path: Path) -> None:
+    """Engines build them where they ask no quantization method."""
+    model = model_of("jamba", tmp_path / "origin")
+    for weight in model.parameters():
+        weight.data[..., ::2] = 0
+    model.save_pretrained(tmp_path / "source")
+    linears = pack(tmp_path / "source", tmp_path / "packed").linears
+    assert JAMBA not in linears
+    assert "model.layers.1.feed_forward.experts.0.gate_proj" in linears
+
+
 def test_a_stock_stage_that_is_fed_leaves_them_dense(tmp_path: Path) -> None:
     model = model_of("jamba", tmp_path)
     stage = pruning.WandaPruningModifier(sparsity=0.6, ignore=["re:.*lm_head"])
@@ -100,11 +153,9 @@ def test_a_stock_stage_that_is_fed_leaves_them_dense(tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", [["Linear"], NAMED])
 def test_4_bits_are_for_those_that_are_named(targets: list[str], tmp_path: Path) -> None:
     model = model_of("qwen3_next", tmp_path)
-    weights = {"num_bits": 4, "strategy": "group", "group_size": 32}
-    groups = {"group_0": {"targets": targets, "weights": weights}}
-    quantizer = MaskedGPTQModifier(config_groups=groups, ignore=["re:.*lm_head"])
-    run(model, [quantizer], random_samples(2), output_dir=str(tmp_path / "packed"))
-    assert quantizer.ignore == ["re:.*lm_head"]
+    modifier = quantizer(targets)
+    run(model, [modifier], random_samples(2), output_dir=str(tmp_path / "packed"))
+    assert modifier.ignore == ["re:.*lm_head"]
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     left = set(config["quantization_config"]["ignore"])
     assert left >= {"lm_head"}

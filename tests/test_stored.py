@@ -44,8 +44,8 @@ def test_what_is_said() -> None:
     [
         ({"quant_method": "gptq"}, r"^folder is not packed: its quant_method is gptq, not dlp"),
         (
-            {"version": 2},
-            r"^folder is of version 2 of dlp-sparse, and this .*update dlp_plugin",
+            {"version": 3},
+            r"^folder is of version 3 of dlp-sparse, and this .*update dlp_plugin",
         ),
         ({"version": "1"}, r"^folder has a damaged quantization_config \(version 1\)"),
         ({"version": 0}, r"^folder has a damaged quantization_config \(version 0\)"),

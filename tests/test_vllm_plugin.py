@@ -18,11 +18,21 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from helpers import ROOT, SHIPPED, linears_of, run
+from families import DEEPSEEK, EXPERTS, SIZES, SMALL_EXPERTS, make
+from helpers import ROOT, SHIPPED, linears_of, random_samples, run
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
+from dlp_plugin import WandaPruningModifier
 from dlp_plugin.checkpoints.packing import pack
 from dlp_plugin.checkpoints.sparse_format import PARTS, decode, read_stored
 
@@ -110,10 +120,13 @@ def ask(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Ask:
     folder = tmp_path_factory.mktemp("vllm")
 
     def asked(
-        *jobs: dict[str, object], path: tuple[Path, ...] = (), **environment: str
+        *jobs: dict[str, object],
+        path: tuple[Path, ...] = (),
+        prompts: list[list[int]] = PROMPTS,
+        **environment: str,
     ) -> list[Any]:
         (folder / "jobs.json").write_text(
-            json.dumps({"prompts": PROMPTS, "jobs": jobs}, default=str)
+            json.dumps({"prompts": prompts, "jobs": jobs}, default=str)
         )
         probe = ROOT / "tests" / "vllm_probe_packed.py"
         command = [vllm_python(), probe, folder / "jobs.json", folder / "result.json"]
@@ -184,6 +197,58 @@ def share(found: dict[str, Any]) -> float:
     return sum(held for held, _ in sizes) / sum(dense for _, dense in sizes)
 
 
+# Of sizes that its kernels take
+MIXTURE = {**SIZES, "hidden_size": 128, "head_dim": 32, "num_hidden_layers": 2}
+LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
+MIXTURES: dict[str, PreTrainedConfig] = {
+    "mixtral": MixtralConfig(**MIXTURE, **EXPERTS),
+    "qwen3_moe": Qwen3MoeConfig(**MIXTURE, **SMALL_EXPERTS),
+    "deepseek_v3": DeepseekV3Config(
+        **{**DEEPSEEK, **LATENT, "hidden_size": 128, "num_hidden_layers": 2, "n_group": 1},
+        topk_method="noaux_tc",
+    ),
+    "gpt_oss": GptOssConfig(**{**MIXTURE, "head_dim": 64}, **EXPERTS),
+}
+
+
+@pytest.fixture(scope="session")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Mixtures as ``oneshot()`` prunes them to 70 %; in each folder ``pruned`` and ``packed``."""
+    ignore = ["re:.*lm_head", "re:.*kv_b_proj"]
+    found = {}
+    for name, config in MIXTURES.items():
+        folder = found[name] = tmp_path_factory.mktemp(name)
+        make(config, folder / "origin").save_pretrained(folder / "source")
+        model = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.bfloat16)
+        stage = WandaPruningModifier(sparsity=0.7, targets=["Linear"], ignore=ignore)
+        run(model, stage, random_samples(4), output_dir=str(folder / "pruned"))
+        pack(folder / "pruned", folder / "packed")
+    return found
+
+
+def without_an_expert(tensors: Tensors, config: dict) -> None:
+    for key in [key for key in tensors if ".experts.2.w1." in key]:
+        del tensors[key]
+
+
+@pytest.mark.engines
+def test_vllm_says_the_same_with_packed_experts(
+    mixtures: dict[str, Path], ask: Ask, tmp_path: Path
+) -> None:
+    """Linears are decoded too, so that it is the same to the bit."""
+    prompts = [[3, 4, 5, 6, 7, 8, 9, 10], [5, 17, 200, 45]]
+    folders = [folder / kind for folder in mixtures.values() for kind in ("pruned", "packed")]
+    lacking = changed(mixtures["mixtral"] / "packed", tmp_path / "lacking", without_an_expert)
+    *found, told = ask(
+        *({"model": each, "dtype": "bfloat16", "kernels": "off"} for each in [*folders, lacking]),
+        prompts=prompts,
+    )
+    for name, dense, packed in zip(mixtures, found[::2], found[1::2], strict=True):
+        assert packed["said"] == dense["said"], name
+    expert = "model.layers.0.block_sparse_moe.experts.2.w1"
+    assert f"the checkpoint lacks {expert}.weight_packed, {expert}.weight_fractions" in told
+
+
 @pytest.mark.engines
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two processes need two processors")
 def test_vllm_says_the_same_in_two_processes(checkpoints: dict[str, Path], ask: Ask) -> None:
@@ -229,7 +294,7 @@ def test_layers_of_every_kind_hold_the_slices_of_every_rank(plugin: Path) -> Non
 
 
 def newer(tensors: Tensors, config: dict) -> None:
-    config["version"] += 1
+    config["version"] = 3
 
 
 def truncated(tensors: Tensors, config: dict) -> None:
@@ -252,7 +317,7 @@ def unlisted(tensors: Tensors, config: dict) -> None:
 
 
 WRONG = {
-    newer: "config.json is of version 2 of dlp-sparse, and this dlp_plugin reads version 1",
+    newer: "config.json is of version 3 of dlp-sparse, and this dlp_plugin reads up to version 2",
     truncated: f"{DAMAGED}.weight_fractions is torch.uint8 [",
     lacking: "the checkpoint lacks model.layers.0.self_attn.k_proj.weight: fetch it or",
     miscounted: f"{DAMAGED}.weight_packed marks another number of weights than the ",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +118,9 @@ def inspect_checkpoint(
         state = _read(module, files)
         zero = _zero_weights(module, state, quantization)
         if zero is not None and zero.ndim == 2:
-            zeros = _zeros(zero, group)
-            linears[module] = zeros
+            name = quantization.tensor_of(module)
+            zeros = _zeros(zero, group if name == module else 0)
+            linears[name] = linears[name] + zeros if name in linears else zeros
             if block_of(module) is not None:
                 bits = _take_bits(module, state, quantization, zeros.weights)
                 sparse_bits += zeros.weights + bits * (zeros.weights - zeros.zeros)
@@ -149,25 +150,13 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
     :raises ValueError: likewise, and if a matrix is missing from ``other`` or has another shape
     """
     pruned, other = Path(pruned), Path(other)
-    before, after = _tensors_by_module(pruned), _tensors_by_module(other)
-    config_before, config_after = _quantization(pruned), _quantization(other)
-    lost = {}
-    for module, files in before.items():
+    before, after = _Masks(pruned), _Masks(other)
+    lost: dict[str, int] = {}
+    for module in before.tensors:
         if block_of(module) is None:
             continue
-        state_before = _read(module, files)
-        state_after = _read(module, after.get(module, {}))
-        pairs: dict[str, tuple[Mask, Mask | None]] = {
-            f"{module}.{n}": (
-                _is_zero(state_before[n]),
-                _is_zero(state_after[n]) if n in state_after else None,
-            )
-            for n in _fused(module, state_before)
-        }
-        left = _zero_weights(module, state_before, config_before)
-        if left is not None and left.ndim == 2:
-            pairs[module] = left, _zero_weights(module, state_after, config_after)
-        for name, (one, two) in pairs.items():
+        for name, one in before.of_module(module):
+            two = after.of(name)
             if two is None or two.shape != one.shape:
                 found = "is missing" if two is None else f"is {list(two.shape)}"
                 raise ValueError(
@@ -176,6 +165,44 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
                 )
             lost[name] = int(np.count_nonzero(one & ~two))
     return lost
+
+
+class _Masks:
+    """Which weights of a checkpoint are zero, a matrix or all experts of a layer at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors = _tensors_by_module(folder)
+        self.quantization = _quantization(folder)
+
+    def of_module(self, module: str) -> Iterator[tuple[str, Mask]]:
+        """What a module holds, by full names; of fused experts with the first of them."""
+        name = self.quantization.tensor_of(module)
+        if name != module:
+            if module == f"{name}.0":
+                yield name, self._stacked(name)
+            return
+        state = _read(module, self.tensors[module])
+        for local in _fused(module, state):
+            yield f"{module}.{local}", _is_zero(state[local])
+        own = _zero_weights(module, state, self.quantization)
+        if own is not None and own.ndim == 2:
+            yield module, own
+
+    def of(self, name: str) -> Mask | None:
+        """What has a full name; None if nothing has."""
+        if name in self.quantization.fused:
+            return self._stacked(name)
+        if name in self.tensors:
+            return _zero_weights(name, _read(name, self.tensors[name]), self.quantization)
+        holder, _, local = name.rpartition(".")
+        place = self.tensors.get(holder, {}).get(local)
+        return None if place is None else _is_zero(_tensor(place, name, False))
+
+    def _stacked(self, name: str) -> Mask:
+        experts = [f"{name}.{each}" for each in range(self.quantization.fused[name])]
+        states = {each: _read(each, self.tensors[each]) for each in experts}
+        masks = [_zero_weights(n, state, self.quantization) for n, state in states.items()]
+        return np.stack([mask for mask in masks if mask is not None])
 
 
 def _fused(module: str, state: Mapping[str, Array]) -> list[str]:
@@ -283,12 +310,19 @@ class _Quantization:
 
     :param compressed: what compressed-tensors reads; None if it is not its
     :param packed: full name of every packed Linear to how it is stored
+    :param fused: full names of the tensors of which experts are packed Linears
     :param format: as :class:`Checkpoint` tells it
     """
 
     compressed: QuantizationConfig | None
     packed: Mapping[str, Stored]
+    fused: Mapping[str, int]
     format: str | None
+
+    def tensor_of(self, module: str) -> str:
+        """Full name of the experts' tensor that a packed Linear is one of, or its own."""
+        whole = module.rpartition(".")[0]
+        return whole if whole in self.fused else module
 
 
 def _quantization(folder: Path) -> _Quantization:
@@ -297,13 +331,13 @@ def _quantization(folder: Path) -> _Quantization:
         from compressed_tensors.quantization import QuantizationConfig
 
         compressed = QuantizationConfig.model_validate(config)
-        return _Quantization(compressed, {}, compressed.format)
+        return _Quantization(compressed, {}, {}, compressed.format)
     if not config:
-        return _Quantization(None, {}, None)
+        return _Quantization(None, {}, {}, None)
     if (method := config.get("quant_method")) == "fp8":  # a weight is 0 where its 8 bits are
-        return _Quantization(None, {}, method)
+        return _Quantization(None, {}, {}, method)
     from dlp_plugin.checkpoints.packed import packed_linears
-    from dlp_plugin.checkpoints.stored import QUANT_METHOD
+    from dlp_plugin.checkpoints.stored import QUANT_METHOD, read_fused
 
     if method != QUANT_METHOD:
         raise ValueError(
@@ -311,9 +345,10 @@ def _quantization(folder: Path) -> _Quantization:
             "checkpoint that it was made from"
         )
     packed = packed_linears(folder)
+    fused = read_fused(config, packed, str(folder))
     source = (config.get("source") or {}).get("format")
     known = [config["quant_method"], *([source] if source else [])] if packed else []
-    return _Quantization(None, packed, ", ".join(known) or None)
+    return _Quantization(None, packed, fused, ", ".join(known) or None)
 
 
 def _zero_weights(module: str, state: dict[str, Array], quantization: _Quantization) -> Mask | None:

@@ -5,17 +5,31 @@ It may know them by other names than the files, or make one weight of several, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from dlp_plugin.checkpoints.inspect import block_of
 
-__all__ = ["SourceNames", "linears_of_blocks"]
+if TYPE_CHECKING:  # transformers may import this module before that class is made
+    from transformers import PreTrainedModel
+
+__all__ = ["SourceNames", "check_experts", "linears_of_blocks"]
+
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+_STACKED = [(MergeModulelist, 0), (Concatenate, 1)]  # the second where there are several kinds
+Shape = Sequence[int]
 
 
 class SourceNames:
@@ -37,27 +51,57 @@ class SourceNames:
 
         :param key: its name in the files
         """
-        full, converted = self._renamed(key)
-        return full if not converted and full in self._state else None
+        full, pattern = self._renamed(key)
+        return full if pattern is None and full in self._state else None
+
+    def experts(self, key: str) -> str | None:
+        """Full name in the model of a layer's experts' weights ``[experts, ...]``.
+
+        :param key: name in the files of a weight of one of them, or of them all; None of another
+        """
+        full, pattern = self._renamed(key)
+        parts = full.split(".")
+        known = "experts" in parts and (pattern is None or "experts" in pattern)
+        return full if known and full in self._state and self._state[full].ndim == 3 else None
+
+    def is_stacked(self, key: str) -> bool:
+        """Whether the weight that an expert's is part of is a stack of such, and no more.
+
+        Of several kinds of them, such as gate and up, they lie one behind the other.
+        """
+        _, pattern = self._renamed(key)
+        for each in self._converters:
+            if pattern in each.source_patterns:
+                steps = [(type(step), getattr(step, "dim", None)) for step in each.operations]
+                return steps == _STACKED[: len(each.source_patterns)]
+        return False
+
+    def shape(self, full: str) -> Shape:
+        """The shape of a weight in the model.
+
+        :param full: its full name there
+        """
+        return tuple(self._state[full].shape)
 
     def has_place(self, key: str) -> bool:
         """Whether the model has a module for a tensor of the files, quantized or not."""
         module = key.rpartition(".")[0]
-        full, converted = self._renamed(f"{module}.weight" if module else key)
-        return converted or full.rpartition(".")[0] in self._modules or self._renamed(key)[1]
+        full, pattern = self._renamed(f"{module}.weight" if module else key)
+        known = pattern is not None or full.rpartition(".")[0] in self._modules
+        return known or self._renamed(key)[1] is not None
 
-    def _renamed(self, key: str) -> tuple[str, bool]:
-        """A name in the model, and whether it is that of one made of several."""
-        full, pattern = rename_source_key(
+    def _renamed(self, key: str) -> tuple[str, str | None]:
+        """A name in the model, and of one made of several the pattern that tells."""
+        found: tuple[str, str | None] = rename_source_key(
             key, self._renamings, self._converters, self._prefix, self._state
         )
-        return full, pattern is not None
+        return found
 
 
 def linears_of_blocks(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
     """Full names of the Linears of blocks, by the names that their weights have in the files.
 
-    Experts, of which transformers makes one weight, are none.
+    Experts of which transformers makes one weight are none: see :meth:`SourceNames.experts`.
 
     :param model: on the meta device or with weights
     :param keys: names of the files' tensors
@@ -69,8 +113,47 @@ def linears_of_blocks(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
         if local not in ("weight", "weight_packed") or block_of(name) is None:
             continue
         full = names.weight(f"{name}.weight")
-        if full is not None and "experts" not in full.split("."):
+        if full is not None:
             module = model.get_submodule(full.removesuffix(".weight"))
             if isinstance(module, torch.nn.Linear):
                 linears.add(name)
     return linears
+
+
+def check_experts(names: SourceNames, shapes: Mapping[str, Shape], where: str) -> None:
+    """Make sure that the experts of every layer are all there, of one shape.
+
+    :param names: of the model
+    :param shapes: name in the files of every expert's weight, or of fused ones, to its shape
+    :param where: the folder they are from, for errors
+    :raises ValueError: naming the weight that is missing, or is unlike the others
+    """
+    layers: dict[str, dict[str, dict[str, Shape]]] = {}
+    for key, shape in shapes.items():
+        layer = layers.setdefault(names.experts(key) or "", {})
+        layer.setdefault(_EXPERT.sub("{}", key), {})[key] = tuple(shape)
+    layers.pop("", None)
+    for full, kinds in layers.items():
+        wanted = names.shape(full)
+        count = wanted[0]
+        for kind, held in kinds.items():
+            numbers = range(count) if "{}" in kind else [0]
+            for key in map(kind.format, numbers):
+                if key not in held:
+                    raise ValueError(
+                        f"no file of {where} holds {key}, and the layer has {count} experts: "
+                        "fetch or save the checkpoint again"
+                    )
+            first, shape = next(iter(held.items()))
+            other = next((key for key, each in held.items() if each != shape), None)
+            if other:
+                raise ValueError(
+                    f"{other} of {where} is {list(held[other])}, and {first} {list(shape)}: "
+                    "experts of a layer have one shape; fetch or save the checkpoint again"
+                )
+        sizes = [prod(shape) for held in kinds.values() for shape in held.values()]
+        if sum(sizes) != prod(wanted):
+            raise ValueError(
+                f"the files of {where} hold {sum(sizes):,} weights of {full}, and the model has "
+                f"{list(wanted)}: config.json is that of another model, or a file is missing"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dlp_plugin.checkpoints.bits import integers_of_words, words_for, words_of_integers
+from dlp_plugin.checkpoints.bits import words_of_integers
+from dlp_plugin.checkpoints.encoding import LOCALS, pruned, pruned_experts, quantized, size_of
 from dlp_plugin.checkpoints.files import (
     INDEX,
     copy_others,
@@ -24,7 +25,8 @@ from dlp_plugin.checkpoints.files import (
     weight_files,
     write_json,
 )
-from dlp_plugin.checkpoints.names import linears_of_blocks
+from dlp_plugin.checkpoints.inspect import block_of
+from dlp_plugin.checkpoints.names import SourceNames, check_experts, linears_of_blocks
 from dlp_plugin.checkpoints.packed import README, packed_linears, with_card, without_card
 from dlp_plugin.checkpoints.quantized import quantization_of
 from dlp_plugin.checkpoints.sources import built
@@ -35,17 +37,15 @@ from dlp_plugin.checkpoints.sparse_format import (
     Stored,
     decode,
     decode_integers,
-    encode,
-    encode_integers,
 )
+from dlp_plugin.checkpoints.stored import read_fused
 from dlp_plugin.files import check_vacant, replacing, reserved
+from dlp_plugin.scoring.routers import unnamed_routers
 
 __all__ = ["Packed", "pack", "unpack"]
 
 _KNOWN = ("compressed-tensors", "pack-quantized")
-# A pack-quantized Linear's own tensors; only the last may be missing.
-_QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_WORDS = ".weight_packed"
+_WORDS = f".{LOCALS[0]}"
 
 Advance = Callable[[float], Any]
 
@@ -84,6 +84,15 @@ class _Source:
             tensor: Tensor = opened.get_tensor(key)
         return tensor
 
+    def shape(self, key: str) -> list[int]:
+        """The shape of a tensor; of a quantized one that of its weight, where a file tells."""
+        with safe_open(self.places[key], framework="pt") as opened:
+            shape: list[int] = opened.get_slice(key).get_shape()
+        name = key.removesuffix(_WORDS)
+        if key != name and (said := f"{name}.weight_shape") in self.places:
+            shape = self.tensor(said).tolist()
+        return shape
+
     def parts(self, name: str, locals_: Iterable[str]) -> dict[str, Tensor]:
         keys = {local: f"{name}.{local}" for local in locals_}
         return {local: self.tensor(key) for local, key in keys.items() if key in self.places}
@@ -97,8 +106,9 @@ def pack(
     """Write a pruned checkpoint, or model in memory, in the sparse format.
 
     Packed are the Linears of blocks that shrink by it, dense ones and pack-quantized ones
-    (W4A16, W8A16); embeddings, heads and experts stay as they are. Shard by shard, so that one
-    is in memory at a time; other files are copied, and ``README.md`` is told how to load it.
+    (W4A16, W8A16), experts among them; embeddings, heads, and routers that are not quantized stay
+    as they are. Shard by shard, so that one is in memory at a time; other files are copied, and
+    ``README.md`` is told how to load it.
 
     :param source: folder of a saved model; or the model that ``oneshot()`` returned, which is
         then packed as if it had been saved, and written without a tokenizer
@@ -108,8 +118,9 @@ def pack(
         parent of ``output`` is missing
     :raises FileExistsError: if ``output`` holds something already
     :raises BlockingIOError: if another run is writing ``output``
-    :raises ValueError: if a file is damaged, ``source`` is packed already, is quantized in
-        another way or where the format has no place for it, or nothing of it would shrink
+    :raises ValueError: if a file is damaged, experts are missing or of unequal shape, ``source``
+        is packed already, is quantized in another way or where the format has no place for it, or
+        nothing of it would shrink
     """
     output = Path(output)
     with reserved(output):
@@ -126,31 +137,45 @@ def pack(
 def _pack(source: Path, output: Path, advance: Advance) -> Packed:
     opened = _opened(source)
     bits = _bits(opened)
-    names = linears_of_blocks(built(opened.folder), opened.places)
-    quantized = {k.removesuffix(_WORDS) for k in opened.places if k.endswith(_WORDS)}
-    if outside := sorted(quantized - names):
+    model = built(opened.folder)
+    experts, stacked = _experts(opened, SourceNames(model))
+    names = linears_of_blocks(model, opened.places) | experts
+    integers = {k.removesuffix(_WORDS) for k in opened.places if k.endswith(_WORDS)}
+    if outside := sorted(integers - names):
         raise ValueError(
             f"{outside[0]} of {opened.folder} is quantized, and the format has Linears of blocks "
-            "only, experts not among them: put it on the ignore list, or pack the dense checkpoint"
+            "only: put it on the ignore list, or pack the dense checkpoint"
         )
+    packable = names - _routers(model, names - integers)
     linears: dict[str, Stored] = {}
+    fused: dict[str, int] = {}
     before = after = 0
 
     def convert(key: str) -> dict[str, Tensor] | None:
         nonlocal before, after
+        if key in stacked:
+            tensor = opened.tensor(key)
+            made = {f"{key}.{i}": one for i, one in enumerate(pruned_experts(tensor) or ())}
+            if not made:
+                return None
+            fused[key] = len(made)
+            linears.update((name, stored) for name, (stored, _) in made.items())
+            before += tensor.nbytes
+            after += sum(size_of(parts) for _, parts in made.values())
+            return {f"{n}.{part}": x for n, (_, parts) in made.items() for part, x in parts.items()}
         name, _, local = key.rpartition(".")
-        if name not in names or local not in ("weight", *_QUANTIZED):
+        if name not in packable or local not in ("weight", *LOCALS):
             return None
-        if local not in ("weight", _QUANTIZED[0]):
+        if local not in ("weight", LOCALS[0]):
             return {}
-        held = opened.parts(name, _QUANTIZED if name in quantized else ("weight",))
+        held = opened.parts(name, LOCALS if name in integers else ("weight",))
         where = f"{opened.places[key]}: {name}"
-        found = _encoded(where, held, bits) if name in quantized else _pruned(held["weight"])
+        found = quantized(where, held, bits) if name in integers else pruned(held["weight"])
         if found is None:
             return None
         linears[name], parts = found
-        before += _size(held)
-        after += _size(parts)
+        before += size_of(held)
+        after += size_of(parts)
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
     def config() -> dict[str, Any]:
@@ -161,15 +186,17 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
             )
         settings = {
             "quant_method": QUANT_METHOD,
-            "version": VERSION,
+            "version": VERSION if fused or experts & linears.keys() else 1,
             "linears": {name: stored.to_config() for name, stored in linears.items()},
+            **({"fused": fused} if fused else {}),
             "source": opened.config.get("quantization_config"),
         }
         return {**opened.config, "quantization_config": settings}
 
     _write(opened, output, convert, config, with_card, advance)
     logger.info(f"{len(linears)} Linears of {opened.folder} packed to {output}")
-    return Packed(linears, len(names) - len(linears), before, after)
+    total = len(names) + sum(stacked.values())
+    return Packed(linears, total - len(linears), before, after)
 
 
 def unpack(source: str | Path, output: str | Path, advance: Advance = lambda _: None) -> None:
@@ -194,6 +221,11 @@ def _unpack(source: Path, output: Path, advance: Advance) -> None:
     linears = packed_linears(opened.folder)
     if not linears:
         raise ValueError(f"{source} is not packed; give a folder that `dlp-plugin pack` wrote")
+    fused = read_fused(opened.config["quantization_config"], linears, str(source))
+
+    def dense(name: str) -> Tensor:
+        where = f"{opened.places[f'{name}.{PARTS[0]}']}: {name}"
+        return decode(linears[name], opened.parts(name, PARTS), name=where)
 
     def convert(key: str) -> dict[str, Tensor] | None:
         name, _, part = key.rpartition(".")
@@ -202,13 +234,17 @@ def _unpack(source: Path, output: Path, advance: Advance) -> None:
         stored = linears[name]
         if part != next(iter(stored.part_shapes())):
             return {}
+        whole, _, number = name.rpartition(".")
+        if whole in fused:
+            names = [f"{whole}.{each}" for each in range(fused[whole])]
+            return {} if int(number) else {whole: torch.stack([dense(each) for each in names])}
+        if stored.kind != "integers":
+            return {f"{name}.weight": dense(name)}
         parts = opened.parts(name, PARTS)
         where = f"{opened.places[key]}: {name}"
-        if stored.kind != "integers":
-            return {f"{name}.weight": decode(stored, parts, name=where)}
         words = words_of_integers(decode_integers(stored, parts, where), stored.bits)
         restored = parts | {"weight_packed": words, "weight_shape": torch.tensor(stored.shape)}
-        return {f"{name}.{local}": restored[local] for local in _QUANTIZED if local in restored}
+        return {f"{name}.{local}": restored[local] for local in LOCALS if local in restored}
 
     def config() -> dict[str, Any]:
         restored = dict(opened.config)
@@ -256,7 +292,7 @@ def _write(
             if tensors:
                 save_file(tensors, beside / shard.name, metadata=metadata or {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, shard.name)
-            size += _size(tensors)
+            size += size_of(tensors)
         write_json(beside / "config.json", config())
         if content := read_index(source.folder):
             total = {**(content.get("metadata") or {}), "total_size": size}
@@ -300,43 +336,34 @@ def _bits(source: _Source) -> set[int]:
     return {args["num_bits"] for args in weights}
 
 
-def _pruned(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
-    """A dense Linear as it is stored; None where too few of its weights are zero.
+def _routers(model: PreTrainedModel, linears: Iterable[str]) -> set[str]:
+    """Which of a checkpoint's Linears choose experts: engines ask for none of these how to load it.
 
-    A table of exponents shrinks unpruned ones too, but engines build some of these, such as
-    gates, where they ask no quantization method.
+    :param linears: their full names in the files
     """
-    found = encode(weight)
-    return None if found is None or 16 * found[0].kept > 15 * weight.numel() else found
+    known, routers = SourceNames(model), unnamed_routers(model, [])
+    return {n for n in linears if (known.weight(f"{n}.weight") or "")[: -len(".weight")] in routers}
 
 
-def _encoded(
-    where: str, held: Mapping[str, Tensor], bits: set[int]
-) -> tuple[Stored, dict[str, Tensor]]:
-    """A pack-quantized Linear as it is stored.
+def _experts(source: _Source, names: SourceNames) -> tuple[set[str], dict[str, int]]:
+    """Full names of experts that are Linears in the files, and tensors of all experts of a layer.
 
-    :param where: file and full name, for errors
-    :param held: its tensors by their local names
-    :param bits: how many its integers may have
+    :return: the latter with the number of these
+    :raises ValueError: as :func:`~.names.check_experts` does
     """
-    if missing := [local for local in _QUANTIZED[:3] if local not in held]:
-        raise ValueError(f"{where} lacks {missing[0]}: save the checkpoint again")
-    words, scale, shape = (held[local] for local in _QUANTIZED[:3])
-    rows, columns = shape.tolist()
-    known = [each for each in bits if words.shape == (rows, words_for(columns, each))]
-    groups = scale.shape[-1]
-    if len(known) == 1 and scale.shape == (rows, groups) and columns % groups == 0:
-        integers = integers_of_words(words, known[0], columns)
-        if torch.equal(words_of_integers(integers, known[0]), words):
-            zero = held.get("weight_zero_point")
-            size = -1 if groups == 1 else columns // groups
-            return encode_integers(integers, scale, zero, bits=known[0], group_size=size)
-    found = ", ".join(f"{local} {list(tensor.shape)}" for local, tensor in held.items())
-    raise ValueError(
-        f"{where} of {rows} x {columns} is not as compressed-tensors packs it ({found}): quantize "
-        "it again, or pack the dense checkpoint"
-    )
-
-
-def _size(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    linears: set[str] = set()
+    stacked: dict[str, int] = {}
+    shapes: dict[str, Sequence[int]] = {}
+    for key in source.places:
+        name, _, local = key.rpartition(".")
+        weight = f"{name}.weight" if local == LOCALS[0] else key
+        if block_of(name) is None or names.experts(weight) is None:
+            continue
+        shape = source.shape(key)
+        if len(shape) == 3:
+            stacked[key] = shape[0]
+        elif local in ("weight", LOCALS[0]):
+            linears.add(name)
+        shapes[weight] = shape
+    check_experts(names, shapes, str(source.folder))
+    return linears, stacked

@@ -14,6 +14,9 @@ that rows or columns can be taken out by counting bits of the mask:
   one first; ``weight_scale`` and ``weight_zero_point`` as the source has them. The mask marks
   what differs from its zero point; where it saves nothing there is none, and all are stored.
 
+A tensor ``NAME`` ``[experts, ...]`` is as many Linears, ``NAME.0`` and on, of which
+``quantization_config`` tells under ``fused``.
+
 ``[[0, 1.5, 0], [-2, 0, 0]]`` in bfloat16 is the mask ``[[2], [1]]``, the fractions
 ``[0x40, 0x80]`` and the exponents ``[0x10]`` of the table
 ``[127, 128]``.
@@ -59,6 +62,7 @@ __all__ = [
     "decode",
     "decode_integers",
     "encode",
+    "encode_anyway",
     "encode_integers",
     "planes_of",
     "read_stored",
@@ -77,6 +81,16 @@ def encode(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
     """
     if weight.dtype not in FLOATS.values():
         return None
+    stored, parts = encode_anyway(weight)
+    return (stored, parts) if _bytes(parts) < weight.nbytes else None
+
+
+def encode_anyway(weight: Tensor) -> tuple[Stored, dict[str, Tensor]]:
+    """A weight as it is stored, exactly, smaller or not.
+
+    :param weight: ``[out, in]``, of the floats of 16 to 64 bits
+    :return: as :func:`encode` does
+    """
     bits = weight.contiguous().view(_BITS_OF[weight.itemsize])
     present = bits != 0
     living = _marked(bits, present)
@@ -84,8 +98,7 @@ def encode(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
     planes = planes_of(living) if weight.dtype == torch.bfloat16 else None
     kind, count = ("planes", len(planes["weight_table"])) if planes else ("values", 0)
     stored = Stored(kind, _shape_of(weight), weight.dtype, living.numel(), exponents=count)
-    parts = mask | (planes or {"weight_values": living.view(weight.dtype)})
-    return (stored, parts) if _bytes(parts) < weight.nbytes else None
+    return stored, mask | (planes or {"weight_values": living.view(weight.dtype)})
 
 
 def encode_integers(

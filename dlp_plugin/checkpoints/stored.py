@@ -13,11 +13,21 @@ import torch
 
 from dlp_plugin.checkpoints.bits import words_for
 
-__all__ = ["FLOATS", "PARTS", "QUANT_METHOD", "TABLE", "VERSION", "Stored", "read_stored"]
+__all__ = [
+    "FLOATS",
+    "PARTS",
+    "QUANT_METHOD",
+    "TABLE",
+    "VERSION",
+    "Stored",
+    "read_fused",
+    "read_stored",
+]
 
 QUANT_METHOD = "dlp-sparse"
 """What ``quant_method`` in ``config.json`` is."""
-VERSION = 1
+VERSION = 2
+"""The newest that is read. Written is 1 where no experts are packed, which has none."""
 PARTS = (
     "weight_packed",
     "weight_fractions",
@@ -178,11 +188,35 @@ def read_stored(config: Mapping[str, Any], where: str) -> dict[str, Stored]:
     if type(version) is int and version > VERSION:
         raise ValueError(
             f"{where} is of version {version} of {QUANT_METHOD}, and this dlp_plugin reads "
-            f"version {VERSION}: update dlp_plugin"
+            f"up to version {VERSION}: update dlp_plugin"
         )
-    if version != VERSION or not isinstance(linears, Mapping):
+    if version not in range(1, VERSION + 1) or not isinstance(linears, Mapping):
         raise ValueError(
             f"{where} has a damaged quantization_config (version {version}): pack the checkpoint "
             "again"
         )
     return {name: Stored.from_config(f"{name} of {where}", one) for name, one in linears.items()}
+
+
+def read_fused(
+    config: Mapping[str, Any], linears: Mapping[str, Stored], where: str
+) -> dict[str, int]:
+    """Every tensor ``[experts, ...]`` that is stored expert by expert, to how many these are.
+
+    Expert 3 of ``NAME`` is the Linear ``NAME.3``, of the shape that it has in the tensor.
+
+    :param config: as ``config.json`` has it
+    :param linears: as :func:`read_stored` gives them
+    :param where: the file or folder it is from, for errors
+    :raises ValueError: if an expert is missing, or has another shape than the others
+    """
+    fused = config.get("fused") or {}
+    for name, count in fused.items():
+        found = [linears.get(f"{name}.{expert}") for expert in range(count)]
+        alike = {each and (each.shape, each.dtype) for each in found}
+        if len(alike) != 1 or None in alike:
+            raise ValueError(
+                f"{name} of {where} has a damaged entry in quantization_config (its {count} "
+                "experts are not all there, of one shape): pack the checkpoint again"
+            )
+    return dict(fused)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -22,11 +22,7 @@ from typing import Any
 import torch
 from loguru import logger
 from safetensors import safe_open
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightTransform,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.distributed.utils import is_dtensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -36,8 +32,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import Mxfp4Config
 
+from dlp_plugin.checkpoints.names import SourceNames, check_experts
 from dlp_plugin.checkpoints.packed import check_parts
 from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, decode, read_stored
+from dlp_plugin.checkpoints.stored import read_fused
+from dlp_plugin.engines.experts import files_names, read_parts, staying_packed, with_experts
 from dlp_plugin.engines.linear import DTYPES, SparseLinear
 from dlp_plugin.kernels.layout import layout_of, parts_of
 from dlp_plugin.kernels.products import available
@@ -82,13 +81,16 @@ class SparseQuantizer(HfQuantizer):
                 "quantization_config is a SparseConfig, and the model is not packed: leave it out, "
                 "or give a folder that `dlp-plugin pack` wrote"
             )
-        self.linears = read_stored(quantization_config.to_dict(), "config.json")
+        said = quantization_config.to_dict()
+        self.linears = read_stored(said, "config.json")
+        self.fused = read_fused(said, self.linears, "config.json")
         self.places: dict[str, str] = {}
+        self.experts: set[str] = set()
         self._dtypes: dict[str, torch.dtype] = {}
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """The model's own conversions, and what becomes of packed Linears."""
-        return [*weight_conversions, _Gatherer()]
+        return [*with_experts(weight_conversions, self.fused), _Gatherer()]
 
     def update_device_map(self, device_map: Any) -> Any:
         """All on the CPU where there is nothing else; a map would count dense weights."""
@@ -123,6 +125,26 @@ class SparseQuantizer(HfQuantizer):
         if reason and not self.quantization_config.dequantize:
             logger.info(f"{model.config.name_or_path} is loaded dense: {reason}")
             self.quantization_config.dequantize = True
+        self._see_to_experts(model)
+
+    def _see_to_experts(self, model: Any) -> None:
+        """Find those that stay packed, once all are there and of one shape."""
+        shapes: dict[str, Sequence[int]] = {
+            f"{name}.weight": stored.shape for name, stored in self.linears.items()
+        }
+        for name, count in self.fused.items():
+            shapes[name] = (count, *self.linears[f"{name}.0"].shape)
+        names = SourceNames(model)
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for key, file in self.places.items():
+                if key.rpartition(".")[2] not in PARTS and names.experts(key):
+                    if file not in opened:
+                        opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                    shapes[key] = opened[file].get_slice(key).get_shape()
+        check_experts(names, shapes, model.config.name_or_path)
+        if not self.quantization_config.dequantize:
+            self.experts = staying_packed(model, names, shapes, self.linears)
 
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> None:
         # Where there is a quantizer, transformers leaves what it renames in the file's dtype.
@@ -160,17 +182,17 @@ class SparseQuantizer(HfQuantizer):
                 f"{model.config.name_or_path} were made dense as it was loaded, and cannot be "
                 "saved as they were: copy the folder instead"
             )
-        state, told = model.state_dict(), []
+        state, linears = model.state_dict(), {}
+        names = files_names(model, modules)
         for name, module in modules.items():
             stored, parts = parts_of(module.layout)
             for part in PARTS:
                 state.pop(f"{name}.{part}", None)
-            state.update((f"{name}.{part}", tensor) for part, tensor in parts.items())
-            told.append(stored.to_config())
-        numbered = {f"{name}.weight": torch.tensor(n) for n, name in enumerate(modules)}
-        names = revert_weight_conversion(model, numbered)
-        linears = {key.removesuffix(".weight"): told[int(n)] for key, n in names.items()}
+            file, saved = names[name]
+            state.update((f"{saved}.{part}", tensor) for part, tensor in parts.items())
+            linears[file] = stored.to_config()
         self.quantization_config.linears = linears
+        vars(self.quantization_config).pop("fused", None)  # they are dense, if there were some
         return state, {}
 
 
@@ -201,7 +223,7 @@ class _Gatherer(WeightConverter):
         path = layer_name.removesuffix(".weight")
         if hf_quantizer.stays_packed(stored, model, path):
             # Those that are gathered would keep all that was read of their file in memory.
-            layout = layout_of(stored, _read(stored, name, hf_quantizer.places), where)
+            layout = layout_of(stored, read_parts(stored, name, hf_quantizer.places), where)
             bias = model.get_submodule(path).bias
             model.set_submodule(path, SparseLinear(layout, bias, path))
             loading_info.missing_keys.discard(layer_name)
@@ -251,16 +273,6 @@ def _code(module: str) -> str:
     with suppress(OSError, TypeError):
         return inspect.getsource(sys.modules[module])
     return ""
-
-
-def _read(stored: Stored, name: str, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The parts of a Linear from the files, in memory of their own."""
-    parts = {}
-    for part in stored.part_shapes():
-        key = f"{name}.{part}"
-        with safe_open(places[key], framework="pt", backend="pread") as opened:
-            parts[part] = opened.get_tensor(key)
-    return parts
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

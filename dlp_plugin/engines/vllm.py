@@ -7,7 +7,8 @@ share.
 
 On a processor with kernels that copy is only noted, and the Linear is multiplied as it is
 stored: the system gives a dense weight no memory before something is written to it. Elsewhere
-the copy decodes, and the Linear is an ordinary one from then on.
+the copy decodes, and the Linear is an ordinary one from then on. Experts are decoded everywhere
+(:mod:`~.vllm_experts`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, read_stored
 from dlp_plugin.engines.rows import Product, pieces_of, product_of
 from dlp_plugin.engines.slices import LazyWeight
+from dlp_plugin.engines.vllm_experts import FUSED_EXPERTS, RoutedExperts, SparseExpertsMethod
 from dlp_plugin.kernels.layout import Layout
 from dlp_plugin.kernels.products import available
 
@@ -136,20 +138,25 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer's weights are loaded and applied.
 
-        :raises ValueError: if there are packed weights in a layer that is no Linear, such as
-            experts or an output layer, or in one that vLLM is told to quantize as it loads
+        :raises ValueError: if there are packed weights in a layer that takes none, such as an
+            output layer, or in one that vLLM is told to quantize as it loads
         """
         if isinstance(layer, LinearBase):
             shards = self._shards_of(prefix)
             if not any(stored for _, stored in shards):
                 return UnquantizedLinearMethod()
-            online = self.online_quantization_config
-            if online:
-                # vLLM would take a packed Linear for a dense one, and its own method for ours.
-                online.packed_modules_mapping = self.packed_modules_mapping
-                if online.resolve_quant_method_cls(type(layer), prefix):
-                    raise _twice(f"quantization_config of {prefix}")
+            self._check_online(layer, prefix)
             return SparseLinearMethod(shards)
+        if isinstance(layer, RoutedExperts):
+            inside = {
+                name.removeprefix(f"{prefix}."): (of_checkpoint, stored)
+                for name, (of_checkpoint, stored) in self._shards.items()
+                if stored and name.startswith(f"{prefix}.")
+            }
+            if not inside:
+                return None
+            self._check_online(layer, prefix)
+            return SparseExpertsMethod(layer, inside)
         for name, (of_checkpoint, _) in self._shards.items():
             if f"{name}.".startswith(f"{prefix}."):
                 raise ValueError(
@@ -157,6 +164,22 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
                     f"weights only: {_UNPACK}"
                 )
         return None
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> Any:
+        """What becomes of the checkpoint's names besides."""
+        return FUSED_EXPERTS
+
+    def _check_online(self, layer: Module, prefix: str) -> None:
+        """Refuse quantization of a packed layer as it is loaded.
+
+        vLLM would take it for a dense one, and its own method for ours.
+        """
+        online = self.online_quantization_config
+        if online:
+            online.packed_modules_mapping = self.packed_modules_mapping
+            if online.resolve_quant_method_cls(type(layer), prefix):
+                raise _twice(f"quantization_config of {prefix}")
 
     def _shards_of(self, prefix: str) -> list[Shard]:
         """The Linears of the checkpoint that one of vLLM's consists of, in order."""

@@ -34,23 +34,53 @@ def unnamed_routers(model: torch.nn.Module, targets: Collection[str]) -> dict[st
 def left_routers(
     model: torch.nn.Module, who: str, targets: Collection[str], found: Collection[str]
 ) -> list[str]:
-    """Full names of the routers that are to be left dense; tells of them.
+    """Full names of the routers that are to be left dense; tells of them, and of others.
 
     :param who: the modifier that leaves them
     :param targets: its entries that select modules
     :param found: full names of what they match
+    :raises ValueError: if an entry names nothing but routers that are no Linears
     """
-    names = [name for name in unnamed_routers(model, targets) if name in found]
+    _check_targets(model, who, targets)
+    unnamed = unnamed_routers(model, targets)
+    names = [name for name in unnamed if name in found]
+    named = [name for name, _ in _routers(model) if name in found and name not in unnamed]
     if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         logger.info(
-            "{} leaves routers dense: {}{}; to have them too, add '{}' to its targets",
+            "{} leaves routers dense: {}; to have them too, add '{}' to its targets",
             who,
-            names[0],
-            more,
+            _first(names),
             router_pattern(names[0]),
         )
+    if named:
+        logger.warning(
+            "{} has routers among its targets, which decide what experts are used for: {}; to "
+            "leave them dense, add '{}' to its ignore",
+            who,
+            _first(named),
+            router_pattern(named[0]),
+        )
     return names
+
+
+def _check_targets(model: torch.nn.Module, who: str, targets: Collection[str]) -> None:
+    """Refuse an entry that names routers in vain: most are no Linears."""
+    for entry in targets:
+        found = {n: m for n, m in model.named_modules() if match_name(n, entry)}
+        name = next(iter(found), "")
+        if found and all(
+            _ROUTES.fullmatch(n.rpartition(".")[2])
+            and not any(isinstance(each, torch.nn.Linear) for each in m.modules())
+            for n, m in found.items()
+        ):
+            raise ValueError(
+                f"{who}.targets holds {entry!r}, which matches {name}, a router of the class "
+                f"{type(found[name]).__name__} and no Linear, which stays as it is: remove it"
+            )
+
+
+def _first(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def router_pattern(name: str) -> str:

@@ -1,0 +1,70 @@
+"""What a Linear, or a layer's experts, are stored as when a checkpoint is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dlp_plugin.checkpoints.bits import integers_of_words, words_for, words_of_integers
+from dlp_plugin.checkpoints.sparse_format import Stored, encode, encode_anyway, encode_integers
+from dlp_plugin.checkpoints.stored import FLOATS
+
+__all__ = ["LOCALS", "pruned", "pruned_experts", "quantized", "size_of"]
+
+LOCALS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+"""A pack-quantized Linear's own tensors; only the last may be missing."""
+
+
+def pruned_experts(tensor: Tensor) -> list[tuple[Stored, dict[str, Tensor]]] | None:
+    """Every expert of a tensor ``[experts, ...]``; None where they are not pruned, as a whole."""
+    if tensor.dtype not in FLOATS.values():
+        return None
+    found = [encode_anyway(each) for each in tensor]
+    size = sum(size_of(parts) for _, parts in found)
+    kept = sum(stored.kept for stored, _ in found)
+    return found if size < tensor.nbytes and 16 * kept <= 15 * tensor.numel() else None
+
+
+def pruned(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
+    """A dense Linear as it is stored; None where too few of its weights are zero.
+
+    A table of exponents shrinks unpruned ones too, but engines build some of these where they ask
+    no quantization method.
+    """
+    found = encode(weight)
+    return None if found is None or 16 * found[0].kept > 15 * weight.numel() else found
+
+
+def quantized(
+    where: str, held: Mapping[str, Tensor], bits: set[int]
+) -> tuple[Stored, dict[str, Tensor]]:
+    """A pack-quantized Linear as it is stored.
+
+    :param where: file and full name, for errors
+    :param held: its tensors by their local names
+    :param bits: how many its integers may have
+    """
+    if missing := [local for local in LOCALS[:3] if local not in held]:
+        raise ValueError(f"{where} lacks {missing[0]}: save the checkpoint again")
+    words, scale, shape = (held[local] for local in LOCALS[:3])
+    rows, columns = shape.tolist()
+    known = [each for each in bits if words.shape == (rows, words_for(columns, each))]
+    groups = scale.shape[-1]
+    if len(known) == 1 and scale.shape == (rows, groups) and columns % groups == 0:
+        integers = integers_of_words(words, known[0], columns)
+        if torch.equal(words_of_integers(integers, known[0]), words):
+            zero = held.get("weight_zero_point")
+            size = -1 if groups == 1 else columns // groups
+            return encode_integers(integers, scale, zero, bits=known[0], group_size=size)
+    found = ", ".join(f"{local} {list(tensor.shape)}" for local, tensor in held.items())
+    raise ValueError(
+        f"{where} of {rows} x {columns} is not as compressed-tensors packs it ({found}): quantize "
+        "it again, or pack the dense checkpoint"
+    )
+
+
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())

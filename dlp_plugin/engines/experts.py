@@ -1,0 +1,238 @@
+"""Packed experts on their way into transformers, which makes one weight of a layer's.
+
+A checkpoint holds them one by one (``experts.0.w1``), or fused in a tensor. Where a model only
+stacks what the files hold they stay packed: its module of them gives way to a
+:class:`~.mixture.SparseExperts`. Elsewhere they are decoded, and done with as transformers does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.distributed.utils import is_dtensor
+
+from dlp_plugin.checkpoints.names import SourceNames
+from dlp_plugin.checkpoints.sparse_format import PARTS, Stored, decode
+from dlp_plugin.engines.linear import DTYPES, SparseLinear
+from dlp_plugin.engines.mixture import SparseExperts
+from dlp_plugin.kernels.layout import layout_of
+
+__all__ = ["files_names", "read_parts", "staying_packed", "with_experts"]
+
+_LOCALS = "|".join(part.removeprefix("weight_") for part in PARTS)
+
+
+def with_experts(conversions: Iterable[Any], fused: Iterable[str]) -> Iterator[Any]:
+    """A model's conversions, of which those that make experts take packed ones too.
+
+    :param conversions: the model's own
+    :param fused: full names, in the files, of tensors whose experts are packed
+    """
+    known = []
+    for each in conversions:
+        sources = each.source_patterns if isinstance(each, WeightConverter) else []
+        if sources and all("experts" in source for source in sources):
+            known += sources
+            yield _Experts(each, [_packed_too(source) for source in sources])
+        else:
+            yield each
+    for local in sorted({name.partition("experts.")[2] for name in fused}):
+        if not any(
+            re.search(source.replace("*.", r".*\."), f"experts.{local}") for source in known
+        ):
+            plain = WeightConverter(f".experts.{local}", f".experts.{local}", [_AsItIs()])
+            yield _Experts(plain, [_packed_too(plain.source_patterns[0])])
+
+
+def staying_packed(
+    model: Any, names: SourceNames, keys: Iterable[str], linears: Mapping[str, Stored]
+) -> set[str]:
+    """Full names of a model's modules of experts that can multiply by what the files hold.
+
+    :param keys: names in the files of experts' weights, dense or not
+    :param linears: what is packed, by its name in the files
+    """
+    found: dict[str, bool] = {}
+    for key in keys:
+        if full := names.experts(key):
+            path = full.rpartition(".")[0]
+            stored = linears.get(key.removesuffix(".weight"))
+            packed = stored is not None and stored.dtype in DTYPES and names.is_stacked(key)
+            known = found.get(path)
+            if known is None:
+                known = SparseExperts.can_stand_for(model.get_submodule(path))
+            found[path] = known and packed
+    return {path for path, packed in found.items() if packed}
+
+
+def files_names(model: Any, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """What Linears that stay packed are called in files, and in a state that is to be saved.
+
+    transformers reads its conversions backwards for every name of such a state.
+
+    :param linears: full names in the model, those within a :class:`~.mixture.SparseExperts` too
+    """
+    numbers = {name: number for number, name in enumerate(linears)}
+    names, alone = list(numbers), dict(numbers)
+    marks: dict[str, torch.Tensor] = {}
+    for path, experts in model.named_modules():
+        if isinstance(experts, SparseExperts):
+            for tensor, inside in experts.names(path).items():
+                rows = [[[alone.pop(name)] for name in expert] for expert in inside]
+                marks[tensor] = torch.tensor(rows)
+    marks |= {f"{name}.weight": torch.tensor(number) for name, number in alone.items()}
+    used = getattr(model, "_weight_conversions", None) or ()
+    renamings = [each for each in used if isinstance(each, WeightRenaming)]
+    found = {}
+    for key, number in revert_weight_conversion(model, marks).items():
+        name, file = names[int(number)], key.removesuffix(".weight")
+        state = name if name in alone else rename_source_key(f"{file}.", renamings, [])[0][:-1]
+        found[name] = file, state
+    return found
+
+
+def read_parts(stored: Stored, name: str, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The parts of a Linear from the files, in memory of their own."""
+    parts = {}
+    for part in stored.part_shapes():
+        key = f"{name}.{part}"
+        with safe_open(places[key], framework="pt", backend="pread") as opened:
+            parts[part] = opened.get_tensor(key)
+    return parts
+
+
+def _packed_too(pattern: str) -> str:
+    """What matches what a pattern does, and the parts of it packed."""
+    packed = rf"_(?:{_LOCALS})" if pattern.endswith(".weight") else rf"\.\d+\.weight_(?:{_LOCALS})"
+    return f"{pattern.removesuffix('$')}(?:{packed})?$"
+
+
+class _AsItIs(ConversionOps):
+    """For tensors that transformers does not convert."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Sequence[str],
+        target_patterns: Sequence[str],
+        **context: Any,
+    ) -> dict[str, Any]:
+        """Give what there is the name that it has in the model."""
+        (found,) = input_dict.values()
+        return {target_patterns[0]: found[0] if isinstance(found, list) else found}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """The same again."""
+        return self
+
+
+class _Experts(WeightConverter):
+    """One of a model's conversions, behind the decoding of what it converts.
+
+    :param plain: it
+    :param sources: its patterns, that match packed experts too
+    """
+
+    __slots__ = ("keys", "plain")
+
+    def __init__(self, plain: WeightConverter, sources: list[str]) -> None:
+        super().__init__(sources, [*plain.target_patterns], plain.operations, plain.force_cpu)
+        self.scope_prefix, self.base_model_prefix = plain.scope_prefix, plain.base_model_prefix
+        self.plain = plain
+        self.keys: dict[str, list[str]] = {}
+
+    def add_tensor(
+        self, target_key: str, source_key: str, source_pattern: str, future: Any
+    ) -> None:
+        """Take a tensor, and remember its name in the files."""
+        super().add_tensor(target_key, source_key, source_pattern, future)
+        self.keys.setdefault(source_pattern, []).append(source_key)
+
+    def reverse_transform(self) -> WeightTransform:
+        """What saving does: dense experts are saved."""
+        return self.plain.reverse_transform()
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, torch.Tensor]:
+        """A layer's experts by their full name in the model; none if they stay packed."""
+        path, _, local = layer_name.rpartition(".")
+        if path in hf_quantizer.experts:
+            self.materialize_tensors()  # which would keep all that was read of their files
+            if not isinstance(model.get_submodule(path), SparseExperts):
+                model.set_submodule(path, SparseExperts(model.get_submodule(path)))
+            model.get_submodule(path).hold(local, self._linears(hf_quantizer, layer_name))
+            loading_info.missing_keys.discard(layer_name)
+            return {}
+        parameter = model.get_parameter(layer_name)
+        if is_dtensor(parameter):
+            raise ValueError(
+                f"{layer_name} is packed, and transformers would divide it among processes before "
+                "it is decoded: load the folder that `dlp-plugin unpack` writes"
+            )
+        found: Any = self.collected_tensors
+        for pattern, tensors in self.materialize_tensors().items():
+            parts = zip(self.keys[pattern], tensors, strict=True)
+            found[pattern] = _decoded(parts, hf_quantizer, parameter.dtype)
+        made: dict[str, torch.Tensor] = super().convert(
+            layer_name, model, config, None, loading_info
+        )
+        return made
+
+    def _linears(self, quantizer: Any, layer_name: str) -> list[list[SparseLinear]]:
+        """For every expert the Linears of all patterns, in their order."""
+        columns = []
+        for pattern in self.source_patterns:
+            made = []
+            for name, key in {key.rpartition(".")[0]: key for key in self.keys[pattern]}.items():
+                stored, where = quantizer.linears[name], f"{quantizer.places[key]}: {name}"
+                layout = layout_of(stored, read_parts(stored, name, quantizer.places), where)
+                made.append(SparseLinear(layout, None, layer_name))
+            columns.append(made)
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _decoded(
+    tensors: Iterable[tuple[str, torch.Tensor]], quantizer: Any, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The dense weights of experts, or the tensor of them all.
+
+    :param tensors: of one pattern by their names in the files, in the order of the experts
+    """
+    linears: Mapping[str, Stored] = quantizer.linears
+    held: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors:
+        name, _, local = key.rpartition(".")
+        held.setdefault(name if name in linears else key, {})[local] = tensor
+    weights: dict[str, list[torch.Tensor]] = {}
+    for name, parts in held.items():
+        if name not in linears:
+            (weight,) = parts.values()
+        else:
+            part = next(iter(parts))
+            where = f"{quantizer.places[f'{name}.{part}']}: {name}"
+            weight = decode(linears[name], parts, dtype, where)
+        whole = name.rpartition(".")[0]
+        weights.setdefault(whole if whole in quantizer.fused else name, []).append(weight)
+    return [
+        torch.stack(experts) if name in quantizer.fused else experts[0]
+        for name, experts in weights.items()
+    ]
