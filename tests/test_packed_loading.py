@@ -186,7 +186,7 @@ class TestDamage:
 
 
 def test_tensor_parallel_in_transformers(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlp_plugin.engines.transformers.is_dtensor", lambda _parameter: True)
+    monkeypatch.setattr("dlp_plugin.engines.experts.is_dtensor", lambda _parameter: True)
     with pytest.raises(ValueError, match=r"weight is packed, and transformers would divide it"):
         load(packed)
 

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from dlp_plugin.checkpoints.bits import integers_of_words, words_for, words_of_integers
-from dlp_plugin.checkpoints.sparse_format import Stored, encode, encode_anyway, encode_integers
+from dlp_plugin.checkpoints.sparse_format import (
+    Stored,
+    encode,
+    encode_anyway,
+    encode_integers,
+    size_of,
+)
 from dlp_plugin.checkpoints.stored import FLOATS
 
-__all__ = ["LOCALS", "pruned", "pruned_experts", "quantized", "size_of"]
+__all__ = ["LOCALS", "pruned", "pruned_experts", "quantized"]
 
 LOCALS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 """A pack-quantized Linear's own tensors; only the last may be missing."""
@@ -24,17 +30,22 @@ def pruned_experts(tensor: Tensor) -> list[tuple[Stored, dict[str, Tensor]]] | N
     found = [encode_anyway(each) for each in tensor]
     size = sum(size_of(parts) for _, parts in found)
     kept = sum(stored.kept for stored, _ in found)
-    return found if size < tensor.nbytes and 16 * kept <= 15 * tensor.numel() else None
+    return found if size < tensor.nbytes and _is_pruned(kept, tensor) else None
 
 
 def pruned(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
-    """A dense Linear as it is stored; None where too few of its weights are zero.
-
-    A table of exponents shrinks unpruned ones too, but engines build some of these where they ask
-    no quantization method.
-    """
+    """A dense Linear as it is stored; None where it is not pruned."""
     found = encode(weight)
-    return None if found is None or 16 * found[0].kept > 15 * weight.numel() else found
+    return found if found and _is_pruned(found[0].kept, weight) else None
+
+
+def _is_pruned(kept: int, tensor: Tensor) -> bool:
+    """Whether enough of its weights are zero.
+
+    A table of exponents shrinks unpruned Linears too, but engines build some of these where they
+    ask no quantization method.
+    """
+    return 16 * kept <= 15 * tensor.numel()
 
 
 def quantized(
@@ -63,8 +74,3 @@ def quantized(
         f"{where} of {rows} x {columns} is not as compressed-tensors packs it ({found}): quantize "
         "it again, or pack the dense checkpoint"
     )
-
-
-def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors."""
-    return sum(tensor.nbytes for tensor in tensors.values())

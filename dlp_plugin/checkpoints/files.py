@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "read_config",
     "read_index",
     "shards",
+    "slices",
     "weight_files",
     "write_json",
 ]
@@ -103,6 +105,26 @@ def weight_files(folder: Path) -> dict[str, Path]:
             f"{file} does not hold {key}, as {INDEX} says: fetch or save the checkpoint again"
         )
     return dict(held + said)
+
+
+@contextmanager
+def slices(places: Mapping[str, str | Path]) -> Iterator[Callable[[str], Any]]:
+    """What gives safetensors' slice of a tensor, which tells shape and dtype and reads no more.
+
+    Each file is opened once.
+
+    :param places: full name of every tensor to its file
+    """
+    with ExitStack() as stack:
+        opened: dict[str | Path, Any] = {}
+
+        def found(key: str) -> Any:
+            file = places[key]
+            if file not in opened:
+                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+            return opened[file].get_slice(key)
+
+        yield found
 
 
 def check_weight_files(folder: str | Path) -> None:

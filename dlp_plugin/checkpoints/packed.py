@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from dlp_plugin.checkpoints.files import read_config, weight_files
+from dlp_plugin.checkpoints.files import read_config, slices, weight_files
 from dlp_plugin.checkpoints.stored import PARTS, QUANT_METHOD, Stored, read_stored
 
 __all__ = ["README", "check_parts", "packed_linears", "with_card", "without_card"]
@@ -63,8 +60,7 @@ def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path])
         name, _, part = key.rpartition(".")
         if part in PARTS and name not in linears:
             raise ValueError(f"{place} holds {key}, of which config.json does not tell: {again}")
-    with ExitStack() as stack:
-        opened: dict[str | Path, Any] = {}
+    with slices(places) as of_file:
         for name, stored in linears.items():
             dtypes = stored.part_dtypes()
             held = [places[key] for part in dtypes if (key := f"{name}.{part}") in places]
@@ -73,15 +69,12 @@ def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path])
                 if key not in places:
                     where = f"{held[0]} lacks" if held else "no file holds"
                     raise ValueError(f"{where} {key}, of which config.json tells: {again}")
-                file = places[key]
-                if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-                found = opened[file].get_slice(key)
+                found = of_file(key)
                 dtype = _DTYPES.get(found.get_dtype())
                 if tuple(found.get_shape()) != shape or dtype != dtypes[part]:
                     raise ValueError(
-                        f"{key} of {file} is {found.get_dtype()} {found.get_shape()}, and by "
-                        f"config.json {dtypes[part]} {list(shape)}: {again}"
+                        f"{key} of {places[key]} is {found.get_dtype()} {found.get_shape()}, and "
+                        f"by config.json {dtypes[part]} {list(shape)}: {again}"
                     )
 
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlp_plugin.checkpoints.bits import words_of_integers
-from dlp_plugin.checkpoints.encoding import LOCALS, pruned, pruned_experts, quantized, size_of
+from dlp_plugin.checkpoints.encoding import LOCALS, pruned, pruned_experts, quantized
 from dlp_plugin.checkpoints.files import (
     INDEX,
     copy_others,
     read_config,
     read_index,
+    slices,
     weight_files,
     write_json,
 )
@@ -37,6 +38,7 @@ from dlp_plugin.checkpoints.sparse_format import (
     Stored,
     decode,
     decode_integers,
+    size_of,
 )
 from dlp_plugin.checkpoints.stored import read_fused
 from dlp_plugin.files import check_vacant, replacing, reserved
@@ -84,15 +86,6 @@ class _Source:
             tensor: Tensor = opened.get_tensor(key)
         return tensor
 
-    def shape(self, key: str) -> list[int]:
-        """The shape of a tensor; of a quantized one that of its weight, where a file tells."""
-        with safe_open(self.places[key], framework="pt") as opened:
-            shape: list[int] = opened.get_slice(key).get_shape()
-        name = key.removesuffix(_WORDS)
-        if key != name and (said := f"{name}.weight_shape") in self.places:
-            shape = self.tensor(said).tolist()
-        return shape
-
     def parts(self, name: str, locals_: Iterable[str]) -> dict[str, Tensor]:
         keys = {local: f"{name}.{local}" for local in locals_}
         return {local: self.tensor(key) for local, key in keys.items() if key in self.places}
@@ -138,7 +131,8 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
     opened = _opened(source)
     bits = _bits(opened)
     model = built(opened.folder)
-    experts, stacked = _experts(opened, SourceNames(model))
+    known = SourceNames(model)
+    experts, stacked = _experts(opened, known)
     names = linears_of_blocks(model, opened.places) | experts
     integers = {k.removesuffix(_WORDS) for k in opened.places if k.endswith(_WORDS)}
     if outside := sorted(integers - names):
@@ -146,7 +140,7 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
             f"{outside[0]} of {opened.folder} is quantized, and the format has Linears of blocks "
             "only: put it on the ignore list, or pack the dense checkpoint"
         )
-    packable = names - _routers(model, names - integers)
+    packable = names - _routers(model, known, names - integers)
     linears: dict[str, Stored] = {}
     fused: dict[str, int] = {}
     before = after = 0
@@ -336,13 +330,13 @@ def _bits(source: _Source) -> set[int]:
     return {args["num_bits"] for args in weights}
 
 
-def _routers(model: PreTrainedModel, linears: Iterable[str]) -> set[str]:
+def _routers(model: PreTrainedModel, names: SourceNames, linears: Iterable[str]) -> set[str]:
     """Which of a checkpoint's Linears choose experts: engines ask for none of these how to load it.
 
     :param linears: their full names in the files
     """
-    known, routers = SourceNames(model), unnamed_routers(model, [])
-    return {n for n in linears if (known.weight(f"{n}.weight") or "")[: -len(".weight")] in routers}
+    routers = {f"{router}.weight" for router in unnamed_routers(model, [])}
+    return {name for name in linears if names.weight(f"{name}.weight") in routers}
 
 
 def _experts(source: _Source, names: SourceNames) -> tuple[set[str], dict[str, int]]:
@@ -354,16 +348,19 @@ def _experts(source: _Source, names: SourceNames) -> tuple[set[str], dict[str, i
     linears: set[str] = set()
     stacked: dict[str, int] = {}
     shapes: dict[str, Sequence[int]] = {}
-    for key in source.places:
-        name, _, local = key.rpartition(".")
-        weight = f"{name}.weight" if local == LOCALS[0] else key
-        if block_of(name) is None or names.experts(weight) is None:
-            continue
-        shape = source.shape(key)
-        if len(shape) == 3:
-            stacked[key] = shape[0]
-        elif local in ("weight", LOCALS[0]):
-            linears.add(name)
-        shapes[weight] = shape
+    with slices(source.places) as found:
+        for key in source.places:
+            name, _, local = key.rpartition(".")
+            weight = f"{name}.weight" if local == LOCALS[0] else key
+            if block_of(name) is None or names.experts(weight) is None:
+                continue
+            shape = found(key).get_shape()
+            if local == LOCALS[0] and (said := f"{name}.weight_shape") in source.places:
+                shape = found(said)[:].tolist()
+            if len(shape) == 3:
+                stacked[key] = shape[0]
+            elif local in ("weight", LOCALS[0]):
+                linears.add(name)
+            shapes[weight] = shape
     check_experts(names, shapes, str(source.folder))
     return linears, stacked

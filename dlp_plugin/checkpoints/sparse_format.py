@@ -66,6 +66,7 @@ __all__ = [
     "encode_integers",
     "planes_of",
     "read_stored",
+    "size_of",
     "values_of",
 ]
 
@@ -82,7 +83,7 @@ def encode(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
     if weight.dtype not in FLOATS.values():
         return None
     stored, parts = encode_anyway(weight)
-    return (stored, parts) if _bytes(parts) < weight.nbytes else None
+    return (stored, parts) if size_of(parts) < weight.nbytes else None
 
 
 def encode_anyway(weight: Tensor) -> tuple[Stored, dict[str, Tensor]]:
@@ -126,7 +127,7 @@ def encode_integers(
     living = _marked(integers, present)
     sparse = {"weight_packed": mask_of(present), "weight_integers": packed(living, bits)}
     dense = {"weight_integers": packed(integers.flatten(), bits)}
-    if _bytes(sparse) >= _bytes(dense):
+    if size_of(sparse) >= size_of(dense):
         return stored, dense | scales
     return replace(stored, kept=living.numel(), masked=True), sparse | scales
 
@@ -373,5 +374,6 @@ def _shape_of(matrix: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-def _bytes(parts: Mapping[str, Tensor]) -> int:
+def size_of(parts: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors."""
     return sum(part.nbytes for part in parts.values())

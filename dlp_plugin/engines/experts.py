@@ -29,7 +29,7 @@ from dlp_plugin.engines.linear import DTYPES, SparseLinear
 from dlp_plugin.engines.mixture import SparseExperts
 from dlp_plugin.kernels.layout import layout_of
 
-__all__ = ["files_names", "read_parts", "staying_packed", "with_experts"]
+__all__ = ["files_names", "read_parts", "staying_packed", "whole_parameter", "with_experts"]
 
 _LOCALS = "|".join(part.removeprefix("weight_") for part in PARTS)
 
@@ -113,6 +113,21 @@ def read_parts(stored: Stored, name: str, places: Mapping[str, str]) -> dict[str
     return parts
 
 
+def whole_parameter(model: Any, name: str) -> torch.nn.Parameter:
+    """The parameter that what is packed is decoded for.
+
+    :param name: its full name in the model
+    :raises ValueError: if it is a part of it, as several processes have
+    """
+    parameter: torch.nn.Parameter = model.get_parameter(name)
+    if is_dtensor(parameter):
+        raise ValueError(
+            f"{name} is packed, and transformers would divide it among processes before "
+            "it is decoded: load the folder that `dlp-plugin unpack` writes"
+        )
+    return parameter
+
+
 def _packed_too(pattern: str) -> str:
     """What matches what a pattern does, and the parts of it packed."""
     packed = rf"_(?:{_LOCALS})" if pattern.endswith(".weight") else rf"\.\d+\.weight_(?:{_LOCALS})"
@@ -182,16 +197,11 @@ class _Experts(WeightConverter):
             model.get_submodule(path).hold(local, self._linears(hf_quantizer, layer_name))
             loading_info.missing_keys.discard(layer_name)
             return {}
-        parameter = model.get_parameter(layer_name)
-        if is_dtensor(parameter):
-            raise ValueError(
-                f"{layer_name} is packed, and transformers would divide it among processes before "
-                "it is decoded: load the folder that `dlp-plugin unpack` writes"
-            )
+        dtype = whole_parameter(model, layer_name).dtype
         found: Any = self.collected_tensors
         for pattern, tensors in self.materialize_tensors().items():
             parts = zip(self.keys[pattern], tensors, strict=True)
-            found[pattern] = _decoded(parts, hf_quantizer, parameter.dtype)
+            found[pattern] = _decoded(parts, hf_quantizer, dtype)
         made: dict[str, torch.Tensor] = super().convert(
             layer_name, model, config, None, loading_info
         )

@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -23,7 +23,6 @@ import torch
 from loguru import logger
 from safetensors import safe_open
 from transformers.core_model_loading import WeightConverter, WeightTransform
-from transformers.distributed.utils import is_dtensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -32,11 +31,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import Mxfp4Config
 
+from dlp_plugin.checkpoints.files import slices
 from dlp_plugin.checkpoints.names import SourceNames, check_experts
 from dlp_plugin.checkpoints.packed import check_parts
 from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, decode, read_stored
 from dlp_plugin.checkpoints.stored import read_fused
-from dlp_plugin.engines.experts import files_names, read_parts, staying_packed, with_experts
+from dlp_plugin.engines.experts import (
+    files_names,
+    read_parts,
+    staying_packed,
+    whole_parameter,
+    with_experts,
+)
 from dlp_plugin.engines.linear import DTYPES, SparseLinear
 from dlp_plugin.kernels.layout import layout_of, parts_of
 from dlp_plugin.kernels.products import available
@@ -135,13 +141,10 @@ class SparseQuantizer(HfQuantizer):
         for name, count in self.fused.items():
             shapes[name] = (count, *self.linears[f"{name}.0"].shape)
         names = SourceNames(model)
-        with ExitStack() as stack:
-            opened: dict[str, Any] = {}
-            for key, file in self.places.items():
+        with slices(self.places) as found:
+            for key in self.places:
                 if key.rpartition(".")[2] not in PARTS and names.experts(key):
-                    if file not in opened:
-                        opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-                    shapes[key] = opened[file].get_slice(key).get_shape()
+                    shapes[key] = found(key).get_shape()
         check_experts(names, shapes, model.config.name_or_path)
         if not self.quantization_config.dequantize:
             self.experts = staying_packed(model, names, shapes, self.linears)
@@ -229,13 +232,8 @@ class _Gatherer(WeightConverter):
             loading_info.missing_keys.discard(layer_name)
             return {}
         parts = {pattern[2:-1]: tensors[0] for pattern, tensors in gathered.items()}
-        parameter = model.get_parameter(layer_name)
-        if is_dtensor(parameter):
-            raise ValueError(
-                f"{layer_name} is packed, and transformers would divide it among processes before "
-                "it is decoded: load the folder that `dlp-plugin unpack` writes"
-            )
-        return {layer_name: decode(stored, parts, parameter.dtype, where)}
+        dtype = whole_parameter(model, layer_name).dtype
+        return {layer_name: decode(stored, parts, dtype, where)}
 
     def was_used(self) -> bool:
         """Whether saving has something to turn back: the state has the file's own names."""
