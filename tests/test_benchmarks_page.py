@@ -110,6 +110,40 @@ def test_a_comparison_is_slimmed(record: ModuleType) -> None:
     }
 
 
+class TestSeveralComparisons:
+    """Of one model and the same data, as one."""
+
+    @staticmethod
+    def one(pruner: str, perplexity: float, bits: str) -> dict:
+        cell = {"method": "uniform", "target": "0.5", "pruner": pruner, "bits": 16}
+        return {
+            "subject": {"model": "m"},
+            "dense": 20.0,
+            "questions": 200,
+            "accuracy": {f"task {bits}": 0.5},
+            "plain": {bits: {"perplexity": perplexity}},
+            "cells": [{**cell, "perplexity": perplexity}],
+            "plans": {"uniform": {bits: {}}},
+            "decided": {"uniform": {bits: 1.0}},
+        }
+
+    def test_all_are_kept_and_of_twins_the_first(self, record: ModuleType) -> None:
+        parts = [self.one("wanda", 24.0, "16"), self.one("admm", 22.0, "4")]
+        found = record.merged([*parts, self.one("wanda", 99.0, "16")])
+        assert [cell["perplexity"] for cell in found["cells"]] == [24.0, 22.0]
+        assert {bits: one["perplexity"] for bits, one in found["plain"].items()} == {
+            "16": 24.0,
+            "4": 22.0,
+        }
+        assert found["accuracy"].keys() == {"task 16", "task 4"}
+        assert found["plans"]["uniform"].keys() == found["decided"]["uniform"].keys() == {"16", "4"}
+
+    def test_another_model_is_refused(self, record: ModuleType) -> None:
+        other = {**self.one("wanda", 24.0, "16"), "subject": {"model": "other"}}
+        with pytest.raises(ValueError, match="comparisons of different subject"):
+            record.merged([self.one("wanda", 24.0, "16"), other])
+
+
 def test_where_it_is_measured_is_recorded(
     record: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from cells import PRUNERS, Cells, pruner_name
 from large import large_model
 from layout import Parts, bullets, number, percent, span, table
-from yardsticks import few_bits, yardsticks
+from yardsticks import yardsticks
 
 # What run.py calls them -> what the page does
 WAYS = {
@@ -384,7 +384,6 @@ def _seconds(value: float) -> str:
 ALL: Sequence = (
     main_command,
     yardsticks,
-    few_bits,
     comparisons,
     sparse_files,
     inference,

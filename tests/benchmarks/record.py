@@ -6,8 +6,7 @@ makes README.md of them. What ``dlp-plugin compare`` wrote becomes a part by
     python tests/benchmarks/record.py methods FOLDER/results.json --commit COMMIT \
         --command 'dlp-plugin compare ...'
 
-Several folders of one model and the same data become one comparison. With ``--apart`` they may
-differ in data, and each stands by itself under its folder's name.
+Several folders of one model and the same data become one comparison.
 """
 
 import argparse
@@ -139,12 +138,11 @@ def merged(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
 
     :raises ValueError: if they differ in either, or in the dense model's perplexity
     """
-    first, *others = comparisons
-    found = json.loads(json.dumps(first))
+    found, *others = comparisons
     for other in others:
         for key in ("subject", "dense", "questions"):
-            if other[key] != first[key]:
-                raise ValueError(f"comparisons of different {key}: {first[key]}, {other[key]}")
+            if other[key] != found[key]:
+                raise ValueError(f"comparisons of different {key}: {found[key]}, {other[key]}")
         have = {_place(cell) for cell in found["cells"]}
         found["cells"] += [cell for cell in other["cells"] if _place(cell) not in have]
         for key in ("plain", "accuracy"):
@@ -165,8 +163,6 @@ def main() -> None:
     parser.add_argument(
         "comparisons", type=Path, nargs="+", help="results.json of dlp-plugin compare"
     )
-    parser.add_argument("--file", help="another file that keeps it, without .json")
-    parser.add_argument("--apart", action="store_true", help="keep every folder by itself")
     parser.add_argument("--model", help="what the model is called in its place")
     parser.add_argument("--command", required=True, help="that made it")
     parser.add_argument("--commit", help="that was measured; by default this one")
@@ -174,15 +170,10 @@ def main() -> None:
     arguments = parser.parse_args()
     found = here(arguments.command, arguments.threads)
     found["commit"] = arguments.commit or found["commit"]
-    read = {file.parent.name: json.loads(file.read_text()) for file in arguments.comparisons}
-    for comparison in read.values() if arguments.model else ():
-        comparison["subject"]["model"] = arguments.model
-    if arguments.apart:
-        found["results"] = {name: slimmed(one) for name, one in read.items()}
-    else:
-        found["results"] = slimmed(merged(list(read.values())))
-    file = arguments.file or arguments.part.replace(" ", "_")
-    add(RESULTS / f"{file}.json", {arguments.part: found})
+    comparison = merged([json.loads(file.read_text()) for file in arguments.comparisons])
+    comparison["subject"]["model"] = arguments.model or comparison["subject"]["model"]
+    found["results"] = slimmed(comparison)
+    add(RESULTS / f"{arguments.part.replace(' ', '_')}.json", {arguments.part: found})
 
 
 if __name__ == "__main__":

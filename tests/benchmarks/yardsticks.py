@@ -43,10 +43,7 @@ def yardsticks(parts: Parts) -> dict[str, str]:
         cells.sort(key=lambda cell: -cell["perplexity"])
         rows = [[named(cell), *figures(cell)] for cell in cells]
         tables.append(table([percent(target), *columns], rows))
-    plain = [
-        ["dense" if bits == "16" else f"dense, {bits} bits", *figures(one)]
-        for bits, one in found["plain"].items()
-    ]
+    plain = [[name, *figures(one)] for name, one in _plain(found)]
     return {
         "yardsticks dense": table(["", *columns], plain),
         "yardsticks tables": "\n\n".join(tables),
@@ -64,7 +61,8 @@ def gain_table(parts: Parts) -> str:
         values = number(one["perplexity"]), f"{one['perplexity'] / dense:.2f}", share
         return [name, *values, f"{one['bytes'] / 1e6:.0f}"]
 
-    rows = [row("dense", found["plain"]["16"])]
+    dense_one, *few = [row(name, one) for name, one in _plain(found)]
+    rows = [dense_one]
     for target in sorted({cell["target"] for cell in found["cells"]}):
         cells = [cell for cell in found["cells"] if cell["target"] == target]
         shown = [c for c in cells if c["pruner"] == "wanda" and c["method"] == "uniform"]
@@ -72,9 +70,14 @@ def gain_table(parts: Parts) -> str:
             some = [cell for cell in cells if cell["bits"] == bits and cell not in shown]
             shown += [min(some, key=lambda cell: cell["perplexity"])] if some else []
         rows += [row(f"{percent(target)}, {named(cell)}", cell) for cell in shown]
-    few = [(bits, one) for bits, one in found["plain"].items() if int(bits) < 16]
-    rows += [row(f"dense, {bits} bits", one) for bits, one in few]
+    rows += few
     return table(["SmolLM2-135M", "perplexity", "to dense", "accuracy kept", "MB"], rows)
+
+
+def _plain(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The models that are not pruned, by name: of 16 bits, and of ever fewer."""
+    bits = sorted(found["plain"], key=int, reverse=True)
+    return [("dense" if b == "16" else f"dense, {b} bits", found["plain"][b]) for b in bits]
 
 
 def _asked(found: dict[str, Any]) -> Iterator[str]:
@@ -103,13 +106,3 @@ def _dlp(found: dict[str, Any]) -> Iterator[str]:
                 f"{method_name(name)} is better than uniform in {sum(r < 1 for r in ratios)} of "
                 f"{len(ratios)} pairs; {span(ratios)} of its perplexity."
             )
-
-
-def few_bits(parts: Parts) -> dict[str, str]:
-    """Dense models of few bits, quantized in several ways."""
-    dense = parts.results(MAIN)["dense"]
-    rows = [
-        [name, number(one["perplexity"]), f"{one['perplexity'] / dense:.2f}", f"{one['MB']:.0f}"]
-        for name, one in parts.results("few bits").items()
-    ]
-    return {"few bits table": table(["", "perplexity", "to dense", "MB"], rows)}
