@@ -12,7 +12,7 @@ from llmcompressor import oneshot
 from torch.utils.data import DataLoader, RandomSampler
 
 from dlp_plugin import DLPModifier, Plan, WandaPruningModifier
-from dlp_plugin.scoring.calibration import scoring_batches, together
+from dlp_plugin.scoring.calibration import scoring_batches, split, together
 
 
 def batch(*rows: list[int], **more: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -147,6 +147,29 @@ def test_rows_without_tokens_are_told_before_anything_is_pruned(
             shuffle_calibration_samples=True,
         )
     assert {zeros(linear) for linear in linears_of(model).values()} == {0}
+
+
+def tokens(batches: list[dict[str, torch.Tensor]]) -> int:
+    return sum(one["input_ids"].numel() for one in batches)
+
+
+class TestSplit:
+    def test_a_quarter_spread_over_the_data_judges(self) -> None:
+        scored, judging = split([batch([place] * 4) for place in range(1, 9)])
+        assert ids(judging) == [[[4] * 4], [[8] * 4]]
+        assert ids(scored) == [[[place] * 4] for place in (1, 2, 3, 5, 6, 7)]
+
+    def test_it_judges_on_no_more_tokens_than_tell_plans_apart(self) -> None:
+        """A quarter of 64 samples of 2,048 tokens would be 32,768."""
+        scored, judging = split([batch([place] * 2048) for place in range(1, 65)])
+        assert [one["input_ids"][0, 0].item() for one in judging] == list(range(8, 65, 8))
+        assert tokens(judging) == 16_384
+        assert tokens(scored) == 56 * 2048
+
+    def test_a_sample_longer_than_that_judges_alone(self) -> None:
+        long = {"inputs_embeds": torch.zeros(1, 20_000, 2)}
+        scored, judging = split([long] * 8)
+        assert (len(scored), len(judging)) == (7, 1)
 
 
 class TestTogether:

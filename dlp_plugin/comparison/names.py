@@ -136,7 +136,7 @@ class Contender:
 
     @property
     def judges(self) -> bool:
-        """Whether it judges pruned models, on a quarter of the samples."""
+        """Whether it judges pruned models, on a quarter of the samples at most."""
         return self.method.strength == "auto" or self.refine > 0
 
     def way(self, way: Way, target: str) -> Way:

@@ -32,9 +32,9 @@ Wanted = list[tuple[Contender, str, Way]]
 class PlanningModifier(Modifier):
     """Makes the plans of several contenders at several targets, and prunes nothing.
 
-    Contenders that judge pruned models score on three quarters of the samples, the others on
-    all: so the samples go through in two portions, and every plan is the one that a recipe
-    with the method's own modifier makes.
+    Contenders that judge pruned models score on a part of the samples, the others on all: so
+    the samples go through in two portions, and every plan is the one that a recipe with the
+    method's own modifier makes.
 
     :param wanted: contenders, the names of their targets, and how pruned models are judged
     :param keep: called with the plan's name (:func:`plan_name`), the target, the

@@ -2,7 +2,7 @@
 
 Calibration runs once for all methods: every block is scored by each of them on the same
 norms. Where a method judges pruned models (``auto``, ``-refined``), the samples go through in
-two portions: the three quarters that such a method scores on, then the quarter it judges by;
+two portions: those that such a method scores on, then those that it judges by;
 a method of fixed strength scores on both. So every plan is the one that a recipe with its
 modifier makes, whatever it is compared with, and a pruner prunes on all samples. One thing
 only is different: experts that saw no token count for no method, not even for those that

@@ -109,7 +109,7 @@ class AllocationModifier(Modifier, Method):
 
     @property
     def judges(self) -> bool:
-        """Whether pruned models are judged, on a quarter of the samples."""
+        """Whether pruned models are judged, on a quarter of the samples at most."""
         return self.strength == "auto" or self.refine > 0
 
     @property

@@ -30,7 +30,8 @@ class DLPModifier(DLP, AllocationModifier):
     ```
 
     ``alpha``, left out with ``from_plan``, is the plan's; ``auto`` chooses it by the loss of
-    the pruned model on a quarter of the samples, which is then not scored on. That and
+    the pruned model on a quarter of the samples, of at most 16,384 tokens, which are then not
+    scored on. That and
     ``statistic`` are :class:`~dlp_plugin.planning.methods.dlp.DLP`'s fields, the others
     :class:`~dlp_plugin.modifiers.base.AllocationModifier`'s.
     """

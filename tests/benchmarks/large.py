@@ -42,7 +42,7 @@ ROWS = (
     "masked GPTQ",
     "packing",
 )
-JUDGED, STEPS, MEASURED = 1 / 4, 16, 6  # a dense pass besides the five measurements
+JUDGED, STEPS, MEASURED = 16_384, 16, 6  # tokens; a dense pass besides the five measurements
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Costs:
         if stage == "ADMM, reconstructed":
             parts = [(1.0, tokens, self.of(each, shape)) for each in ("ADMM", "reconstruction")]
         elif stage == "alpha: auto":
-            parts = [(7.0, JUDGED * tokens, self.of("judging", shape))]
+            parts = [(7.0, min(tokens / 4, JUDGED), self.of("judging", shape))]
         elif stage == "refine: 16":
             parts = [(STEPS, 0, self.of("a step of refine", shape))]
-            parts += [(MEASURED, JUDGED * tokens, self.of("judging", shape))]
+            parts += [(MEASURED, min(tokens / 4, JUDGED), self.of("judging", shape))]
         else:
             parts = [(1.0, tokens, self.of(stage, shape))]
         return Cost(
@@ -133,8 +133,11 @@ class Costs:
         hidden = SHAPES[shape][0]
         block = self.row(stage, shape, tokens)
         head = vocabulary * hidden
-        passes = {"alpha: auto": 7 * JUDGED, "refine: 16": MEASURED * JUDGED}
-        passed = passes.get(stage, PASSES.get(stage, 2)) * tokens
+        judgements = {"alpha: auto": 7, "refine: 16": MEASURED}
+        if stage in judgements:
+            passed = judgements[stage] * min(tokens / 4, JUDGED)
+        else:
+            passed = PASSES.get(stage, 2) * tokens
         seconds = blocks * block.once
         seconds += head / weights(shape) * self.of("scoring", shape).per_token * passed
         if stage == "refine: 16":
