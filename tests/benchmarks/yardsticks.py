@@ -51,10 +51,23 @@ def yardsticks(parts: Parts) -> dict[str, str]:
     }
 
 
+KINDS = ("sparse", "dense")
+ROWS = (
+    ("0.6", "wanda", "uniform", 16),
+    ("0.6", "wanda", "dlp:0.15", 16),
+    ("0.6", "wanda", "dlp:0.15 refined 16", 16),
+    ("0.6", "admm-reconstructed", "dlp:0.15 refined 16", 16),
+    ("0.6", "admm-reconstructed", "dlp:0.15 refined 16", 4),
+    ("0.5", "admm-reconstructed", "dlp:0.15 refined 16", 4),
+)
+"""What the README shows: at 60 % from the plain way to the best, at 50 % the rival of 3 bits."""
+
+
 def gain_table(parts: Parts) -> str:
-    """What the README shows of it: at every sparsity the plain way and the best."""
+    """The README's tables: a real model's quality and bytes, and a larger one's speed."""
     found = parts.results(MAIN)
     dense, accuracy = found["dense"], found["accuracy"]
+    cells = {(c["target"], c["pruner"], c["method"], c["bits"]): c for c in found["cells"]}
 
     def row(name: str, one: dict[str, Any]) -> list[str]:
         share = percent(kept(one["accuracy"], accuracy))
@@ -62,16 +75,24 @@ def gain_table(parts: Parts) -> str:
         return [name, *values, f"{one['bytes'] / 1e6:.0f}"]
 
     dense_one, *few = [row(name, one) for name, one in _plain(found)]
-    rows = [dense_one]
-    for target in sorted({cell["target"] for cell in found["cells"]}):
-        cells = [cell for cell in found["cells"] if cell["target"] == target]
-        shown = [c for c in cells if c["pruner"] == "wanda" and c["method"] == "uniform"]
-        for bits in (16, 4):
-            some = [cell for cell in cells if cell["bits"] == bits and cell not in shown]
-            shown += [min(some, key=lambda cell: cell["perplexity"])] if some else []
-        rows += [row(f"{percent(target)}, {named(cell)}", cell) for cell in shown]
-    rows += few
-    return table(["SmolLM2-135M", "perplexity", "to dense", "accuracy kept", "MB"], rows)
+    pruned = [row(f"{percent(key[0])}, {named(cells[key])}", cells[key]) for key in ROWS]
+    columns = ["SmolLM2-135M", "perplexity", "to dense", "accuracy kept", "MB on disk"]
+    quality = table(columns, [dense_one, *few, *pruned])
+    return f"{quality}\n\n{_speeds(parts)}"
+
+
+def _speeds(parts: Parts) -> str:
+    """Memory of weights and tokens per second on a CPU, packed and dense side by side."""
+    run = parts.results("inference: transformers, avx512, 2 threads")
+    served = parts.results("inference: vllm, avx512, 2 threads")
+    rows = []
+    for name, found in run.items():
+        megabytes = found["sparse MB"], found["sparse MB"] / found["weights"]
+        rates = [of[f"{kind} tokens/s"] for of in (found, served[name]) for kind in KINDS]
+        values = [*(f"{size:,.0f}" for size in megabytes), *(f"{rate:.1f}" for rate in rates)]
+        rows.append([name.replace("%", " % pruned"), *values])
+    columns = ["MB in memory", "dense", "tokens/s", "dense", "tokens/s in vLLM", "dense"]
+    return table(["Llama, 1.1 billion", *columns], rows)
 
 
 def _plain(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
