@@ -25,8 +25,8 @@ WINDOWS = [torch.tensor(row) for row in random_samples(4, seed=1)["input_ids"]]
 def kind() -> Iterator[type[PruningStage]]:
     """The class of the document, known as long as the test runs."""
     (code,) = re.findall(
-        r"^```python\n(.*?RandomPruningModifier.*?)^```",
-        (ROOT / "dlp_plugin" / "README.md").read_text(),
+        r"^```python\n((?:(?!^```).)*?RandomPruningModifier.*?)^```",
+        (ROOT / "dlp_plugin" / "extending.md").read_text(),
         re.M | re.S,
     )
     names: dict[str, Any] = {}
