@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from helpers import ROOT
 
+from dlp_plugin.comparison.names import contender_named, target_named
+
 BENCHMARKS = ROOT / "tests" / "benchmarks"
+DEFAULT_STEPS = {"refine": 16, "evolve": 40}
 ANEW = "run .venv/bin/python tests/benchmarks/page.py"
 
 
@@ -171,3 +175,41 @@ def test_the_main_commands_output_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["rows"][3]["float32"] == 35.3
     assert found["megabytes"]["at 4 bits"] == {"written": 6.97, "zstd": 2.86, "packed": 3.21}
     assert found["came back"] == 0
+
+
+# Where the README speaks of the real model: what is better than what, at which sparsity.
+UNIFORM, DLP, REFINED = "uniform", "dlp:0.15", "dlp:0.15 refined 16"
+
+
+def test_what_the_readme_says_of_the_real_model_was_measured(page: ModuleType) -> None:
+    found = page.Parts(BENCHMARKS / "results").results("yardsticks")
+    cells = {(c["target"], c["pruner"], c["method"], c["bits"]): c for c in found["cells"]}
+
+    def loss(target: str, pruner: str, method: str, bits: int = 16) -> float:
+        return cells[target, pruner, method, bits]["perplexity"]
+
+    for target in ("0.5", "0.6", "0.7"):  # DLP wins from 60 % on; the best is what is said to be
+        wins = loss(target, "wanda", DLP) < loss(target, "wanda", UNIFORM)
+        assert wins == (target != "0.5")
+        others = [c["perplexity"] for c in found["cells"] if c["target"] == target]
+        assert loss(target, "admm-reconstructed", REFINED) == min(others)
+    plain = {bits: one["perplexity"] for bits, one in found["plain"].items()}
+    assert plain["3"] < loss("0.5", "admm-reconstructed", REFINED, 4)
+    assert loss("0.6", "admm-reconstructed", REFINED, 4) < plain["2"] / 2
+
+
+def test_a_command_names_the_methods_pruners_and_sparsities_of_its_rows(page: ModuleType) -> None:
+    for name, part in page.Parts(BENCHMARKS / "results").items():
+        words = shlex.split(part["command"] or "")
+        if words[:2] != ["dlp-plugin", "compare"] or "cells" not in part["results"]:
+            continue
+        given = {word: value for word, value in pairwise(words) if word.startswith("--")}
+        steps = {key: int(given.get(f"--{key}", usual)) for key, usual in DEFAULT_STEPS.items()}
+        asked = {
+            "method": {contender_named(m, **steps).name for m in given["--methods"].split(",")},
+            "target": {target_named(target) for target in given["--sparsities"].split(",")},
+            "pruner": set(given["--pruners"].split(",")),
+        }
+        for cell in part["results"]["cells"]:
+            for what, known in asked.items():
+                assert cell[what] in known, f"{name}: {what} {cell[what]}"

@@ -1,6 +1,6 @@
 """Every command on every kind of folder: it works, or refuses in one line before it loads.
 
-What each does stands in dlp_plugin/README.md, "Checkpoints that come in", and is read from there.
+What each does stands in examples/inputs.md, "Checkpoints that come in", and is read from there.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from dlp_plugin.checkpoints.loading import apply_recipe, load_dense, load_model
 from dlp_plugin.checkpoints.trust import trusting_remote_code
 from dlp_plugin.evaluation.text import calibrate_on, calibration_set
 
-SECTION = (
-    (ROOT / "dlp_plugin" / "README.md").read_text().partition("## Checkpoints that come in")[2]
-)
+SECTION = (ROOT / "examples" / "inputs.md").read_text().partition("## Checkpoints that come in")[2]
 HEAD, _, *ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in SECTION.partition("\n## ")[0].splitlines()
