@@ -1,4 +1,5 @@
-"""How plans depend on what they are made from: samples to score on, starts of a search.
+"""How plans depend on what they are made from: samples to score on and to judge on, steps and
+starts of a search.
 
 No times, so that the figures do not depend on what else the machine does. Run by run.py; on
 its own it draws refine.png from results/run.json: python tests/benchmarks/plans.py
@@ -10,14 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import SHIPPED, samples
+from common import SHIPPED, TEST_TEXT, samples
+from compressed_tensors.utils import patch_attr
 from llmcompressor import oneshot
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dlp_plugin import DLPModifier, Plan, last_plans
+from dlp_plugin import DLPModifier, Plan, WandaPruningModifier, last_plans
+from dlp_plugin.evaluation.perplexity import perplexity
+from dlp_plugin.evaluation.text import read_tokens, token_windows
+from dlp_plugin.scoring import calibration
 
 SPARSITY = 0.7
 STEPS = {"evolution": 20, "gradient": 16}
+MORE_STEPS, JUDGED = (4, 8, 16, 32), (512, 1024, 2048, 4096, 8192)
 
 
 def plan(**fields: Any) -> Plan:
@@ -58,6 +64,36 @@ def search() -> dict[str, list[dict[str, float]]]:
         path = plan(alpha=alpha, refine=steps, search=kind).search
         results[f"{kind} from {name}"] = [step.model_dump() for step in path]
     return results
+
+
+def refining() -> dict[str, dict[str, float]]:
+    """Perplexity behind plans of more steps, and of plans that are judged on more tokens."""
+    results = {f"{steps} steps": pruned(steps) for steps in MORE_STEPS}
+    for tokens in JUDGED:
+        with patch_attr(calibration, "_JUDGED", tokens):
+            results[f"judged on {tokens:,} tokens"] = pruned(STEPS["gradient"])
+    return results
+
+
+def pruned(steps: int) -> dict[str, float]:
+    """Perplexity of the shipped model behind Wanda by a refined plan."""
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    dataset = samples(128, 256)
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=[
+            DLPModifier(sparsity=SPARSITY, refine=steps),
+            WandaPruningModifier(targets=["Linear"], ignore=["re:.*lm_head"], sparsity=SPARSITY),
+        ],
+        dataset=dataset,
+        num_calibration_samples=len(dataset),
+        max_seq_length=256,
+        shuffle_calibration_samples=False,
+    )
+    windows = token_windows(read_tokens(TEST_TEXT, tokenizer), 256)
+    return {"perplexity": perplexity(model, windows)}
 
 
 Paths = dict[str, list[tuple[int, float]]]

@@ -1,8 +1,8 @@
 """What scoring, pruning and training cost: python tests/benchmarks/run.py [--only PART]
 
 The statistic of one large block, its pruning by magnitude, the epochs of the stages, how the
-cost of an epoch grows, a step of training under masks, and two parts without times: scoring on
-fewer samples, and searches from several starts; the gradient with other constants, and what a
+cost of an epoch grows, a step of training under masks, and three parts without times: scoring on
+fewer samples, steps and tokens of a refined plan, and searches from several starts; the gradient with other constants, and what a
 step of it costs; one Linear pruned. Ratios of what is measured side by side in this one run,
 medians of several rounds. Where there is a CUDA device, the epochs, on a larger model, the
 training and the one Linear run on it.
@@ -15,7 +15,7 @@ from block import magnitude, statistic
 from epochs import growth, stages_by_length, stages_that_repair
 from gradient import step_costs, tuning
 from loguru import logger
-from plans import fewer_samples, search
+from plans import fewer_samples, refining, search
 from pruning import one_linear
 from record import add, here
 from recovery import recovery
@@ -31,6 +31,7 @@ PARTS = {
     "growth": growth,
     "training": training,
     "samples": fewer_samples,
+    "refining": refining,
     "search": search,
     "tuning": tuning,
     "steps": step_costs,
