@@ -23,8 +23,9 @@ HEAD = """\
 
 <!-- written by tests/command_line_page.py: change the help texts, not this page -->
 
-Every command with its arguments and options, as `dlp-plugin COMMAND --help` shows them. `python -m dlp_plugin` is the
-same program. Words: [glossary](glossary.md). Tasks, step by step: [examples](../examples/README.md).
+Every command with its arguments and options, as `dlp-plugin COMMAND --help` shows them.
+`python -m dlp_plugin` is the same program. Words: [glossary](glossary.md). Tasks, step by step:
+[examples](../examples/README.md).
 """
 
 

@@ -69,8 +69,9 @@ def comparisons(parts: Parts) -> dict[str, str]:
         remarks = cells.remarks()
         if name == "patterns":
             mixed, free = cells.values, found["methods"].values
+            (refined,) = (method for method in cells.refined if " refined " in method)
             pairs = [
-                f"{PRUNERS[pruner]} {number(mixed[pruner, '8:16', cells.refined[0]])} against "
+                f"{PRUNERS[pruner]} {number(mixed[pruner, '8:16', refined])} against "
                 f"{number(free[pruner, '0.5', 'uniform'])}"
                 for pruner in dict.fromkeys(pruner for pruner, _ in cells.columns)
             ]
