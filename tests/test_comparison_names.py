@@ -17,7 +17,7 @@ from dlp_plugin.comparison.names import contender_named, pruner_named, target_of
 from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison
 from dlp_plugin.modifiers.feeding import easier
-from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, Linear
+from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, LinearSparsity
 from dlp_plugin.planning.plan import Plan, SearchStep
 
 
@@ -42,7 +42,7 @@ class TestMethodNames:
             ("owl:auto", "owl:auto", OWL, "auto"),
             ("alpha-pruning:0.2", "alpha-pruning:0.2", AlphaPruning, 0.2),
             ("alpha_pruning:auto", "alpha-pruning:auto", AlphaPruning, "auto"),
-            ("linear", "linear:auto", Linear, "auto"),
+            ("linear", "linear:auto", LinearSparsity, "auto"),
             ("dlp-auto-refined", "dlp:auto refined 5", DLP, "auto"),
             ("owl-refined:0.1", "owl:0.1 refined 5", OWL, 0.1),
             ("uniform-evolved", "uniform evolved 9", DLP, 0.0),
@@ -132,7 +132,7 @@ def test_a_plan_has_one_color_in_all_panels_and_one_place_in_the_legend(
             mask_structure=structure,
         )
         steps = [
-            SearchStep(generation=place, evaluations=1, tokens=9 * place, divergence=value)
+            SearchStep(step=place, evaluations=1, tokens=9 * place, divergence=value)
             for place, value in enumerate(divergences)
         ]
         return made.model_copy(update={"search": tuple(steps)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dlp_plugin.modifiers.base import AllocationModifier
 from dlp_plugin.planning.methods.alpha_pruning import AlphaPruning
 from dlp_plugin.planning.methods.dlp import DLP
-from dlp_plugin.planning.methods.linear import Linear
+from dlp_plugin.planning.methods.linear import LinearSparsity
 from dlp_plugin.planning.methods.owl import OWL
 
 __all__ = ["AlphaPruningModifier", "DLPModifier", "LinearSparsityModifier", "OWLModifier"]
@@ -52,7 +52,7 @@ class AlphaPruningModifier(AlphaPruning, AllocationModifier):
     """
 
 
-class LinearSparsityModifier(Linear, AllocationModifier):
+class LinearSparsityModifier(LinearSparsity, AllocationModifier):
     """Sparsities in arithmetic progression over depth (arXiv 2502.14770).
 
     Needs no calibration data of its own, unless ``beta`` is chosen, as it is by default.

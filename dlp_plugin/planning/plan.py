@@ -122,8 +122,8 @@ class Candidate(BaseModel):
 class SearchStep(BaseModel):
     """What the search that refined a plan had reached when it was measured.
 
-    :param generation: steps of the gradient or generations of the evolution; 0 is the plan that
-        the search set out from
+    :param step: steps of the gradient, or generations of the evolution, so far; 0 is the plan
+        that the search started from
     :param evaluations: pruned models measured so far, on however many tokens
     :param tokens: tokens that went through the model so far; a backward pass counts as two
         forward passes
@@ -133,10 +133,19 @@ class SearchStep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    generation: _Count
+    step: _Count
     evaluations: _Count
     tokens: _Count
     divergence: Number
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, content: Any) -> Any:
+        """Up to version 3 of a plan's schema the field was ``generation``."""
+        if isinstance(content, dict) and "generation" in content and "step" not in content:
+            content = {"step": content["generation"], **content}
+            del content["generation"]
+        return content
 
 
 class Plan(BaseModel):
@@ -163,7 +172,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    schema_version: Annotated[Literal[3], BeforeValidator(_no_bool)] = 3
+    schema_version: Annotated[Literal[4], BeforeValidator(_no_bool)] = 4
     method: str = "dlp"
     settings: dict[str, Number | str] = Field(default_factory=dict)
     model: str
@@ -181,11 +190,12 @@ class Plan(BaseModel):
     @classmethod
     def _read_older(cls, content: Any) -> Any:
         if isinstance(content, dict):
-            version = content.get("schema_version", 1 if "alpha" in content else 3)
+            version = content.get("schema_version", 1 if "alpha" in content else 4)
             if version == 1 and not isinstance(version, bool):
                 return from_schema_1(content)
-            if version == 2 and isinstance(version, int) and "searched_at" not in content:
-                return content | {"schema_version": 3}
+            known = version == 3 or (version == 2 and "searched_at" not in content)
+            if known and isinstance(version, int):
+                return content | {"schema_version": 4}
         return content
 
     @model_validator(mode="after")

@@ -223,7 +223,7 @@ class _Search:
         self._tokens = last.tokens
         for units, costs in zip(self.levels, state.costs, strict=True):
             units.costs = costs
-        logger.info("The search goes on from generation {}", last.generation)
+        logger.info("The search goes on from generation {}", last.step)
         return True
 
     def advance(self, generation: int, units: _Units, chance: random.Random) -> None:
@@ -264,7 +264,7 @@ class _Search:
     def _note(self, generation: int) -> None:
         self.steps.append(
             SearchStep(
-                generation=generation,
+                step=generation,
                 evaluations=self.evaluations,
                 tokens=self._tokens,
                 divergence=self.divergence,

@@ -172,9 +172,7 @@ class _Descent:
         least = found if not self.path else min(found, self.path[-1].divergence)
         evaluations = self.path[-1].evaluations + 1 if self.path else 1
         self.path.append(
-            SearchStep(
-                generation=step, evaluations=evaluations, tokens=self._tokens, divergence=least
-            )
+            SearchStep(step=step, evaluations=evaluations, tokens=self._tokens, divergence=least)
         )
         return found
 

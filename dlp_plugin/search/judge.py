@@ -165,17 +165,15 @@ class Judge:
         with ExitStack() as stack:
             stack.callback(self._model.train, was_training)
             for name, sparsity in sparsities.items():
-                linear, count = (
-                    self._masks.linears[name],
-                    self._masks.count(name, sparsity, structure),
-                )
-                if count:
+                linear = self._masks.linears[name]
+                if count := self._masks.count(name, sparsity, structure):
                     masked = partial(self._masks.masked, name, count, structure)
-                    stack.enter_context(patch_attr(linear, "forward", _Masked(linear, masked)))
+                    forward = _MaskedForward(linear, masked)
+                    stack.enter_context(patch_attr(linear, "forward", forward))
             yield
 
 
-class _Masked:
+class _MaskedForward:
     """A Linear's forward with some weights at zero."""
 
     def __init__(

@@ -172,7 +172,7 @@ class Slopes:
             for name, sparsity in sparsities.items():
                 linear = self._masks.linears[name]
                 count = self._masks.count(name, sparsity, structure)
-                masked = _Masked(linear, self._masks, name, count, structure)
+                masked = _ProbedLinear(linear, self._masks, name, count, structure)
                 forward = partial(_probe, masked, probes[name])
                 stack.enter_context(patch_attr(linear, "forward", forward))
             for block in self._blocks:
@@ -190,8 +190,8 @@ class Slopes:
         return run
 
 
-class _Masked:
-    """A Linear with some weights at zero, and the weights at the threshold."""
+class _ProbedLinear:
+    """A Linear with some weights at zero, and the weights at the threshold, where it is probed."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class _Masked:
         return -(weight.to(gradient.dtype) * gradient)[near].mean()
 
 
-def _probe(masked: _Masked, probe: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def _probe(masked: _ProbedLinear, probe: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     outputs: torch.Tensor = _MaskedLinear.apply(inputs, probe, masked)  # type: ignore[no-untyped-call]
     bias = masked.linear.bias
     return outputs if bias is None else outputs + bias.to(outputs)
@@ -235,7 +235,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: torch.Tensor, probe: torch.Tensor, masked: _Masked
+        ctx: Any, inputs: torch.Tensor, probe: torch.Tensor, masked: _ProbedLinear
     ) -> torch.Tensor:
         """Multiply."""
         weight = masked.weight(inputs)
@@ -249,7 +249,7 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         """Gradients of the inputs, and the probe's."""
         (inputs, weight), (outputs,) = ctx.saved_tensors, gradients
-        masked: _Masked = ctx.masked
+        masked: _ProbedLinear = ctx.masked
         passed = outputs @ weight if ctx.needs_input_grad[0] else None
         rows = outputs.flatten(0, -2)[:, masked.rows].float()
         gradient = rows.T @ inputs.flatten(0, -2).float()

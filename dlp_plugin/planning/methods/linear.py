@@ -10,10 +10,10 @@ from dlp_plugin.planning.methods.base import Method, Strength
 if TYPE_CHECKING:
     from dlp_plugin.scoring.scores import Part
 
-__all__ = ["Linear"]
+__all__ = ["LinearSparsity"]
 
 
-class Linear(Method):
+class LinearSparsity(Method):
     """One slope over depth; needs no data, unless the slope is chosen.
 
     The paper names no slope that fits all models: it searches for one, as ``auto`` does.
