@@ -20,7 +20,7 @@ HELP = {
         "DLPModifier: {from_plan: plan.json}",
     ],
     "show": ["--strength,--alpha", "--plot", "at another target it is another plan"],
-    "inspect": ["--against", "how many of its zeros are lost in FOLDER?", "Packed 4-bit weights"],
+    "inspect": ["--against", "which of its zeros FOLDER has lost", "Packed 4-bit weights"],
     "ppl": ["Windows do not overlap", "--batch-size", "as many as hold 2,048 tokens"],
     "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
     "speed": ["dense and sparse, side by side", "--batches", "--json"],
@@ -47,6 +47,33 @@ def test_help_teaches(name: str) -> None:
     said = help_text(name)
     for words in (f"{name} [OPTIONS]", *HELP[name]):
         assert words in said
+
+
+@pytest.mark.parametrize("name", ["", *HELP])
+def test_help_is_shown_as_it_is_written(name: str) -> None:
+    """Not as pictures, which ``:M:`` and other names between colons become."""
+    said = help_text(*name.split())
+    assert set(re.findall(r"[^ -~─╭╮╰╯…]", said)) == set()
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_other_packages_say(verbose: bool) -> None:
+    """Bars, lines and repeated warnings are shown only where that is asked for."""
+    code = (
+        "import warnings\nfrom dlp_plugin.cli.log import show_log\n"
+        f"show_log({verbose}, host=False)\n"
+        "from loguru import logger\nfrom tqdm import tqdm\n"
+        "for _ in tqdm(range(2), desc='a bar'):\n"
+        "    logger.info('a line')\n    logger.warning('a warning')\n"
+        "for text in ('told', 'told'):\n"
+        "    with warnings.catch_warnings():\n        pass\n"
+        "    warnings.warn(text)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = "INFO: a line", "WARNING: a warning", "Warning: told"
+    said = [done.stderr.count(line) for line in lines]
+    assert said == ([2, 2, 2] if verbose else [0, 1, 1])
+    assert ("a bar" in done.stderr) == verbose
 
 
 @pytest.mark.parametrize("module", ["dlp_plugin", "dlp_plugin.cli"])

@@ -23,11 +23,11 @@ def inspect(
     linears: Annotated[bool, typer.Option(help="One row per Linear, not per block.")] = False,
     group: Annotated[
         int,
-        typer.Option(min=0, help="M of N:M: how many zeros has every group of M weights of a row?"),
+        typer.Option(min=0, help="Size of the groups of an N:M pattern; counts the zeros in each."),
     ] = 0,
     against: Annotated[
         Path | None,
-        typer.Option(help="A pruned checkpoint: how many of its zeros are lost in FOLDER?"),
+        typer.Option(help="A pruned checkpoint; counts which of its zeros FOLDER has lost."),
     ] = None,
 ) -> None:
     """Count the zeros that a checkpoint really holds, block by block.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from loguru import logger
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dlp_plugin.checkpoints.trust import trusting_remote_code
+from dlp_plugin.cli.log import show_log
 from dlp_plugin.planning.methods import options
 
 __all__ = [
@@ -52,7 +51,8 @@ app = typer.Typer(
         "saves it, `dlp-plugin inspect` shows what zeros were written, `dlp-plugin ppl` and "
         "`zero-shot` measure what they cost. `score` and `show` make and look at a plan only, "
         "`compare` tells which method is best for a model.\n\n"
-        "`dlp-plugin --debug COMMAND ...` shows the traceback of an error."
+        "`dlp-plugin --debug COMMAND ...` shows the traceback of an error, `dlp-plugin --verbose "
+        "COMMAND ...` all that llm-compressor says."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,8 +66,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         "--dataset",
-        help="A text, a data file (.jsonl, .csv, .parquet ...), a folder of such, or a dataset as "
-        "`datasets.load_dataset` knows it.",
+        help="A text, a data file (.jsonl, .csv, .parquet ...), a folder of such, or a dataset by "
+        "its name on the hub or in llm-compressor (`open_platypus`).",
         show_default=False,
     ),
 ]
@@ -96,7 +96,8 @@ Samples = Annotated[
         "--samples",
         "--num-calibration-samples",
         min=1,
-        help="Calibration samples, spread evenly over the text.",
+        help="Calibration samples, spread evenly over the text. (`oneshot()` in Python takes 512 "
+        "of the rows, shuffled.)",
     ),
 ]
 Seed = Annotated[
@@ -127,7 +128,8 @@ Length = Annotated[
         "--length",
         "--max-seq-length",
         min=2,
-        help="Tokens per sample or window; by default what the model can take, at most 2048.",
+        help="Tokens per sample or window; by default what the model can take, at most 2048. "
+        "(`oneshot()` in Python takes rows at their full length.)",
     ),
 ]
 
@@ -142,6 +144,7 @@ class _Settings:
     """Options that stand before the command and hold for all of them."""
 
     debug: bool = False
+    verbose: bool = False
 
 
 _settings = _Settings()
@@ -150,8 +153,13 @@ _settings = _Settings()
 @app.callback()
 def _take_options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(help="Show all that llm-compressor and other packages say, and their bars."),
+    ] = False,
 ) -> None:
     _settings.debug = debug
+    _settings.verbose = verbose
 
 
 def calibration_arguments(
@@ -255,19 +263,14 @@ def joined_processes() -> Iterator[bool]:
 
 @contextmanager
 def reporting_errors(host: bool = True, trust_remote_code: bool = False) -> Iterator[None]:
-    """Show an error as one message; of the log our progress, and the warnings of others.
+    """Show the log (:func:`dlp_plugin.cli.log.show_log`), and an error as one message.
 
-    :param host: whether llm-compressor will be needed; importing it sets up a log of its own
+    :param host: whether llm-compressor will be needed
     :param trust_remote_code: whether code that comes with a model may run
     :raises typer.Exit: with code 1, once an error is reported
     """
     try:
-        if host:
-            import llmcompressor  # noqa: F401
-
-            for module in ("metric_logging", "dev"):  # what it says of every run
-                logger.disable(f"llmcompressor.utils.{module}")
-        _show_log()
+        show_log(_settings.verbose, host)
         with trusting_remote_code(trust_remote_code):
             yield
     except typer.Exit:
@@ -292,15 +295,3 @@ def _message(error: Exception) -> str:
         message = f"{type(error).__name__}: {message.splitlines()[0]}"
         message += " (dlp-plugin --debug COMMAND shows where)"
     return message
-
-
-def _show_log() -> None:
-    """Show our own progress and everybody's warnings; of several processes the first's."""
-    first = os.environ.get("RANK", "0") == "0"
-    logger.remove()
-    logger.add(
-        sys.stderr,
-        level=0,
-        format="{level}: {message}",
-        filter={"": "WARNING", "dlp_plugin": "INFO" if first else "WARNING"},
-    )

@@ -125,7 +125,7 @@ def _rows(
                 (usual_split,) = map(str, made.data_files)
             if hasattr(made, "sample_by"):  # the reader of text, for which a line is a row
                 arguments |= {"sample_by": "document", "encoding": _ENCODING}
-        elif _is_host_s(source):
+        elif _host_knows(source):
             return _host_rows(source, tokenizer, config, split or usual_split, streaming)
         load: Any = load_dataset  # typed for a literal ``streaming`` only
         rows: Rows = load(**arguments, split=split or usual_split, streaming=streaming)
@@ -136,7 +136,7 @@ def _rows(
     return rows
 
 
-def _is_host_s(source: str) -> bool:
+def _host_knows(source: str) -> bool:
     """Whether llm-compressor knows a dataset by such a name, as ``open_platypus``."""
     try:
         kind = TextGenerationDataset.get_value_from_registry(source) if ":" not in source else None
