@@ -118,7 +118,7 @@ def main() -> None:
         "the best, loaded": lambda: load_model(best),
     }
     console = Console()
-    table = Table("", "zeros", "perplexity", "to dense", "seconds", title="perplexity")
+    table = Table("", "zeros", "perplexity", "ratio to dense", "seconds", title="perplexity")
     dense = 0.0
     for number, (name, step) in enumerate(steps.items(), 1):
         console.print(f"{number} of {len(steps)}: {name}", highlight=False)
