@@ -26,10 +26,15 @@ HELP = {
     "ppl": ["windows that do not overlap", "--batch-size", "as many as hold 2,048 tokens"],
     "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
     "speed": ["of a pruned model, dense and sparse", "--batches", "--json"],
-    "compare": ["uniform, dlp, owl, alpha-pruning, linear", "dlp-refined", "--write-recipe", "--test-config"],
+    "compare": [
+        "uniform, dlp, owl, alpha-pruning, linear",
+        "dlp-refined",
+        "--write-recipe",
+        "--test-config",
+    ],
     "merge": ["pip install 'dlp_plugin[lora]'", "--allow-dense", "keeping every zero"],
     "pack": ["Nothing is lost", "dense, W4A16 or W8A16", "import dlp_plugin"],
-    "unpack": ["A folder that dlp-plugin pack wrote", "Restore the checkpoint"],
+    "unpack": ["folder that dlp-plugin pack wrote", "Restore the checkpoint"],
     "export-gptq": ["in the GPTQ format", "W4A16 or W8A16"],
 }
 

@@ -16,7 +16,7 @@ from dlp_plugin.comparison import view
 from dlp_plugin.comparison.names import contender_named, pruner_named, target_of
 from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison
-from dlp_plugin.modifiers.feeding import easier
+from dlp_plugin.modifiers.feeding import offset_of
 from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, LinearSparsity
 from dlp_plugin.planning.plan import Plan, SearchStep
 
@@ -28,7 +28,7 @@ def test_plans_for_a_pruner_are_searched_where_its_stage_has_them_searched(
 ) -> None:
     pruner = pruner_named(name + repair)
     stage = getattr(dlp_plugin, pruner.modifier)(sparsity=0.5, **pruner.fields)
-    assert pruner.way.easier == easier(stage)
+    assert pruner.way.offset == offset_of(stage)
 
 
 class TestMethodNames:

@@ -1,4 +1,4 @@
-"""Beyond the heuristic: sparsities searched for on the model itself.
+"""Refine a plan by evolution: random changes, kept where the pruned model gets better.
 
 A plan is improved by mutation at constant total and selection by divergence from the dense
 model, on the ground of EvoPress (arXiv 2410.14649) and with two changes: masks follow from

@@ -68,7 +68,7 @@ def descend(
 
 
 class _Descent:
-    """Where a descent is, and the best that was measured on the way."""
+    """A descent: its current sparsities, and the best that were measured so far."""
 
     def __init__(
         self, judge: Judge, slopes: Slopes, plan: Plan, blocks: Sequence[Block], steps: int
@@ -106,7 +106,7 @@ class _Descent:
             )
 
     def go_on(self, progress_path: str | Path | None) -> bool:
-        """Take up what an interrupted search of the very same start, samples and steps left."""
+        """Continue an interrupted search with the same start, samples and steps; gives whether."""
         state = _Progress.load(progress_path, self._fingerprint, [list(self._weights)] * 3)
         if state is None:
             return False
@@ -118,7 +118,7 @@ class _Descent:
 
     @property
     def progress(self) -> _Progress:
-        """How far it is, to go on from."""
+        """The state to continue from."""
         return _Progress(
             fingerprint=self._fingerprint,
             sparsities=self._latent,
@@ -161,7 +161,7 @@ class _Descent:
         return {name: n / structure.m for name, n in zip(self._latent, numbers, strict=True)}
 
     def _measured(self, step: int = 0) -> float:
-        """Divergence on the samples kept for it; notes it, and the best so far."""
+        """Measure the divergence on held-out samples; record it, and the best so far."""
         sparsities = self._rounded() if step else self._latent
         found = self._judge.divergence(sparsities, structure=self._plan.mask_structure)
         self._tokens += self._judge.tokens
@@ -197,7 +197,7 @@ class _Progress(Progress):
 
 
 def stepped(costs: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, float]:
-    """Which way each Linear's sparsity goes down, and how far in units of a usual slope.
+    """How far each Linear's sparsity is lowered, in units of the median slope.
 
     ``sign(z) min(sqrt(|z| / median |z|), 2)`` of ``z = cost - mean cost``, the mean by numbers of
     weights: costs of 1, 3 and 11 in Linears of equal size have the mean 5, ``z`` is -4, -2 and 6,

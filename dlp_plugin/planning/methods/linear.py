@@ -14,9 +14,9 @@ __all__ = ["LinearSparsity"]
 
 
 class LinearSparsity(Method):
-    """One slope over depth; needs no data, unless the slope is chosen.
+    """Sparsities that rise linearly with depth; needs no data, unless the slope is selected.
 
-    The paper names no slope that fits all models: it searches for one, as ``auto`` does.
+    The paper states no slope for all models. It searches for one, as ``auto`` does.
 
     :param beta: step from each block to the next, at least 0
     """
