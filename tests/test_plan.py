@@ -98,7 +98,7 @@ def test_table_and_picture(plan: Plan, tmp_path: Path) -> None:
         (lambda p: p.update(schema_version=5), "schema_version"),
         (lambda p: p.update(colour="red"), "colour"),
         (lambda p: p.update(blocks=[]), "blocks"),
-        (lambda p: p["blocks"][1].update(name="layers.0"), "a name stands twice"),
+        (lambda p: p["blocks"][1].update(name="layers.0"), "blocks: two have the same name"),
         (lambda p: p["blocks"][1].update(sparsity=0.1), "come to 0.304000 of all weights"),
         (lambda p: p["blocks"][1].update(score=-3), r"blocks\.1\.score"),
         (lambda p: p["blocks"][1].update(sparsity=2), r"blocks\.1\.sparsity"),

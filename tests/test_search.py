@@ -113,7 +113,7 @@ class TestChooseStrength:
         judge = KnownJudge(lambda _: 0.6)
         assert choose_strength(judge, make, DLP(), blocks()[:1]).strength == 0
         lines = logged("INFO")
-        assert "Trying 7 strengths, each on 4096 tokens" in lines[0]
+        assert "Trying 7 strengths, each on 4096 held-out tokens" in lines[0]
         assert [line.split("alpha ")[1].split(":")[0] for line in lines[1:]] == [
             f"{half:g}" for half in HALF_RANGES
         ]

@@ -173,7 +173,7 @@ def compare(
         str,
         typer.Option(
             help="Pruning stages, separated by commas: `wanda`, `sparsegpt`, `admm`, `magnitude`. "
-            "With `-polished` behind it the remaining weights are refitted by least squares, with "
+            "With the ending `-polished` the remaining weights are refitted by least squares, with "
             "`-reconstructed` every block is trained to return what the dense one does: "
             "`wanda-polished`, `sparsegpt-polished-reconstructed`."
         ),

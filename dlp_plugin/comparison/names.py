@@ -113,8 +113,8 @@ def pruner_named(text: str) -> Pruner:
     stages = declared()
     if name not in stages:
         raise ValueError(
-            f"there is no pruner {text!r}; there are {', '.join(stages)}, each also with "
-            f"{' or '.join(_REPAIRS)} behind it"
+            f"there is no pruner {text!r}; there are {', '.join(stages)}, and each may end in "
+            f"{' or '.join(_REPAIRS)}"
         )
     return Pruner(stages[name], fields)
 
@@ -169,7 +169,7 @@ def contender_named(text: str, refine: int = 16, evolve: int = 40) -> Contender:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise ValueError(
             f"method {text!r}: {problem}. Methods are uniform, {', '.join(options())}; all but "
-            "uniform take a strength (dlp:0.1) or choose one (dlp:auto), and all can be refined "
+            "uniform take a strength (dlp:0.1) or select it (dlp:auto), and all can be refined "
             "(dlp-refined:0.1) or evolved (dlp-evolved:0.1)"
         ) from None
     if name != "uniform":

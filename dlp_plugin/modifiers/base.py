@@ -38,7 +38,7 @@ __all__ = ["AllocationModifier", "last_plans"]
 
 
 class AllocationModifier(Modifier, Method):
-    """Give every block its own sparsity before SparseGPT, Wanda, ADMM or magnitude prunes it.
+    """Give every block a separate sparsity before SparseGPT, Wanda, ADMM or magnitude prunes it.
 
     A method (:mod:`dlp_plugin.planning.methods`) as a modifier of llm-compressor. It sets the
     sparsities of every pruning stage that follows, up to the next allocation modifier. These
@@ -308,8 +308,8 @@ class AllocationModifier(Modifier, Method):
         given = self.strength_field in self.model_fields_set
         if self.refine or (given and self.strength == "auto"):
             raise ValueError(
-                f"from_plan prunes by a plan as it is, and {self.strength_field}: auto and refine "
-                "make a new one: leave out the one or the other"
+                f"from_plan prunes without calibration samples, and {self.strength_field}: auto "
+                "and refine need them: leave out the one or the other"
             )
         return plan.at(target=self._target, strength=float(self.strength) if given else None)
 

@@ -154,14 +154,14 @@ def _seen(norms: Mapping[str, torch.Tensor | None], block: Block) -> dict[str, t
     seen = {name: norm for name, norm in norms.items() if norm is not None}
     if not seen:
         raise ValueError(
-            f"no Linear of block {block.name} saw calibration data: the samples "
-            "never reach it, or llm-compressor could not trace the model (it then warns "
-            "of fewer subgraphs than expected); leave it and its like out with "
-            f"'re:{_kin(block.name)}' in the stage's ignore, or --ignore"
+            f"no Linear of block {block.name} received calibration data: the samples never reach "
+            "it, or llm-compressor could not trace the model (it then warns of fewer subgraphs "
+            f"than expected); to leave such blocks out, add 're:{_kin(block.name)}' to the stage's "
+            "ignore, or --ignore"
         )
     if unseen := [name for name in norms if name not in seen]:
         logger.warning(
-            "{} Linears of {} saw no calibration token; they are not scored and stay dense: {}",
+            "{} Linears of {} received no calibration token, are not scored and stay dense: {}",
             len(unseen),
             block.name,
             unseen,

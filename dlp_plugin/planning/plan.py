@@ -212,7 +212,7 @@ class Plan(BaseModel):
         check_sparsity(self.target, "target")
         names = [block.name for block in self.blocks]
         if len(set(names)) < len(names):
-            raise ValueError("blocks: a name stands twice")
+            raise ValueError("blocks: two have the same name")
         allowed = 1e-6
         if self.mask_structure:
             self.mask_structure.exact_target(self.target, "target")

@@ -264,12 +264,14 @@ class PruningStage(StockStage):
             return
         if len(missed) == len(names):
             raise ValueError(
-                f"no calibration sample reached what {kind} prunes, so nothing was: leave out "
-                "pipeline='datafree', or name the blocks by sequential_targets"
+                f"no calibration sample reached the modules of {kind}, so it pruned nothing: leave "
+                "out pipeline='datafree', or name the blocks by sequential_targets"
             )
         if self._prunes_by_samples and not is_distributed():  # where others may have seen some
             more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
-            logger.warning("{}: no token reached {}{}: left dense", kind, missed[0], more)
+            logger.warning(
+                "{} leaves {}{} dense, which received no calibration token", kind, missed[0], more
+            )
 
     def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
         """Polish what is pruned within this context.

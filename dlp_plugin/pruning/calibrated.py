@@ -130,8 +130,8 @@ class SparseGPTModifier(_Calibrated, pruning.SparseGPTModifier):
         stated = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
         if 1 in stated and not self.structure:
             raise ValueError(
-                "SparseGPTModifier.sparsity is 1, and llm-compressor's SparseGPT takes a weight "
-                "that stays: state less, e.g. 0.99, or add the module to ignore"
+                "SparseGPTModifier.sparsity is 1, and llm-compressor's SparseGPT must keep some "
+                "weights: state less, e.g. 0.99, or add the module to ignore"
             )
         return super().on_initialize(state, **kwargs)
 

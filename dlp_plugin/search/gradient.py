@@ -1,9 +1,9 @@
 """Sparsities of single Linears by descent: every step one backward pass of the pruned model.
 
-The cost of pruning one weight more (:mod:`dlp_plugin.search.slopes`) is known for all Linears at
-once, whatever their number. Where it lies above the mean, sparsity falls, and where below, it
-rises; one shift for all keeps the total. What is returned is the best of the plans that were
-measured on samples which no step has seen, the start among them.
+One backward pass gives the cost of pruning one more weight (:mod:`dlp_plugin.search.slopes`) for
+all Linears. Sparsity falls where the cost is above the mean, and rises where it is below; one shift
+for all keeps the total. The result is the plan that was best on held-out samples, the starting
+plan included.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RATE = 0.04
 MOMENTUM = 0.7
 # A slope counts by its root, and at most so many times as much as the median one.
 STEEPEST = 2.0
-# How often the plan is measured on the samples kept for it.
+# How often the plan is measured on held-out samples.
 MEASURED = 4
 
 
@@ -48,14 +48,13 @@ def descend(
 ) -> Plan:
     """Improve a plan at constant total, in nats of divergence from the dense model.
 
-    :param judge: measures on samples that the steps do not see
+    :param judge: measures on held-out samples
     :param slopes: of the same model and masks, on the samples of the steps
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param steps: at least 1
-    :param progress_path: file that holds how far the search is; a search that was
-        interrupted goes on from it. It stays until :func:`dlp_plugin.search.progress.forget`, to
-        be called once the plan is written
-    :return: a plan that holds the Linears' sparsities and the path of the search
+    :param progress_path: file of the search's state, from which an interrupted search continues;
+        :func:`dlp_plugin.search.progress.forget` removes it once the plan is written
+    :return: the plan with a sparsity for every Linear and the path of the search
     :raises ValueError: if the divergence of the given plan is not finite
     """
     descent = _Descent(judge, slopes, plan, blocks, steps)
@@ -93,7 +92,7 @@ class _Descent:
         :raises ValueError: if its divergence is not finite
         """
         logger.info(
-            "Refining: {} steps of about {} tokens, measured {} times on {}",
+            "Refining: {} steps of about {} tokens, measured {} times on {} held-out tokens",
             self._steps,
             TOKENS,
             self._measurements,
@@ -113,7 +112,7 @@ class _Descent:
         self._latent, self._velocity = state.sparsities, state.velocity
         self.best, self.path, self.done = state.best, state.steps, state.done
         self._tokens = state.tokens
-        logger.info("The search goes on from step {}", self.done)
+        logger.info("The search continues from step {}", self.done)
         return True
 
     @property

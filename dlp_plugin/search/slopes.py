@@ -1,11 +1,11 @@
 """How the pruned model's divergence changes with every Linear's sparsity, by one backward pass.
 
-A Linear's sparsity is a threshold in what its weights are ranked by, so the derivative of the
-divergence with respect to it can be read off the weights that lie at the threshold: with ``G``
-the gradient with respect to the masked weight (at masked weights too), pruning one weight more
-costs about the mean of ``- W_ij G_ij`` over them. ``G`` lives while its own Linear's backward
-runs; what is left is one number per Linear, the gradient of a probe that the Linear's forward
-carries along.
+A Linear's sparsity sets a threshold for the scores of its weights. So the derivative of the
+divergence with respect to the sparsity depends on the weights at the threshold only: with ``G`` the
+gradient with respect to the masked weight (at masked weights too), pruning one more weight costs
+about the mean of ``- W_ij G_ij`` over them. ``G`` exists only during its own Linear's backward
+pass. One number per Linear remains: the gradient of a probe, a scalar input of the Linear's
+forward.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def choose_strength(
     weights = [row.weights for row in uniform.blocks]
     strengths = [method.strength_of(half, scores, weights, uniform.target) for half in HALF_RANGES]
     plans = [make(strength=strength) for strength in dict.fromkeys(strengths)]
-    logger.info("Trying {} strengths, each on {} tokens", len(plans), judge.tokens)
+    logger.info("Trying {} strengths, each on {} held-out tokens", len(plans), judge.tokens)
     losses: list[float] = []
     measured: dict[tuple[float, ...], float] = {}  # with N:M several strengths may give one plan
     for plan in plans:
