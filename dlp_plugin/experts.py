@@ -1,6 +1,7 @@
 """Experts saved as the checkpoints of their architecture hold them.
 
-What it relies on inside llm-compressor and transformers, held by ``tests/test_round_trips.py``:
+What it relies on inside llm-compressor and transformers, held by
+``tests/checkpoints/test_round_trips.py``:
 
 - ``oneshot()`` makes Linears of fused experts before it initializes modifiers;
 - transformers names what it saves by ``model._weight_conversions`` read backwards, one file

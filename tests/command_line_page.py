@@ -2,7 +2,7 @@
 
     python tests/command_line_page.py
 
-``tests/test_command_line_page.py`` fails where the page is not what this writes.
+``tests/cli/test_command_line_page.py`` fails where the page is not what this writes.
 """
 
 from __future__ import annotations

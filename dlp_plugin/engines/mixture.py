@@ -1,7 +1,7 @@
 """A layer's experts that multiply by what they hold, in the place of transformers' own module.
 
-What it relies on inside transformers, held by ``tests/test_mixtures.py``: what its decorator
-``use_experts_implementation`` gives to a class of experts, and how these are called.
+What it relies on inside transformers, held by ``tests/engines/test_mixtures.py``: what its
+decorator ``use_experts_implementation`` gives to a class of experts, and how these are called.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ differ from those of llm-compressor 0.14 in three ways:
 - an expert that received no token stays dense; the stock stages prune it without data, and
   SparseGPT sets all its weights to zero.
 
-What they rely on, tested by ``tests/test_pruning_structures.py`` and
+What they rely on, tested by ``tests/pruning/test_pruning_structures.py`` and
 ``tests/test_distributed.py``: a stage keeps a mean over samples per module (row scalars or
 Hessian) and the number of samples, and ``compress_modules`` prunes the modules that have both,
 each with the stage's N and M.

@@ -128,7 +128,7 @@ def ask(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Ask:
         (folder / "jobs.json").write_text(
             json.dumps({"prompts": prompts, "jobs": jobs}, default=str)
         )
-        probe = ROOT / "tests" / "vllm_probe_packed.py"
+        probe = ROOT / "tests" / "engines" / "vllm_probe_packed.py"
         command = [vllm_python(), probe, folder / "jobs.json", folder / "result.json"]
         environment["PYTHONPATH"] = before_others(plugin, *path)
         call([str(word) for word in command], HF_HUB_OFFLINE="1", **environment)
@@ -289,7 +289,7 @@ def test_processors_without_avx512_run_packed_checkpoints(
 
 @pytest.mark.engines
 def test_layers_of_every_kind_hold_the_slices_of_every_rank(plugin: Path) -> None:
-    probe = ROOT / "tests" / "vllm_probe_layers.py"
+    probe = ROOT / "tests" / "engines" / "vllm_probe_layers.py"
     call([str(vllm_python()), str(probe)], PYTHONPATH=before_others(plugin), OMP_NUM_THREADS="1")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SHIPPED, MakeModel, assert_same, prune, recipe, weights_of
-from test_zeroshot import write_task
+from lm_tasks import write_task
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dlp_plugin.checkpoints.placing import let_go, placed, spread
