@@ -2,16 +2,16 @@
 
 ``import dlp_plugin`` makes ``DLPModifier``, ``OWLModifier``,
 ``AlphaPruningModifier``, ``LinearSparsityModifier`` and ``MaskedGPTQModifier`` known to
-recipes, adds ``ADMMPruningModifier`` and ``OneShotMagnitudeModifier``, and has SparseGPT and
-Wanda stages take an N of N:M for every block, agree over several processes, and repair what
-they prune.
+recipes, and adds ``ADMMPruningModifier`` and ``OneShotMagnitudeModifier``. In YAML recipes it
+replaces llm-compressor's SparseGPT and Wanda stages by its own, which accept a separate N of N:M
+for every block, agree over several processes, and can repair what they prune.
 
-It makes packed folders (:func:`pack`) known to transformers, too, where they run as they are
-packed; :class:`SparseConfig` asks for the dense model.
+It also makes transformers load packed folders (:func:`pack`) without decoding them;
+:class:`SparseConfig` asks for the dense model.
 
-The import itself is light: torch and llm-compressor are loaded when a name is first used, and
-the modifiers are made known when llm-compressor is loaded, before or after this package; so are
-packed folders when transformers is.
+The import loads neither torch nor llm-compressor; they are loaded when a name is first used. The
+modifiers are registered once llm-compressor is loaded, before or after this package, and packed
+folders once transformers is.
 """
 
 from __future__ import annotations

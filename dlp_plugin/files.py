@@ -38,8 +38,8 @@ def check_vacant(folder: str | Path) -> None:
         raise FileExistsError(f"{folder} exists and is not an empty folder; give a new one")
     if folder.is_dir() and (folder.is_mount() or folder.samefile(os.curdir)):
         raise FileExistsError(
-            f"{folder} is the current folder or a mount point, which another cannot take the "
-            "place of; name a folder in it"
+            f"{folder} is the current folder or a mount point, which cannot be replaced; name a "
+            "folder in it"
         )
     _check_parent(folder)
 

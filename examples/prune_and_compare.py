@@ -7,10 +7,12 @@ MODEL is a folder or an id on the hub; the texts are files or datasets.
 """
 
 import argparse
-import sys
+import os
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # no bars; torch imports tqdm, which reads this once
 
 import torch
 import yaml
@@ -23,6 +25,7 @@ from dlp_plugin import last_plans, pack
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost, zstd_bytes
 from dlp_plugin.checkpoints.loading import apply_recipe, load_model, load_tokenizer
 from dlp_plugin.checkpoints.placing import let_go
+from dlp_plugin.cli.log import show_log
 from dlp_plugin.cli.speed import speed_table
 from dlp_plugin.comparison.results import quantizing
 from dlp_plugin.comparison.speeds import cache_bytes, speeds
@@ -83,15 +86,12 @@ def main() -> None:
     parser.add_argument("--test", default=str(HERE / "text" / "test.txt"))
     parser.add_argument("--length", type=int, default=256, help="tokens per sample and window")
     parser.add_argument("--output", type=Path, default=Path("pruned_model"))
+    parser.add_argument("--verbose", action="store_true", help="show all that llm-compressor says")
     arguments = parser.parse_args()
     if arguments.output.exists():
         parser.error(f"--output {arguments.output} exists already; name another folder")
+    show_log(arguments.verbose)
     columns = group_size_of(arguments.model)
-
-    logger.disable("llmcompressor.utils.metric_logging")
-    logger.remove()  # our progress, and of the others the warnings
-    shown = {"": "WARNING", "dlp_plugin": "INFO"}
-    logger.add(sys.stderr, level=0, format="{level}: {message}", filter=shown)
     tokenizer = load_tokenizer(arguments.model)
     tokens = read_tokens(arguments.calibration, tokenizer)
     dataset = calibration_set(tokens, arguments.length, SAMPLES, beginning(tokenizer))
@@ -117,9 +117,11 @@ def main() -> None:
         "best: ADMM ... W4A16": lambda: apply(BEST, output=best),
         "the best, loaded": lambda: load_model(best),
     }
-    table = Table("", "zeros", "perplexity", "to dense", "seconds", title="perplexity")
+    console = Console()
+    table = Table("", "zeros", "perplexity", "ratio to dense", "seconds", title="perplexity")
     dense = 0.0
-    for name, step in steps.items():
+    for number, (name, step) in enumerate(steps.items(), 1):
+        console.print(f"{number} of {len(steps)}: {name}", highlight=False)
         started = time.time()
         model = step()
         seconds = time.time() - started
@@ -134,7 +136,6 @@ def main() -> None:
             plan.save(arguments.output / "plan.json")
             plot(plan, arguments.output / "plan.png")
 
-    console = Console()
     console.print(plan_table(plan), table)
     sizes = Table("", "MB on disk", "under zstd", "packed", title="sizes")
     folders = {"refined": pruned, "refined + W4A16": quantized, "best": best}

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def recipe(
 
 def command(*arguments: object, code: int = 0) -> Result:
     """What ``dlp-plugin`` does in this process; it must end with this code."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    with patch.dict(os.environ):  # where it sets whether there are progress bars
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     return result
 

@@ -47,6 +47,13 @@ def test_oneshot_prunes_saves_and_shows(pruned: tuple[Path, str]) -> None:
         assert (weight == 0).double().mean().item() == pytest.approx(block.sparsity, abs=0.01)
 
 
+def test_oneshot_is_calm(pruned: tuple[Path, str]) -> None:
+    """No line of the host's, none for every block or Linear, and no warning twice."""
+    lines = [line for line in pruned[1].splitlines() if re.match("[A-Z]+: ", line)]
+    assert "INFO: Scoring 12 blocks on 8 batches" in lines
+    assert len(lines) == len(set(lines)) < 5
+
+
 def test_oneshot_at_another_sparsity_than_the_recipe_s(tmp_path: Path) -> None:
     """By the names that llm-compressor's own scripts have for these options."""
     recipe = ROOT / "recipes" / "uniform_wanda.yaml"
@@ -255,7 +262,7 @@ class TestProgress:
 
     def test_of_scoring_choosing_and_refining(self, tmp_path: Path) -> None:
         arguments = ["--alpha", "auto", "--refine", 2, "--output", tmp_path / "plan.json"]
-        told = command("score", SHIPPED, *CALIBRATE, *arguments).stderr
+        told = command("--verbose", "score", SHIPPED, *CALIBRATE, *arguments).stderr
         assert re.search(r"INFO: .*block 12 of 12", told)
         assert re.search(r"INFO: .*alpha 0\.15.*loss", told)
         assert re.search(r"INFO: step 2 of 2: divergence \d", told)
@@ -269,7 +276,7 @@ def test_a_run_that_is_killed_leaves_nothing_broken(
     folder = tmp_path / "out" / "pruned"
     folder.parent.mkdir()
     arguments = ["--recipe", ROOT / "recipes" / "dlp_wanda.yaml", *CALIBRATE, "--output", folder]
-    text = [sys.executable, "-m", "dlp_plugin.cli", "oneshot", SHIPPED, *arguments]
+    text = [sys.executable, "-m", "dlp_plugin.cli", "--verbose", "oneshot", SHIPPED, *arguments]
     process = subprocess.Popen([str(word) for word in text], stderr=subprocess.PIPE, text=True)
     for line in process.stderr:  # the host's progress bars
         if {"scoring": "(3/13): Calibrating", "saving": "Writing model shards"}[moment] in line:

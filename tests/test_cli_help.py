@@ -7,27 +7,34 @@ from pathlib import Path
 
 import pytest
 from helpers import command
+from typer.main import get_command
 
+from dlp_plugin.cli import app
 from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.plan import Plan
 
 HELP = {
-    "oneshot": ["--recipe", "--output MODEL-pruned", "Calibration samples", "[default: 128]"],
+    "oneshot": ["--recipe", "--output MODEL-pruned", "calibration samples", "[default: 128]"],
     "score": [
         "--strength,--alpha",
         "dlp, owl, alpha-pruning, linear",
         "dlp 0.15, owl 0.08, alpha-pruning 0.3, linear auto",
         "DLPModifier: {from_plan: plan.json}",
     ],
-    "show": ["--strength,--alpha", "--plot", "at another target it is another plan"],
-    "inspect": ["--against", "how many of its zeros are lost in FOLDER?", "Packed 4-bit weights"],
-    "ppl": ["Windows do not overlap", "--batch-size", "as many as hold 2,048 tokens"],
+    "show": ["--strength,--alpha", "--plot", "also for another target or strength"],
+    "inspect": ["--against", "zeros that FOLDER has lost", "Packed 4-bit weights are dequantized"],
+    "ppl": ["windows that do not overlap", "--batch-size", "as many as hold 2,048 tokens"],
     "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
-    "speed": ["dense and sparse, side by side", "--batches", "--json"],
-    "compare": ["uniform, dlp, owl, alpha-pruning, linear", "dlp-refined", "--write-recipe"],
+    "speed": ["of a pruned model, dense and sparse", "--batches", "--json"],
+    "compare": [
+        "uniform, dlp, owl, alpha-pruning, linear",
+        "dlp-refined",
+        "--write-recipe",
+        "--test-config",
+    ],
     "merge": ["pip install 'dlp_plugin[lora]'", "--allow-dense", "keeping every zero"],
     "pack": ["Nothing is lost", "dense, W4A16 or W8A16", "import dlp_plugin"],
-    "unpack": ["A folder that dlp-plugin pack wrote", "that a packed one was packed from"],
+    "unpack": ["folder that dlp-plugin pack wrote", "Restore the checkpoint"],
     "export-gptq": ["in the GPTQ format", "W4A16 or W8A16"],
 }
 
@@ -47,6 +54,40 @@ def test_help_teaches(name: str) -> None:
     said = help_text(name)
     for words in (f"{name} [OPTIONS]", *HELP[name]):
         assert words in said
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_no_two_options_have_one_name(name: str) -> None:
+    """Of which only the last could be given."""
+    names = [text for option in get_command(app).commands[name].params for text in option.opts]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["", *HELP])
+def test_help_is_shown_as_it_is_written(name: str) -> None:
+    """Not as pictures, which ``:M:`` and other names between colons become."""
+    said = help_text(*name.split())
+    assert set(re.findall(r"[^ -~─╭╮╰╯…]", said)) == set()
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_other_packages_say(verbose: bool) -> None:
+    """Bars, lines and repeated warnings are shown only where that is asked for."""
+    code = (
+        "import warnings\nfrom dlp_plugin.cli.log import show_log\n"
+        f"show_log({verbose}, host=False)\n"
+        "from loguru import logger\nfrom tqdm import tqdm\n"
+        "for _ in tqdm(range(2), desc='a bar'):\n"
+        "    logger.info('a line')\n    logger.warning('a warning')\n"
+        "for text in ('told', 'told'):\n"
+        "    with warnings.catch_warnings():\n        pass\n"
+        "    warnings.warn(text)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = "INFO: a line", "WARNING: a warning", "Warning: told"
+    said = [done.stderr.count(line) for line in lines]
+    assert said == ([2, 2, 2] if verbose else [0, 1, 1])
+    assert ("a bar" in done.stderr) == verbose
 
 
 @pytest.mark.parametrize("module", ["dlp_plugin", "dlp_plugin.cli"])

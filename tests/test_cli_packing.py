@@ -42,7 +42,7 @@ def test_pack_tells_sizes(pruned: Path, packed: tuple[Path, str]) -> None:
     before, after = ((f / "model.safetensors").stat().st_size for f in (pruned, folder))
     sizes = " │ ".join(megabytes(size) for size in (before, zstd_bytes(pruned), after))
     assert f"files │ {sizes}" in output
-    (bits,) = re.findall(r"bits a weight of packed Linears │ 16\.00 │ │ (\d\.\d\d)", output)
+    (bits,) = re.findall(r"bits per weight of packed Linears │ 16\.00 │ │ (\d\.\d\d)", output)
     assert float(bits) < 0.29 * 16
     assert "84 Linears of blocks packed, 0 left dense" in output
 

@@ -16,8 +16,8 @@ from dlp_plugin.comparison import view
 from dlp_plugin.comparison.names import contender_named, pruner_named, target_of
 from dlp_plugin.comparison.pictures import draw
 from dlp_plugin.comparison.results import Cell, Comparison
-from dlp_plugin.modifiers.feeding import easier
-from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, Linear
+from dlp_plugin.modifiers.feeding import offset_of
+from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, LinearSparsity
 from dlp_plugin.planning.plan import Plan, SearchStep
 
 
@@ -28,7 +28,7 @@ def test_plans_for_a_pruner_are_searched_where_its_stage_has_them_searched(
 ) -> None:
     pruner = pruner_named(name + repair)
     stage = getattr(dlp_plugin, pruner.modifier)(sparsity=0.5, **pruner.fields)
-    assert pruner.way.easier == easier(stage)
+    assert pruner.way.offset == offset_of(stage)
 
 
 class TestMethodNames:
@@ -42,7 +42,7 @@ class TestMethodNames:
             ("owl:auto", "owl:auto", OWL, "auto"),
             ("alpha-pruning:0.2", "alpha-pruning:0.2", AlphaPruning, 0.2),
             ("alpha_pruning:auto", "alpha-pruning:auto", AlphaPruning, "auto"),
-            ("linear", "linear:auto", Linear, "auto"),
+            ("linear", "linear:auto", LinearSparsity, "auto"),
             ("dlp-auto-refined", "dlp:auto refined 5", DLP, "auto"),
             ("owl-refined:0.1", "owl:0.1 refined 5", OWL, 0.1),
             ("uniform-evolved", "uniform evolved 9", DLP, 0.0),
@@ -132,7 +132,7 @@ def test_a_plan_has_one_color_in_all_panels_and_one_place_in_the_legend(
             mask_structure=structure,
         )
         steps = [
-            SearchStep(generation=place, evaluations=1, tokens=9 * place, divergence=value)
+            SearchStep(step=place, evaluations=1, tokens=9 * place, divergence=value)
             for place, value in enumerate(divergences)
         ]
         return made.model_copy(update={"search": tuple(steps)})

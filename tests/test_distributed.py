@@ -132,7 +132,7 @@ def test_two_processes_prune_like_one(make_model: MakeModel, two: Two, pruner: s
 def test_two_processes_decide_alike(two: Two) -> None:
     (first_plan, first), (second_plan, second) = two(SEARCHED)
     assert first_plan == second_plan
-    assert [step.generation for step in first_plan.search] == [0, 1]
+    assert [step.step for step in first_plan.search] == [0, 1]
     assert len(first_plan.candidates) == 7
     assert_same(first, second)
 

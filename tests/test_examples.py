@@ -1,11 +1,13 @@
 """The examples, run as scripts on the small trained model that the repository ships."""
 
+import os
 import re
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from helpers import CALIBRATION_TEXT, ROOT, SHIPPED, TEST_TEXT
@@ -36,7 +38,8 @@ def example(
         script, output = str(ROOT / "examples" / name), str(tmp_path / "out")
         short_run = ["--output", output, "--test", test, "--length", "32"]
         monkeypatch.setattr(sys, "argv", [script, *short_run, *arguments])
-        runpy.run_path(script, run_name="__main__")
+        with patch.dict(os.environ):  # where they set whether there are progress bars
+            runpy.run_path(script, run_name="__main__")
         return capsys.readouterr().out
 
     return run_example

@@ -119,7 +119,7 @@ class TestDescend:
     def test_it_is_measured_a_few_times_and_says_what_it_took(self) -> None:
         known = Known(BEST)
         plan = descend(known, known, start(), blocks(), steps=16)
-        assert [step.generation for step in plan.search] == [0, 4, 8, 12, 16]
+        assert [step.step for step in plan.search] == [0, 4, 8, 12, 16]
         assert plan.search[-1].evaluations == known.calls == 5
         assert plan.search[-1].tokens == 5 * 4096 + 16 * 4 * 1024
         path = [step.divergence for step in plan.search]
@@ -129,7 +129,7 @@ class TestDescend:
     def test_the_last_step_is_always_measured(self, steps: int) -> None:
         known = Known(BEST)
         plan = descend(known, known, start(), blocks(), steps=steps)
-        assert plan.search[-1].generation == steps
+        assert plan.search[-1].step == steps
         assert len(plan.search) == 1 + min(4, steps)
 
     def test_steps_that_lead_away_are_not_kept(self) -> None:
@@ -264,7 +264,7 @@ class TestInRecipes:
     def test_evolution_is_there_still(self, make_model: MakeModel) -> None:
         modifier = DLPModifier(refine=2, search="evolution")
         prune(make_model(), modifier, WandaPruningModifier(**STAGE))
-        assert [step.generation for step in modifier.plan.search] == [0, 1, 2]
+        assert [step.step for step in modifier.plan.search] == [0, 1, 2]
 
     def test_an_unknown_search_is_refused(self) -> None:
         with pytest.raises(ValueError, match="'gradient' or 'evolution'"):

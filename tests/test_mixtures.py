@@ -263,7 +263,7 @@ class TestBadInput:
     def test_experts_of_a_packed_folder(
         self, pruned: Callable[..., Path], tmp_path: Path, name: str, message: str
     ) -> None:
-        """Of which config.json does not tell either: transformers would take what there is."""
+        """Which config.json does not list either: transformers would take what there is."""
         expert = EXPERT[name] if name == "mixtral" else f"{EXPERT[name]}.3"
         packed, _ = packed_of(pruned(name), tmp_path)
         broken = changed(packed, tmp_path / "broken", lambda x: drop(x, expert))

@@ -139,7 +139,7 @@ class TestBadInput:
     def test_a_block_that_no_sample_reaches(self, make_model: MakeModel) -> None:
         model = make_model()
         model.config.num_hidden_layers = 2  # the third layer is there, and never called
-        refuses(model, r"no Linear of block model.layers.2 saw calibration data", recipe())
+        refuses(model, r"no Linear of block model.layers.2 received calibration data", recipe())
 
     def test_a_failed_run_writes_no_plan(self, make_model: MakeModel, tmp_path: Path) -> None:
         model = make_model()

@@ -148,7 +148,7 @@ class TestDamage:
         [
             (
                 lambda x: x.pop(f"{UP}.weight_fractions"),
-                rf"model\.safetensors lacks {UP}\.weight_fractions, of which config\.json tells",
+                rf"model\.safetensors lacks {UP}\.weight_fractions, which config\.json lists",
             ),
             (
                 lambda x: x.update({f"{UP}.weight_table": x[f"{UP}.weight_table"][1:]}),

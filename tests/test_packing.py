@@ -330,15 +330,15 @@ class TestDamage:
         [
             (
                 lambda x: x.pop(f"{UP}.weight_table"),
-                rf"model\.safetensors lacks {UP}\.weight_table, of which config\.json tells",
+                rf"model\.safetensors lacks {UP}\.weight_table, which config\.json lists",
             ),
             (
                 lambda x: [x.pop(key) for key in list(x) if key.startswith(UP)],
-                rf"no file holds {UP}\.weight_packed, of which config\.json tells",
+                rf"no file holds {UP}\.weight_packed, which config\.json lists",
             ),
             (
                 lambda x: x.update({f"{UP}2.weight_values": torch.ones(2)}),
-                rf"model\.safetensors holds {UP}2\.weight_values, of which config\.json does not",
+                rf"model\.safetensors holds {UP}2\.weight_values, which config\.json does not",
             ),
             (
                 lambda x: x.update({f"{UP}.weight_table": torch.ones(2)}),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dlp_plugin.planning import view
 from dlp_plugin.planning.methods import DLP
-from dlp_plugin.planning.plan import Plan
+from dlp_plugin.planning.plan import Plan, SearchStep
 
 
 @pytest.fixture
@@ -32,6 +32,19 @@ def test_blocks_hold_what_was_decided(plan: Plan) -> None:
     assert set(plan.versions) >= {"dlp_plugin", "llmcompressor", "torch"}
 
 
+def test_the_table_of_a_refined_plan_shows_no_scores(plan: Plan) -> None:
+    """Which its sparsities no longer follow."""
+    assert "importance" in view.text(plan)
+    first, *rest = plan.blocks
+    spread = {"up": first.sparsity - 0.1, "down": first.sparsity + 0.1}
+    blocks = (first.model_copy(update={"linears": spread}), *rest)
+    step = SearchStep(step=4, evaluations=2, tokens=8, divergence=0.5)
+    text = view.text(plan.model_copy(update={"search": (step,), "blocks": blocks}))
+    assert "importance" not in text
+    assert "sparsity of Linears" in text
+    assert f"{first.sparsity - 0.1:.2f} to {first.sparsity + 0.1:.2f}" in text
+
+
 def test_json_there_and_back(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -47,6 +60,14 @@ def test_version_2_had_no_searched_at(plan: Plan) -> None:
         Plan.load(content)
     del content["searched_at"]
     assert Plan.load(content) == plan
+
+
+def test_version_3_had_generations(plan: Plan) -> None:
+    rest = {"evaluations": 1, "tokens": 8, "divergence": 0.5}
+    content = plan.model_dump(mode="json") | {"search": [{"step": 4, **rest}]}
+    older = content | {"schema_version": 3, "search": [{"generation": 4, **rest}]}
+    assert Plan.load(older) == Plan.load(content)
+    assert Plan.load(older).search[0].step == 4
 
 
 def test_another_target_and_alpha_from_the_same_scores(plan: Plan) -> None:
@@ -74,10 +95,10 @@ def test_table_and_picture(plan: Plan, tmp_path: Path) -> None:
         (lambda p: p.pop("target"), "target: Field required"),
         (lambda p: p.update(strength=-1), "strength must be finite and at least 0, got -1"),
         (lambda p: p.update(target=1.5), "target must be strictly between 0 and 1, got 1.5"),
-        (lambda p: p.update(schema_version=4), "schema_version"),
+        (lambda p: p.update(schema_version=5), "schema_version"),
         (lambda p: p.update(colour="red"), "colour"),
         (lambda p: p.update(blocks=[]), "blocks"),
-        (lambda p: p["blocks"][1].update(name="layers.0"), "a name stands twice"),
+        (lambda p: p["blocks"][1].update(name="layers.0"), "blocks: two have the same name"),
         (lambda p: p["blocks"][1].update(sparsity=0.1), "come to 0.304000 of all weights"),
         (lambda p: p["blocks"][1].update(score=-3), r"blocks\.1\.score"),
         (lambda p: p["blocks"][1].update(sparsity=2), r"blocks\.1\.sparsity"),
@@ -93,8 +114,8 @@ def test_table_and_picture(plan: Plan, tmp_path: Path) -> None:
         (lambda p: p.update(mask_structure="1:" + "9" * 400), "mask_structure must be N:M"),
         (lambda p: p.update({"a\nb": 1}), "a b: Extra inputs are not permitted"),
         (
-            lambda p: p.update(search=[{"generation": 10**400}]),
-            r"search\.0\.generation: Input should be less than",
+            lambda p: p.update(search=[{"step": 10**400}]),
+            r"search\.0\.step: Input should be less than",
         ),
         (
             lambda p: p.update(candidates=[{"strength": 0.1, "loss": 1e999}]),
@@ -176,6 +197,7 @@ def test_whatever_stands_in_a_file_it_is_a_plan_or_an_error_in_one_line(
                     {"statistic": "median", "alpha": 0.0},
                     {"schema_version": 2, "settings": {"statistic": "mean"}, "strength": 0.0},
                     {"schema_version": 3, "strength": 0.0, "searched_at": 0.3},
+                    {"schema_version": 4, "strength": 0.0, "searched_at": 0.3},
                 ]
             )
         ),

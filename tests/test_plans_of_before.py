@@ -50,13 +50,14 @@ def test_it_prunes_to_the_same_bytes(name: str) -> None:
 @pytest.mark.parametrize("name", PRUNED)
 def test_what_it_says_is_all_there(name: str, tmp_path: Path) -> None:
     old, plan = content(name), Plan.load(FOLDER / f"{name}.json")
-    assert plan.schema_version == 3
+    assert plan.schema_version == 4
     assert (plan.method, plan.strength) == (old["method"], old["alpha"])
     assert plan.scored_by.score_name == old["statistic"]
     assert [(c.strength, c.loss) for c in plan.candidates] == [
         (c["alpha"], c["loss"]) for c in old["candidates"]
     ]
-    same = {"model", "target", "mask_structure", "blocks", "unseen", "search", "versions"}
+    assert [step.step for step in plan.search] == [step["generation"] for step in old["search"]]
+    same = {"model", "target", "mask_structure", "blocks", "unseen", "versions"}
     assert plan.model_dump(mode="json", include=same) == {key: old[key] for key in same}
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan

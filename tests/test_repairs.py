@@ -300,12 +300,12 @@ class TestBadInput:
         (field,) = fields
         stage = PRUNERS[2](sparsity=0.5, **EVERY, **fields)
         model = make_model()
-        with pytest.raises(ValueError, match=f"{field} takes calibration samples.*dataset="):
+        with pytest.raises(ValueError, match=f"{field} needs calibration samples.*dataset="):
             run(model, [stage], None)
 
     @pytest.mark.parametrize("stage", [*PRUNERS[:2], ADMMPruningModifier])
     def test_a_stage_without_samples(self, make_model: MakeModel, stage: type) -> None:
-        message = f"{stage.__name__} takes calibration samples.*: pass dataset=... to oneshot()"
+        message = f"{stage.__name__} needs calibration samples.*: pass dataset=... to oneshot()"
         with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
             run(make_model(), [stage(sparsity=0.5, **EVERY)], None)
 
@@ -320,7 +320,7 @@ class TestBadInput:
 
     def test_one_batch_to_reconstruct_on(self, make_model: MakeModel) -> None:
         stage = WandaPruningModifier(sparsity=0.5, reconstruct=1, **EVERY)
-        with pytest.raises(ValueError, match="reconstruct keeps one of eight batches.*one"):
+        with pytest.raises(ValueError, match="reconstruct holds out one of eight batches.*one"):
             run(make_model(), [stage], random_samples(1))
 
     def test_a_negative_number_of_epochs(self) -> None:
@@ -332,6 +332,6 @@ class TestBadInput:
         model.model.layers[0].extra = torch.nn.Conv2d(3, 3, 3)
         refuses(
             model,
-            r"model\.layers\.0\.extra is a Conv2d, and WandaPruningModifier\.polish knows Linears",
+            r"model\.layers\.0\.extra is a Conv2d, and WandaPruningModifier\.polish takes Linears",
             WandaPruningModifier(sparsity=0.5, targets=["LlamaDecoderLayer"], polish=True),
         )

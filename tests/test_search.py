@@ -11,7 +11,7 @@ import torch
 from helpers import Logged
 
 from dlp_plugin import Plan
-from dlp_plugin.planning.methods import DLP, METHODS, Linear
+from dlp_plugin.planning.methods import DLP, METHODS, LinearSparsity
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.search.evolution import evolve
@@ -100,11 +100,11 @@ class TestChooseStrength:
         make = partial(
             Plan.make,
             [(b.name, b.weights, float(i)) for i, b in enumerate(blocks())],
-            method=Linear(),
+            method=LinearSparsity(),
             model="m",
             target=0.6,
         )
-        plan = choose_strength(KnownJudge(wanted.__getitem__), make, Linear(), blocks())
+        plan = choose_strength(KnownJudge(wanted.__getitem__), make, LinearSparsity(), blocks())
         assert plan.strength == pytest.approx(0.1)
         assert [b.sparsity for b in plan.blocks] == pytest.approx([0.45, 0.55, 0.65, 0.75])
 
@@ -113,7 +113,7 @@ class TestChooseStrength:
         judge = KnownJudge(lambda _: 0.6)
         assert choose_strength(judge, make, DLP(), blocks()[:1]).strength == 0
         lines = logged("INFO")
-        assert "Trying 7 strengths, each on 4096 tokens" in lines[0]
+        assert "Trying 7 strengths, each on 4096 held-out tokens" in lines[0]
         assert [line.split("alpha ")[1].split(":")[0] for line in lines[1:]] == [
             f"{half:g}" for half in HALF_RANGES
         ]
@@ -136,7 +136,7 @@ class TestEvolve:
         plan = evolve(judge, start(), blocks(), generations=9)
         path = [step.divergence for step in plan.search]
         assert path == sorted(path, reverse=True)
-        assert [step.generation for step in plan.search] == list(range(10))
+        assert [step.step for step in plan.search] == list(range(10))
         assert plan.search[-1].evaluations == judge.calls
         portions = [portion for portion, _ in judge.measured]
         whole = portions.count(None)

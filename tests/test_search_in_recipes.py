@@ -97,7 +97,7 @@ class TestBadInput:
         refuses(make_model(), message, DLPModifier(from_plan=content), wanda())
 
     def test_too_few_samples_to_split(self, make_model: MakeModel) -> None:
-        with pytest.raises(ValueError, match=r"not scored on.*one batch only"):
+        with pytest.raises(ValueError, match=r"held-out.*only one batch"):
             run(make_model(), [DLPModifier(alpha="auto"), wanda()], random_samples(1))
 
     def test_targets_that_hold_several_linears_cannot_be_refined(

@@ -124,6 +124,33 @@ class TestAFolder:
             read_tokens(tmp_path, tokenizer, split="validation")
 
 
+class TestADatasetThatLlmCompressorNames:
+    """Its class finds the dataset on the hub; here a folder of that name lies in its place."""
+
+    def test_has_the_texts_that_oneshot_calibrates_on(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        rows = {"instruction": ["7 8", "9"], "input": ["", ""], "output": ["11", "12"]}
+        folder = tmp_path / "garage-bAInd" / "Open-Platypus"
+        folder.mkdir(parents=True)
+        Dataset.from_dict(rows).to_json(folder / "train.jsonl")
+        monkeypatch.chdir(tmp_path)
+        for limit in (None, 10_000):
+            tokens = read_tokens("open_platypus", tokenizer, limit=limit)
+            assert [token for token in tokens if token] == [7, 8, 11, 9, 12]
+
+    def test_a_folder_of_that_name_is_the_folder(
+        self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "open_platypus").mkdir()
+        (tmp_path / "open_platypus" / "train.txt").write_text("7 8")
+        monkeypatch.chdir(tmp_path)
+        assert read_tokens("open_platypus", tokenizer) == [7, 8]
+
+
 class TestConversations:
     @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
     def test_go_through_the_chat_template(

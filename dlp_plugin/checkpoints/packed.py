@@ -59,7 +59,7 @@ def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path])
     for key, place in places.items():
         name, _, part = key.rpartition(".")
         if part in PARTS and name not in linears:
-            raise ValueError(f"{place} holds {key}, of which config.json does not tell: {again}")
+            raise ValueError(f"{place} holds {key}, which config.json does not list: {again}")
     with slices(places) as of_file:
         for name, stored in linears.items():
             dtypes = stored.part_dtypes()
@@ -68,7 +68,7 @@ def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path])
                 key = f"{name}.{part}"
                 if key not in places:
                     where = f"{held[0]} lacks" if held else "no file holds"
-                    raise ValueError(f"{where} {key}, of which config.json tells: {again}")
+                    raise ValueError(f"{where} {key}, which config.json lists: {again}")
                 found = of_file(key)
                 dtype = _DTYPES.get(found.get_dtype())
                 if tuple(found.get_shape()) != shape or dtype != dtypes[part]:

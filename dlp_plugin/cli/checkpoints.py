@@ -1,4 +1,4 @@
-"""Commands on what is on disk: ``inspect``, ``pack`` and ``export-gptq``; and tables of them."""
+"""Commands on checkpoints: ``inspect``, ``pack``, ``unpack`` and ``export-gptq``."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ __all__ = ["export_gptq", "inspect", "pack", "show_zeros", "unpack"]
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
-    linears: Annotated[bool, typer.Option(help="One row per Linear, not per block.")] = False,
+    linears: Annotated[bool, typer.Option(help="One row per Linear instead of per block.")] = False,
     group: Annotated[
         int,
-        typer.Option(min=0, help="M of N:M: how many zeros has every group of M weights of a row?"),
+        typer.Option(
+            min=0, help="The M of an N:M pattern. Counts the zeros in every M weights of a row."
+        ),
     ] = 0,
     against: Annotated[
         Path | None,
-        typer.Option(help="A pruned checkpoint: how many of its zeros are lost in FOLDER?"),
+        typer.Option(help="A pruned checkpoint. Counts its zeros that FOLDER has lost."),
     ] = None,
 ) -> None:
-    """Count the zeros that a checkpoint really holds, block by block.
+    """Count the zeros in a checkpoint's files, block by block.
 
-    Reads the safetensors files and builds no model. Packed 4-bit weights count as
-    what they dequantize to, folders of `dlp-plugin pack` as what they were packed from.
+    Reads the safetensors files and builds no model. Packed 4-bit weights are dequantized to be
+    counted, and a folder of `dlp-plugin pack` is unpacked.
     """
     with reporting_errors(host=False):
         from dlp_plugin.checkpoints.inspect import zeros_lost
@@ -54,7 +56,7 @@ def export_gptq(
 ) -> None:
     """Write a packed checkpoint in the GPTQ format, for AutoGPTQ, exllama and others.
 
-    The numbers stay the same: what dequantizes to zero does so afterwards.
+    The numbers stay the same, and so do the zeros.
     """
     with reporting_errors(host=False, trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.gptq_format import export_gptq as export
@@ -68,10 +70,10 @@ def pack(
     output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a pruned checkpoint small: a bit for every weight, and those that are not zero.
+    """Write a pruned checkpoint in the sparse format: the mask, and the weights that are not zero.
 
-    Nothing is lost: transformers (after `import dlp_plugin`) and vLLM load it as what it was,
-    bit for bit, and `dlp-plugin unpack` writes that again.
+    Nothing is lost: transformers (after `import dlp_plugin`) and vLLM load the same weights, bit
+    for bit. `dlp-plugin unpack` restores the checkpoint.
     """
     with reporting_errors(host=False, trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.packing import pack as write
@@ -85,7 +87,7 @@ def unpack(
     folder: Annotated[Path, typer.Argument(help="A folder that `dlp-plugin pack` wrote.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
 ) -> None:
-    """Write the checkpoint that a packed one was packed from, for what reads no packed ones."""
+    """Restore the checkpoint that a folder of `dlp-plugin pack` was packed from."""
     with reporting_errors(host=False):
         from dlp_plugin.checkpoints.packing import unpack as write
 
@@ -136,7 +138,7 @@ def _zeros_table(found: Checkpoint, linears: bool, group: int) -> Table:
     table.caption = (
         f"{found.quantization or 'not quantized'}; {_megabytes(found.bytes_on_disk)} on disk, "
         f"{_megabytes(zstd_bytes(found.folder))} under zstd, "
-        f"{_megabytes(found.bytes_if_sparse)} if an engine stored 1 bit a weight and the values"
+        f"{_megabytes(found.bytes_if_sparse)} as 1 bit per weight and the weights that are not zero"
     )
     return table
 
@@ -152,9 +154,9 @@ def _sizes_table(source: Path, output: Path, packed: Packed) -> Table:
         table.add_column(column, justify="right" if table.columns else "left")
     table.add_row("files", *(_megabytes(size) for size in (before, compressed, after)))
     parts = (f"{size / before:.3f}" for size in (before, compressed, after))
-    table.add_row("of what they were", *parts)
+    table.add_row("of the size before", *parts)
     one, other = (8 * size / packed.weights for size in (packed.bytes_before, packed.bytes_after))
-    table.add_row("bits a weight of packed Linears", f"{one:.2f}", "", f"{other:.2f}")
+    table.add_row("bits per weight of packed Linears", f"{one:.2f}", "", f"{other:.2f}")
     table.caption = f"{len(packed.linears)} Linears of blocks packed, {packed.dense} left dense"
     return table
 

@@ -1,9 +1,8 @@
-"""What the commands share: the app, types of their options, calibration, progress, errors."""
+"""What the commands share: the app, option types, calibration, progress bars, error messages."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from loguru import logger
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dlp_plugin.checkpoints.trust import trusting_remote_code
+from dlp_plugin.cli.log import show_log
 from dlp_plugin.planning.methods import options
 
 __all__ = [
@@ -32,6 +31,7 @@ __all__ = [
     "Seed",
     "Split",
     "Targets",
+    "TestConfig",
     "TestSplit",
     "TrustRemoteCode",
     "app",
@@ -46,13 +46,14 @@ __all__ = [
 
 app = typer.Typer(
     help=(
-        "Prune language models with a sparsity for every block (DLP), inside "
-        "llm-compressor.\n\n"
+        "Prune language models inside llm-compressor, with a separate sparsity for every block "
+        "(DLP).\n\n"
         "A run in three steps: `dlp-plugin oneshot` prunes a model by a recipe and "
-        "saves it, `dlp-plugin inspect` shows what zeros were written, `dlp-plugin ppl` and "
-        "`zero-shot` measure what they cost. `score` and `show` make and look at a plan only, "
-        "`compare` tells which method is best for a model.\n\n"
-        "`dlp-plugin --debug COMMAND ...` shows the traceback of an error."
+        "saves it. `dlp-plugin inspect` counts the zeros that were written. `dlp-plugin ppl` and "
+        "`zero-shot` measure the model. `score` makes a plan without pruning, and `show` prints "
+        "it. `compare` finds the best method for a model.\n\n"
+        "`dlp-plugin --debug COMMAND ...` shows the traceback of an error. `dlp-plugin --verbose "
+        "COMMAND ...` shows the log of llm-compressor."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,20 +67,15 @@ Data = Annotated[
     typer.Option(
         "--data",
         "--dataset",
-        help="A text, a data file (.jsonl, .csv, .parquet ...), a folder of such, or a dataset as "
-        "`datasets.load_dataset` knows it.",
+        help="A text, a data file (.jsonl, .csv, .parquet ...), a folder of such files, or the "
+        "name of a dataset on the hub or in llm-compressor (`open_platypus`).",
         show_default=False,
     ),
 ]
-Config = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        "--dataset-config-name",
-        help="The dataset's configuration, e.g. `wikitext-2-raw-v1`.",
-    ),
-]
-_SPLIT = "The dataset's split; not needed for a file, or a folder of one split."
+_CONFIG = "The dataset's configuration, e.g. `wikitext-2-raw-v1`."
+Config = Annotated[str | None, typer.Option("--config", "--dataset-config-name", help=_CONFIG)]
+TestConfig = Annotated[str | None, typer.Option(help=_CONFIG)]
+_SPLIT = "The dataset's split. Not needed for a file or a folder with one split."
 Split = Annotated[str | None, typer.Option(help=_SPLIT, show_default="train")]
 TestSplit = Annotated[str | None, typer.Option(help=_SPLIT, show_default="test")]
 Column = Annotated[
@@ -87,7 +83,7 @@ Column = Annotated[
     typer.Option(
         "--column",
         "--text-column",
-        help="The dataset's column of texts, or of chats for the chat template.",
+        help="The dataset's column of texts or of chats. Chats go through the chat template.",
     ),
 ]
 Samples = Annotated[
@@ -96,30 +92,32 @@ Samples = Annotated[
         "--samples",
         "--num-calibration-samples",
         min=1,
-        help="Calibration samples, spread evenly over the text.",
+        help="Number of calibration samples, spread evenly over the text. (`oneshot()` in Python "
+        "takes 512 rows in random order by default.)",
     ),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(help="Draws the samples at random in place of spreading them evenly."),
+    typer.Option(help="Seed to draw the samples at random instead of evenly."),
 ]
 Targets = Annotated[
     list[str] | None,
     typer.Option(
-        help="What is pruned: a class, a name or a `re:` pattern of modules; may be repeated.",
+        help="Modules to prune: a class, a name or a `re:` pattern. May be repeated.",
         show_default="Linear",
     ),
 ]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(help="What stays dense of that, by name or `re:` pattern; may be repeated."),
+    typer.Option(help="Modules to leave dense: a name or a `re:` pattern. May be repeated."),
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run code that lies beside the model. Read it first."),
+    typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first."),
 ]
 MaskStructure = Annotated[
-    str | None, typer.Option(help="For stages of this structure: 4:8 is 4 of every 8 on average.")
+    str | None,
+    typer.Option(help="Plan for an N:M pattern: `4:8` is 4 zeros in every 8 weights on average."),
 ]
 Length = Annotated[
     int | None,
@@ -127,7 +125,9 @@ Length = Annotated[
         "--length",
         "--max-seq-length",
         min=2,
-        help="Tokens per sample or window; by default what the model can take, at most 2048.",
+        help="Tokens per sample or window. (`oneshot()` in Python takes rows at their full length "
+        "by default.)",
+        show_default="what the model can take, at most 2048",
     ),
 ]
 
@@ -139,9 +139,10 @@ def method_names() -> str:
 
 @dataclass
 class _Settings:
-    """Options that stand before the command and hold for all of them."""
+    """Options that stand before the command and hold for all commands."""
 
     debug: bool = False
+    verbose: bool = False
 
 
 _settings = _Settings()
@@ -150,8 +151,13 @@ _settings = _Settings()
 @app.callback()
 def _take_options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(help="Show the log and progress bars of llm-compressor and other packages."),
+    ] = False,
 ) -> None:
     _settings.debug = debug
+    _settings.verbose = verbose
 
 
 def calibration_arguments(
@@ -215,7 +221,7 @@ def checked_length(model: str, length: int | None) -> int:
 
 @contextmanager
 def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
-    """Show how far something is; gives the function that is told of every advance."""
+    """Show a progress bar; gives the function that advances it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -229,7 +235,7 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
 
 @contextmanager
 def joined_processes() -> Iterator[bool]:
-    """Join the other processes of a torchrun; is this the first, or the only one?"""
+    """Join the other processes of a torchrun; gives whether this is the first or only one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield True
         return
@@ -255,19 +261,14 @@ def joined_processes() -> Iterator[bool]:
 
 @contextmanager
 def reporting_errors(host: bool = True, trust_remote_code: bool = False) -> Iterator[None]:
-    """Show an error as one message; of the log our progress, and the warnings of others.
+    """Show the log (:func:`dlp_plugin.cli.log.show_log`), and an error as one message.
 
-    :param host: whether llm-compressor will be needed; importing it sets up a log of its own
+    :param host: whether llm-compressor will be needed
     :param trust_remote_code: whether code that comes with a model may run
     :raises typer.Exit: with code 1, once an error is reported
     """
     try:
-        if host:
-            import llmcompressor  # noqa: F401
-
-            for module in ("metric_logging", "dev"):  # what it says of every run
-                logger.disable(f"llmcompressor.utils.{module}")
-        _show_log()
+        show_log(_settings.verbose, host)
         with trusting_remote_code(trust_remote_code):
             yield
     except typer.Exit:
@@ -282,7 +283,7 @@ def reporting_errors(host: bool = True, trust_remote_code: bool = False) -> Iter
 
 
 def _message(error: Exception) -> str:
-    """What is wrong; of an error that is none of the user's its kind, too."""
+    """The error in one line; with its type unless the user can mend it."""
     message = str(error).strip() or type(error).__name__
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -292,15 +293,3 @@ def _message(error: Exception) -> str:
         message = f"{type(error).__name__}: {message.splitlines()[0]}"
         message += " (dlp-plugin --debug COMMAND shows where)"
     return message
-
-
-def _show_log() -> None:
-    """Show our own progress and everybody's warnings; of several processes the first's."""
-    first = os.environ.get("RANK", "0") == "0"
-    logger.remove()
-    logger.add(
-        sys.stderr,
-        level=0,
-        format="{level}: {message}",
-        filter={"": "WARNING", "dlp_plugin": "INFO" if first else "WARNING"},
-    )

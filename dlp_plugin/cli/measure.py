@@ -21,6 +21,7 @@ from dlp_plugin.cli.common import (
     Seed,
     Split,
     Targets,
+    TestConfig,
     TestSplit,
     TrustRemoteCode,
     calibration_arguments,
@@ -50,13 +51,14 @@ def ppl(
     length: Length = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows at a time.", show_default="as many as hold 2,048 tokens"),
+        typer.Option(min=1, help="Windows per batch.", show_default="as many as hold 2,048 tokens"),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model's perplexity on a text or dataset.
 
-    Windows do not overlap, and every token after a window's first counts once.
+    The text is cut into windows that do not overlap. Every token but the first of a window counts
+    once.
     """
     with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
@@ -87,19 +89,20 @@ def zero_shot(
     tasks: Annotated[
         list[str],
         typer.Argument(
-            help="Tasks of lm-evaluation-harness, with commas or spaces, or the set `paper7`."
+            help="Tasks of lm-evaluation-harness, separated by commas or spaces, or `paper7`."
         ),
     ],
-    batch_size: Annotated[int, typer.Option(min=1, help="Choices at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Choices per batch.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.")] = None,
     task_folder: TaskFolder = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure a model's accuracy on tasks, without examples or training.
+    """Measure a model's zero-shot accuracy on tasks.
 
-    `paper7` is what the pruning papers report: BoolQ, RTE, HellaSwag, WinoGrande, ARC
-    easy and challenge, OpenbookQA; and the mean. Needs `pip install 'dlp_plugin[eval]'`.
+    `paper7` stands for the seven tasks of the pruning papers: BoolQ, RTE, HellaSwag, WinoGrande,
+    ARC easy and challenge, OpenbookQA. The mean over all tasks is shown too. Needs
+    `pip install 'dlp_plugin[eval]'`.
     """
     asked = [task for one in tasks for task in one.split(",") if task]
     with reporting_errors(trust_remote_code=trust_remote_code):
@@ -135,7 +138,7 @@ def _accuracy_table(model: str, found: dict[str, dict[str, float]]) -> Table:
 
 
 def _with_error(values: dict[str, float], metric: str) -> str:
-    """A measured value and its standard error, as far as there are any."""
+    """A measured value and its standard error, if there are any."""
     if metric not in values:
         return ""
     error = values.get(f"{metric}_stderr")
@@ -147,84 +150,93 @@ def compare(
     data: Data,
     test: Annotated[
         str,
-        typer.Option(help="What to measure perplexity on: a text or dataset.", show_default=False),
+        typer.Option(help="A text or dataset to measure perplexity on.", show_default=False),
     ],
     output: Annotated[
-        Path, typer.Option(help="Folder for the results; what it holds is not measured again.")
+        Path, typer.Option(help="Folder for the results. Results in it are not measured again.")
     ],
     methods: Annotated[
         str,
         typer.Option(
-            help=f"With commas: `uniform`, {method_names()}; with a strength `dlp:0.1`, a chosen "
-            "one `dlp:auto`, improved by the gradient `dlp-refined`, by evolution `dlp-evolved`."
+            help=f"Methods, separated by commas: `uniform`, {method_names()}. `dlp:0.1` states the "
+            "strength, `dlp:auto` selects it on held-out samples. `dlp-refined` improves the plan "
+            "by gradients, `dlp-evolved` by evolution."
         ),
     ] = "uniform,dlp,dlp:auto,owl,alpha-pruning,linear:auto",
     sparsities: Annotated[
-        str, typer.Option(help="With commas; `4:8` is 4 of every 8 weights on average.")
+        str,
+        typer.Option(
+            help="Targets, separated by commas. `4:8` is 4 zeros in every 8 weights on average."
+        ),
     ] = "0.5,0.6,0.7",
     pruners: Annotated[
         str,
         typer.Option(
-            help="With commas: `wanda`, `sparsegpt`, `admm`, `magnitude`; each also repaired, "
-            "`wanda-polished`, `admm-reconstructed`, `sparsegpt-polished-reconstructed`."
+            help="Pruning stages, separated by commas: `wanda`, `sparsegpt`, `admm`, `magnitude`. "
+            "With the ending `-polished` the remaining weights are refitted by least squares, with "
+            "`-reconstructed` every block is trained to return what the dense one does: "
+            "`wanda-polished`, `sparsegpt-polished-reconstructed`."
         ),
     ] = "wanda",
     bits: Annotated[
         str,
         typer.Option(
-            help="With commas: `16` as the checkpoint has them; `4`, `8` by GPTQ that keeps the "
-            "zeros, and of the model that is not pruned too; `3`, `2` of that model alone."
+            help="Bits per weight, separated by commas. `16` leaves the weights as they are. `8` "
+            "and `4` quantize the pruned models by GPTQ that keeps the zeros, and the dense model "
+            "too. `3` and `2` quantize the dense model only."
         ),
     ] = "16",
     sizes: Annotated[
         bool,
         typer.Option(
-            help="Megabytes on disk too, packed as by `dlp-plugin pack`; so with 4 and 8 bits."
+            help="Also measure megabytes on disk, packed where that is smaller. Always on with "
+            "fewer than 16 bits."
         ),
     ] = False,
-    refine: Annotated[int, typer.Option(min=1, help="Steps, for `-refined`.")] = 16,
-    evolve: Annotated[int, typer.Option(min=1, help="Generations, for `-evolved`.")] = 40,
+    refine: Annotated[int, typer.Option(min=1, help="Steps of `-refined`.")] = 16,
+    evolve: Annotated[int, typer.Option(min=1, help="Generations of `-evolved`.")] = 40,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Accuracy too, as by `dlp-plugin zero-shot`: tasks, with commas."),
+        typer.Option(help="Also measure accuracy on tasks, as `dlp-plugin zero-shot` names them."),
     ] = None,
     task_folder: TaskFolder = None,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Questions per task, the first ones; or all.")
+        int | None,
+        typer.Option(min=1, help="Use the first questions of a task.", show_default="all"),
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows of the test text, spread evenly over it; or all."),
+        typer.Option(min=1, help="Windows of the test text, spread evenly.", show_default="all"),
     ] = None,
     test_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens per window of the test text; by default as `--length`."),
+        typer.Option(min=2, help="Tokens per window of the test text.", show_default="--length"),
     ] = None,
     write_recipe: Annotated[
         Path | None, typer.Option(help="YAML file to write the best recipe to.")
     ] = None,
     sparsity: Annotated[
-        str | None, typer.Option(help="The sparsity it shall have; by default the highest.")
+        str | None,
+        typer.Option(help="The sparsity of that recipe.", show_default="the highest"),
     ] = None,
     targets: Targets = None,
     ignore: Ignore = None,
     config: Config = None,
     split: Split = None,
     column: Column = "text",
-    test_config: Config = None,
+    test_config: TestConfig = None,
     test_split: TestSplit = None,
     samples: Samples = 128,
     length: Length = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Compare methods, sparsities, pruners and bits: perplexity, accuracy and bytes.
+    """Compare methods, sparsities, pruners and bits by perplexity, accuracy and bytes.
 
-    Blocks are scored once for all methods; a run that was interrupted goes on when the
-    command is repeated. The folder gets results.json, table.md, perplexity.png,
-    sparsities.png, where plans were refined search.png, and with sizes bytes.png. The best
-    recipe is that of the least perplexity over methods, pruners and bits at one sparsity; it
-    holds its plan, and `dlp-plugin oneshot` runs it as it is.
+    Blocks are scored once for all methods. Repeat the command to continue an interrupted run.
+    The folder gets results.json, table.md, perplexity.png and sparsities.png, with refined plans
+    search.png, and with sizes bytes.png. The best recipe has the least perplexity over methods,
+    pruners and bits at one sparsity. It holds its plan, and `dlp-plugin oneshot` can run it.
     """
     with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.comparison.names import EVERY, Scope

@@ -1,4 +1,4 @@
-"""Commands on plans, which prune nothing: ``score`` makes one, ``show`` shows it."""
+"""Commands on plans: ``score`` makes one, ``show`` prints it. Neither prunes."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def score(
     model: Model,
     data: Data,
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.")],
-    method: Annotated[str, typer.Option(help=f"How blocks are scored: {method_names()}.")] = "dlp",
+    method: Annotated[str, typer.Option(help=f"Allocation method: {method_names()}.")] = "dlp",
     sparsity: Annotated[
-        float | None, typer.Option(help="Target over all blocks; by default 0.7, or N / M.")
+        float | None,
+        typer.Option(help="Target over all blocks.", show_default="0.7, or N / M"),
     ] = None,
     mask_structure: MaskStructure = None,
     strength: Annotated[
@@ -50,22 +51,23 @@ def score(
         typer.Option(
             "--strength",
             "--alpha",
-            help="How far the sparsities differ, by the method's own measure (of `dlp` half their "
-            "range), or `auto`.",
+            help="How far the blocks' sparsities may differ, in the method's own unit (for `dlp` "
+            "half their range). `auto` selects it on held-out samples.",
             show_default=_STRENGTHS,
         ),
     ] = None,
     refine: Annotated[
-        int, typer.Option(min=0, help="Steps of a search that improves the plan; 16 are many.")
+        int, typer.Option(min=0, help="Steps of a search that improves the plan. 16 is usual.")
     ] = 0,
     search: Annotated[
         str,
-        typer.Option(help="`gradient`, or `evolution`: trial and error, without backward passes."),
+        typer.Option(help="`gradient`, or `evolution`, which needs no backward passes."),
     ] = "gradient",
     statistic: Annotated[
         str | None,
         typer.Option(
-            help="`median` (paper) or `mean` (its code); of `dlp` only.", show_default="median"
+            help="For `dlp` only: `median` (the paper) or `mean` (its released code).",
+            show_default="median",
         ),
     ] = None,
     targets: Targets = None,
@@ -78,10 +80,10 @@ def score(
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Score a model's blocks and write the plan; the model stays as it is.
+    """Score a model's blocks and write the plan, without pruning.
 
-    A recipe prunes from it with the method's modifier, `DLPModifier: {from_plan: plan.json}`,
-    at this or another sparsity and strength, without scoring again.
+    A recipe prunes by the plan with the method's modifier, `DLPModifier: {from_plan: plan.json}`.
+    It may state another sparsity or strength; the blocks are not scored again.
     """
     with reporting_errors(trust_remote_code=trust_remote_code), joined_processes() as first:
         from dlp_plugin.checkpoints.loading import apply_recipe
@@ -147,18 +149,20 @@ def _strength(text: str) -> float | str:
 
 def show(
     plan: Annotated[Path, typer.Argument(help="A plan file.")],
-    plot: Annotated[Path | None, typer.Option(help="Picture to draw, e.g. plan.png.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Look at it at another target.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture file to draw, e.g. plan.png.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Show the plan for another target.")
+    ] = None,
     mask_structure: MaskStructure = None,
     strength: Annotated[
         float | None,
-        typer.Option("--strength", "--alpha", help="Look at it at another strength."),
+        typer.Option("--strength", "--alpha", help="Show the plan for another strength."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file to write what is shown to.")
+        Path | None, typer.Option(help="JSON file to write the shown plan to.")
     ] = None,
 ) -> None:
-    """Show a plan as a table, and as a picture; at another target it is another plan."""
+    """Show a plan as a table or a picture, also for another target or strength."""
     with reporting_errors(host=False):
         from dlp_plugin.files import check_writable
         from dlp_plugin.planning.plan import Plan

@@ -41,9 +41,11 @@ def oneshot(
     ],
     sparsity: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="In place of the sparsity that the recipe states."),
+        typer.Option(min=0, max=1, help="Replaces the sparsity in the recipe."),
     ] = None,
-    pack: Annotated[bool, typer.Option("--pack", help="Save it in the sparse format.")] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Save the model in the sparse format.")
+    ] = False,
     config: Config = None,
     split: Split = None,
     column: Column = "text",
@@ -105,16 +107,16 @@ def merge(
     output: Annotated[Path, typer.Argument(help="Folder to save the model in; new or empty.")],
     base: Annotated[
         str | None,
-        typer.Option(help="The pruned model; by default what the adapter was trained on."),
+        typer.Option(help="The pruned model.", show_default="the one the adapter was trained on"),
     ] = None,
     allow_dense: Annotated[
-        bool, typer.Option(help="Merge into modules that were never pruned, too.")
+        bool, typer.Option(help="Also merge into modules that were never pruned.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge an adapter (LoRA and others of peft) into a pruned model, keeping every zero.
 
-    Needs `pip install 'dlp_plugin[lora]'`. To quantize what comes out:
+    Needs `pip install 'dlp_plugin[lora]'`. To quantize the result:
     `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
     """
     with reporting_errors(trust_remote_code=trust_remote_code), reserved(output):

@@ -1,4 +1,4 @@
-"""The command that measures what a user gains: ``speed``."""
+"""The command ``speed``: load time, memory and tokens per second."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["speed", "speed_table"]
 
 
 def speed(
-    folder: Annotated[Path, typer.Argument(help="A packed checkpoint, or a pruned one.")],
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that is read.")] = 512,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are written.")] = 32,
-    batches: Annotated[str, typer.Option(help="Texts at a time, with commas.")] = "1,8",
+    folder: Annotated[Path, typer.Argument(help="A pruned checkpoint, packed or not.")],
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch; by default its own choice.")
+        int | None, typer.Option(min=1, help="Threads of torch.", show_default="torch's own choice")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each figure is measured.")] = 2,
     output: Annotated[
         Path | None, typer.Option("--json", help="JSON file to write the figures to.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure a pruned model dense and sparse, side by side: load, memory, tokens per second.
+    """Measure load time, memory and tokens per second of a pruned model, dense and sparse.
 
-    On the processor of this machine, which should be idle. A folder that is not packed is packed
-    into a temporary one first.
+    Runs on the CPU of this machine, which should be idle. A folder that is not packed is first
+    packed into a temporary folder.
     """
     with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.comparison.speeds import speeds
@@ -66,11 +66,11 @@ def _numbers(text: str) -> list[int]:
 
 
 def speed_table(found: dict[str, Speed], name: str) -> Table:
-    """Figures of a dense and a sparse model, and what the sparse one gains."""
+    """Figures of the dense and the sparse model, and the gain."""
     from dlp_plugin.comparison.speeds import cache_bytes
 
     dense, sparse = found["dense"], found["sparse"]
-    table = Table(title=f"{escape(name)}, dense and as it is stored")
+    table = Table(title=f"{escape(name)}, dense and sparse")
     for column in ("", "dense", "sparse", "gain"):
         table.add_column(column, justify="right" if table.columns else "left")
 
@@ -91,7 +91,7 @@ def speed_table(found: dict[str, Speed], name: str) -> Table:
     cache = cache_bytes()
     if cache is not None and dense.weights < 2 * cache:
         table.caption = (
-            f"The processor's cache holds {cache / 1e6:,.0f} MB, so most of these weights never "
-            "come from memory: sparse products gain where they do, on larger models."
+            f"The processor's cache holds {cache / 1e6:,.0f} MB, most of these weights among them. "
+            "Sparse products gain on larger models, whose weights are read from memory."
         )
     return table

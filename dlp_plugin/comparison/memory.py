@@ -1,4 +1,4 @@
-"""How much memory something took, at its highest."""
+"""Peak memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> None:
-    """Make the peaks of this process and of its GPU start anew, where that can be (Linux)."""
+    """Reset the peaks of this process and of its GPU, where the system can (Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if _RESET.exists():
@@ -21,10 +21,10 @@ def reset_peak() -> None:
 
 
 def peak() -> int | None:
-    """Bytes that were held at once since :func:`reset_peak`.
+    """Peak memory in bytes since :func:`reset_peak`.
 
-    :return: of the GPU where there is one (CUDA), else of this process, with all that it had
-        before; None where the system does not tell (it does on Linux)
+    :return: of the GPU where there is one (CUDA), else of this process, including what it held
+        before; None where the system does not tell (Linux does)
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

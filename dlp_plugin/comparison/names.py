@@ -1,4 +1,4 @@
-"""What a comparison is made of, as it is written in the terminal."""
+"""Names of methods, pruners, targets and bits in a comparison, and what they stand for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.pruning import admm, calibrated, magnitude  # noqa: F401 (which declare stages)
 from dlp_plugin.pruning.base import PruningStage, declared
-from dlp_plugin.search.decide import Search, where_judged, where_to_search
+from dlp_plugin.search.decide import Search, search_offset, where_to_search
 
 __all__ = [
     "EVERY",
@@ -32,9 +32,9 @@ __all__ = [
 ]
 
 FEWEST = 4
-"""Bits of a weight that an engine multiplies; with fewer a model is measured, but not pruned."""
+"""Fewest bits per weight of a pruned model; with fewer, only the dense model is measured."""
 
-# What a pruner's name may end in, to the fields that it stands for.
+# Endings of a pruner's name, and the fields that they set.
 _REPAIRS: dict[str, dict[str, Any]] = {
     "-polished": {"polish": True},
     "-reconstructed": {"reconstruct": 2},
@@ -42,21 +42,21 @@ _REPAIRS: dict[str, dict[str, Any]] = {
 
 
 class Way(NamedTuple):
-    """How plans are judged, by what prunes by them.
+    """How pruned models are simulated to judge plans; it depends on the stage that prunes.
 
-    :param by_magnitude: by magnitude's masks, and not by Wanda's
-    :param easier: how much less than the target is pruned while they are refined
+    :param by_magnitude: with magnitude's masks instead of Wanda's
+    :param offset: how much lower than the target the sparsity is while a plan is refined
     """
 
     by_magnitude: bool = False
-    easier: float = 0.0
+    offset: float = 0.0
 
 
 class Scope(NamedTuple):
-    """What of a model is pruned, as a stage's fields say it.
+    """Which modules are pruned, as in a stage's fields.
 
     :param targets: class names, names or ``re:`` patterns of modules
-    :param ignore: names or patterns of those that stay dense, and are not quantized either
+    :param ignore: names or patterns of modules that are neither pruned nor quantized
     """
 
     targets: tuple[str, ...] = ("Linear",)
@@ -69,7 +69,7 @@ EVERY = Scope()
 
 @dataclass(frozen=True)
 class Pruner:
-    """A pruning stage that takes part.
+    """A pruning stage in a comparison.
 
     :param kind: its class
     :param fields: those that differ from their defaults
@@ -80,30 +80,30 @@ class Pruner:
 
     @property
     def modifier(self) -> str:
-        """What recipes call it."""
+        """Its name in recipes."""
         return self.kind.__name__
 
     @property
     def way(self) -> Way:
-        """How plans for it are judged."""
+        """How plans for this stage are judged."""
         repairs = bool(self.fields) or self.kind.model_fields["polish"].default
-        return Way(self.kind.by_magnitude, where_judged(self.kind.compensates, repairs))
+        return Way(self.kind.by_magnitude, search_offset(self.kind.compensates, repairs))
 
 
 def plan_name(method: str, way: Way) -> str:
-    """What a plan is kept under.
+    """The key that a plan is stored under.
 
     :param method: full name
-    :param way: what of it matters to the method's plans
+    :param way: how the plan was judged, as :meth:`Contender.way` gives it
     """
-    searched = f", {way.easier:g} easier" if way.easier else ""
+    searched = f", {way.offset:g} easier" if way.offset else ""
     return method + ", by magnitude" * way.by_magnitude + searched
 
 
 def pruner_named(text: str) -> Pruner:
-    """A pruner as it is written, ``name[-polished][-reconstructed]``, e.g. ``wanda-polished``.
+    """The pruner with a name ``pruner[-polished][-reconstructed]``, e.g. ``wanda-polished``.
 
-    :raises ValueError: naming ``text`` and what there is
+    :raises ValueError: naming ``text`` and the names there are
     """
     name, fields = text, dict[str, Any]()
     for ending in reversed(_REPAIRS):
@@ -113,20 +113,20 @@ def pruner_named(text: str) -> Pruner:
     stages = declared()
     if name not in stages:
         raise ValueError(
-            f"there is no pruner {text!r}; there are {', '.join(stages)}, each also with "
-            f"{' or '.join(_REPAIRS)} behind it"
+            f"there is no pruner {text!r}; there are {', '.join(stages)}, and each may end in "
+            f"{' or '.join(_REPAIRS)}"
         )
     return Pruner(stages[name], fields)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method that takes part.
+    """A method in a comparison.
 
     :param name: full name, with the strength
     :param method: with its strength and settings
     :param refine: steps or generations of the search that refines its plans; 0 for none
-    :param search: how
+    :param search: by gradient or by evolution
     """
 
     name: str
@@ -136,26 +136,26 @@ class Contender:
 
     @property
     def judges(self) -> bool:
-        """Whether it judges pruned models, on a quarter of the samples at most."""
+        """Whether its plans are selected on held-out samples, a quarter of all at most."""
         return self.method.strength == "auto" or self.refine > 0
 
     def way(self, way: Way, target: str) -> Way:
-        """What of a way of judging matters to its plans."""
+        """The part of a stage's way that changes this method's plans at a target."""
         sparsity, structure = target_of(target)
-        lower = self.refine > 0 and where_to_search(sparsity, structure, way.easier) < sparsity
-        return Way(way.by_magnitude and self.judges, way.easier if lower else 0.0)
+        lower = self.refine > 0 and where_to_search(sparsity, structure, way.offset) < sparsity
+        return Way(way.by_magnitude and self.judges, way.offset if lower else 0.0)
 
 
 def contender_named(text: str, refine: int = 16, evolve: int = 40) -> Contender:
-    """A method as it is written, ``name[-refined|-evolved][:strength]``, e.g. ``dlp:0.1``.
+    """The contender with a name ``method[-refined|-evolved][:strength]``, e.g. ``dlp:0.1``.
 
-    ``dlp`` has its own default strength, ``dlp:auto`` (or ``dlp-auto``) one that is chosen;
-    ``dlp-refined`` is improved by the gradient, ``dlp-evolved`` by evolution, and ``uniform``
-    is DLP at strength 0.
+    ``dlp`` has its default strength, and ``dlp:auto`` (or ``dlp-auto``) selects one on held-out
+    samples. ``dlp-refined`` is improved by the gradient, ``dlp-evolved`` by evolution.
+    ``uniform`` is DLP at strength 0.
 
-    :param refine: steps of the gradient
+    :param refine: steps of the gradient search
     :param evolve: generations of the evolution
-    :raises ValueError: naming ``text`` and what there is
+    :raises ValueError: naming ``text`` and the names there are
     """
     name, _, strength = text.strip().partition(":")
     searched = next((way for way in ("refined", "evolved") if name.endswith(f"-{way}")), "")
@@ -169,7 +169,7 @@ def contender_named(text: str, refine: int = 16, evolve: int = 40) -> Contender:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise ValueError(
             f"method {text!r}: {problem}. Methods are uniform, {', '.join(options())}; all but "
-            "uniform take a strength (dlp:0.1) or choose one (dlp:auto), and all can be refined "
+            "uniform take a strength (dlp:0.1) or select it (dlp:auto), and all can be refined "
             "(dlp-refined:0.1) or evolved (dlp-evolved:0.1)"
         ) from None
     if name != "uniform":
@@ -196,23 +196,23 @@ def _method(name: str, strength: str) -> Method:
 
 
 def bits_named(bits: int | str) -> int:
-    """How many bits a weight shall have: 2, 3, 4, 8, or 16 for those of the checkpoint.
+    """Bits per weight: 2, 3, 4, 8, or 16 for weights as in the checkpoint.
 
-    :raises ValueError: if it is none of these
+    :raises ValueError: if ``bits`` is another number
     """
     text = str(bits).strip()
     if text not in ("2", "3", "4", "8", "16"):
         raise ValueError(
-            f"bits: {bits!r} is none of 4 and 8, of 16, which leaves weights as the checkpoint has "
-            "them, and of 3 and 2, for the model that is not pruned"
+            f"bits: {bits!r} is none of 16 (as in the checkpoint), 8 and 4, or 3 and 2 (of the "
+            "dense model only)"
         )
     return int(text)
 
 
 def target_named(target: float | str) -> str:
-    """A target as it is written: a sparsity, or N:M for N of every M weights on average.
+    """A target's name: a sparsity, or N:M for N zeros in every M weights on average.
 
-    :raises ValueError: if it is neither
+    :raises ValueError: if ``target`` is neither
     """
     if isinstance(target, str) and ":" in target:
         structure = MaskStructure.parse(target.strip())

@@ -1,4 +1,4 @@
-"""The plans of all contenders, from one pass of the dense model."""
+"""Plans of all contenders from one pass of the dense model."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ Wanted = list[tuple[Contender, str, Way]]
 
 
 class PlanningModifier(Modifier):
-    """Makes the plans of several contenders at several targets, and prunes nothing.
+    """Makes the plans of several contenders at several targets, without pruning.
 
-    Contenders that judge pruned models score on a part of the samples, the others on all: so
-    the samples go through in two portions, and every plan is the one that a recipe with the
-    method's own modifier makes.
+    Contenders that select on held-out samples score on the other samples, all others on all
+    samples. So the samples are run in two portions, and every plan equals the one that a recipe
+    with the method's own modifier makes.
 
-    :param wanted: contenders, the names of their targets, and how pruned models are judged
+    :param wanted: contenders, the names of their targets, and how their plans are judged
     :param keep: called with the plan's name (:func:`plan_name`), the target, the
         plan, and the seconds that deciding took after scoring
-    :param progress_path: file for how far a search is
-    :param scope: what is pruned
+    :param progress_path: file to continue an interrupted search from
+    :param scope: which modules are pruned
     """
 
     requires_calibration_data: bool = False  # as in the modifiers of the methods
@@ -80,7 +80,7 @@ class PlanningModifier(Modifier):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Run the samples and plan, for contenders that judge on a share of them first."""
+        """Run the samples and plan, first for contenders that select on held-out samples."""
         if self._pass.running:
             return
         batches = scoring_batches(state.data.calib or ())
@@ -88,7 +88,7 @@ class PlanningModifier(Modifier):
         if wanted := [each for each in self._wanted if each[0].judges]:
             batches, judging = split(batches)
             self._plan(state.model, batches, wanted, judging)
-            batches = judging  # the norms go on from what they are
+            batches = judging  # added to the norms of the first portion
         if fixed := [each for each in self._wanted if not each[0].judges]:
             self._plan(state.model, batches, fixed, judging)
 
@@ -102,7 +102,7 @@ class PlanningModifier(Modifier):
     def _plan(
         self, model: torch.nn.Module, batches: list[Batch], wanted: Wanted, judging: list[Batch]
     ) -> None:
-        """Run batches, score on all that ran so far, and make the plans."""
+        """Run batches, score on all batches so far, and make the plans."""
         self._pass.run(self, model, batches, [contender.method for contender, _, _ in wanted])
         blocks = self._pass.blocks
         every = [name for block in blocks for name in block.linears]
@@ -124,7 +124,7 @@ class PlanningModifier(Modifier):
                 structure=structure,
                 unseen=self._pass.unseen,
                 refine=contender.refine,
-                easier=way.easier,
+                offset=way.offset,
                 search=contender.search,
                 progress_path=self._progress_path,
             )

@@ -1,4 +1,4 @@
-"""What a comparison found, as data; JSON in and out."""
+"""Results of a comparison as data, read from and written to JSON."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from dlp_plugin.planning.plan import Plan
 __all__ = ["Cell", "Comparison", "Plain", "best_of", "quantizing", "recipe_of"]
 
 
-_HEAD = ["re:.*lm_head"]  # which no recipe here prunes or quantizes
+_HEAD = ["re:.*lm_head"]  # neither pruned nor quantized
 
 
 def recipe_of(
     plan: Plan, pruner: str, bits: int = 16, group_size: int = 128, scope: Scope = EVERY
 ) -> str:
-    """The YAML recipe that prunes by a plan, which it holds, and quantizes below 16 bits.
+    """The YAML recipe that holds a plan, prunes by it, and quantizes below 16 bits.
 
     :param pruner: as :func:`~dlp_plugin.comparison.names.pruner_named` takes it
     :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` gives them
@@ -68,7 +68,7 @@ def quantizing(bits: int, group_size: int, scope: Scope = EVERY) -> str:
 
 def _quantizers(bits: int, group_size: int, scope: Scope) -> dict[str, Any]:
     weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": group_size}
-    if bits < FEWEST:  # with the settings of 4 bits nothing is left of a model
+    if bits < FEWEST:  # the settings of 4 bits destroy a model
         weights |= {"group_size": 32, "symmetric": False, "observer": "mse"}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     preset = {"scheme": f"W{bits}A16", "targets": ["Linear"]}
@@ -81,11 +81,11 @@ def _yaml(recipe: dict[str, Any]) -> str:
 
 
 class Plain(BaseModel):
-    """A model that is not pruned, measured.
+    """Results of the dense model, quantized or not.
 
-    :param perplexity: as it is, or quantized
+    :param perplexity: on the test text
     :param bytes: size of its weights on disk
-    :param accuracy: task to the share of its questions that were answered rightly
+    :param accuracy: task to the share of its questions that were answered correctly
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -96,21 +96,21 @@ class Plain(BaseModel):
 
 
 class Cell(BaseModel):
-    """One method at one target with one pruner, measured.
+    """Results of one method at one target with one pruner.
 
     :param method: full name, as :func:`~dlp_plugin.comparison.names.contender_named` gives it
     :param target: a sparsity or N:M, as :func:`~dlp_plugin.comparison.names.target_named`
         writes it
     :param perplexity: infinite or NaN where the pruned model has collapsed
-    :param achieved: zeros among the weights of the pruned Linears, with those that quantizing
+    :param achieved: measured sparsity of the pruned Linears, including weights that quantization
         rounded to zero
-    :param seconds: to load, prune, quantize, store and measure; making the plan is not in it
-    :param bits: that a weight has; 16 for those of the checkpoint
+    :param seconds: to load, prune, quantize, store and measure, without making the plan
+    :param bits: per weight; 16 for weights as in the checkpoint
     :param bytes: size of its weights on disk, packed by :mod:`dlp_plugin.checkpoints.packing`
         where that is smaller; None where it was not asked for
-    :param memory: bytes that were held at once meanwhile, as
-        :func:`~dlp_plugin.comparison.memory.peak` counts them; None where that is not known
-    :param accuracy: task to the share of its questions that were answered rightly
+    :param memory: peak memory in bytes, as :func:`~dlp_plugin.comparison.memory.peak` counts it;
+        None where that is not known
+    :param accuracy: task to the share of its questions that were answered correctly
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -128,7 +128,7 @@ class Cell(BaseModel):
 
     @property
     def sparsity(self) -> float:
-        """Sparsity that was aimed at."""
+        """Target sparsity."""
         return target_of(self.target)[0]
 
 
@@ -139,19 +139,18 @@ def best_of(cells: Iterable[Cell]) -> Cell | None:
 
 
 class Comparison(BaseModel):
-    """What was measured.
+    """All results of a comparison.
 
     :param subject: what the figures hold for: model, data, device, package versions
     :param dense: perplexity of the dense model
-    :param accuracy: its accuracy, by task
-    :param questions: of every task, the first ones; None for all
-    :param plans: full name of a method (for some pruners another, see :meth:`plan_name`) to
-        target to plan
-    :param decided: likewise to the seconds that the plan took, once the blocks were scored
+    :param accuracy: task to the dense model's accuracy
+    :param questions: number of questions per task, the first ones; None for all
+    :param plans: name of a plan (see :meth:`plan_name`) to target to plan
+    :param decided: name of a plan to target to the seconds it took, without scoring the blocks
     :param cells: one per method, target, pruner and bits
-    :param plain: bits to what is not pruned; those of the dense model where sizes were asked for
+    :param plain: bits to the results of the dense model
     :param group_size: columns that share a scale where weights are quantized
-    :param scope: what is pruned
+    :param scope: which modules are pruned
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
@@ -181,7 +180,7 @@ class Comparison(BaseModel):
         return self.plans[self.plan_name(method, target, pruner)][target]
 
     def plan_name(self, method: str, target: str, pruner: str) -> str:
-        """What it is kept under: of those that were judged, by how they were."""
+        """The key of the plan in ``plans``, which names how the plan was judged, if it was."""
         way = pruner_named(pruner).way
         ways = way, Way(by_magnitude=way.by_magnitude), Way()
         names = [plan_name(method, each) for each in ways]
@@ -232,7 +231,7 @@ class Comparison(BaseModel):
         return best
 
     def frontier(self) -> list[tuple[int, float]]:
-        """Bytes and perplexity of every model that none of those as small betters, by bytes."""
+        """Bytes and perplexity of the models on the Pareto front, by bytes."""
         sized: list[Cell | Plain] = [*self.cells, *self.plain.values()]
         points = [(one.bytes, one.perplexity) for one in sized if one.bytes is not None]
         best: list[tuple[int, float]] = []
@@ -255,11 +254,11 @@ class Comparison(BaseModel):
         return f"# {self.subject['model']}, {title}\n{recipe}"
 
     def ratio(self, cell: Cell | Plain) -> float:
-        """A perplexity to the dense model's."""
+        """Ratio of a perplexity to the dense model's."""
         return cell.perplexity / (self.dense or math.nan)
 
     def values(self, field: str) -> list[Any]:
-        """What the cells hold in a field, each once, in their order."""
+        """The different values of a field in the cells, in order."""
         return list(dict.fromkeys(getattr(cell, field) for cell in self.cells))
 
     def save(self, path: str | Path) -> None:

@@ -1,12 +1,10 @@
 """Methods, sparsities and pruners compared on one model, in one run that can be resumed.
 
-Calibration runs once for all methods: every block is scored by each of them on the same
-norms. Where a method judges pruned models (``auto``, ``-refined``), the samples go through in
-two portions: those that such a method scores on, then those that it judges by;
-a method of fixed strength scores on both. So every plan is the one that a recipe with its
-modifier makes, whatever it is compared with, and a pruner prunes on all samples. One thing
-only is different: experts that saw no token count for no method, not even for those that
-look at weights alone.
+Calibration runs once for all methods: each of them scores every block on the same activation
+norms. A method with ``auto`` or ``-refined`` holds samples out, selects on these and scores on the
+others; a method of fixed strength scores on all. So every plan equals the one that a recipe with
+the method's modifier makes, and a pruner prunes on all samples. There is one difference: experts
+that received no token are left out by all methods, even by those that only look at weights.
 """
 
 from __future__ import annotations
@@ -82,8 +80,8 @@ def compare(
 ) -> Comparison:
     """Prune a model by every method, at every sparsity, with every pruner, and measure it.
 
-    ``results.json`` in ``folder`` is written anew after every plan and cell; what it holds
-    already is not made or measured again, and a search goes on where it was.
+    ``results.json`` in ``folder`` is written after every plan and cell. Plans and cells in it are
+    not made again, and an interrupted search continues.
 
     :param model: a causal language model, as ``oneshot()`` takes it: a folder or an id on the hub
     :param calibration: ``oneshot()``'s arguments that say what to calibrate on, with a
@@ -92,16 +90,16 @@ def compare(
     :param methods: as :func:`~dlp_plugin.comparison.names.contender_named` takes them
     :param sparsities: targets as :func:`~dlp_plugin.comparison.names.target_named` takes them
     :param pruners: as :func:`~dlp_plugin.comparison.names.pruner_named` takes them
-    :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` takes them; below 16, where
-        GPTQ that keeps the zeros quantizes, the model that is not pruned is measured too, and
-        below 4 that one alone
-    :param sizes: whether bytes on disk are recorded where all is at 16 bits too; what is
-        measured then is what is stored
-    :param refine: steps of the gradient, for the methods that are refined
-    :param evolve: generations of the evolution, for those that are evolved
-    :param scope: what is pruned, and what is neither that nor quantized
-    :param report: called with every cell that is measured now
-    :return: what was asked for, of all that ``results.json`` holds
+    :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` takes them; below 16, pruned
+        models are quantized by GPTQ that keeps the zeros, and the dense model is measured too;
+        below 4, only the dense model is measured
+    :param sizes: record bytes on disk also at 16 bits; models are then saved, and measured as
+        saved
+    :param refine: steps of the gradient search, for the methods that are refined
+    :param evolve: generations of the evolution, for the methods that are evolved
+    :param scope: which modules are pruned, and which are neither pruned nor quantized
+    :param report: called with every cell that is measured in this run
+    :return: the results asked for, also those of earlier runs
     :raises ValueError: if an argument is amiss, the folder holds results of another model or
         other data, or the model's perplexity is not finite before it is pruned
     :raises BlockingIOError: if another comparison is writing to the folder
@@ -160,7 +158,7 @@ def compare(
 class _Bench:
     """Makes models and measures them.
 
-    :param sizes: whether in bytes too; what is measured then is what is stored
+    :param sizes: measure bytes too; models are then saved, and measured as saved
     """
 
     model: str
@@ -181,16 +179,16 @@ class _Bench:
         wanted: Mapping[tuple[str, str], tuple[Contender, str, Way]],
         path: Path,
     ) -> None:
-        """Make the plans that are missing, and write each down as soon as it is made.
+        """Make the plans that are missing, and save each at once.
 
-        :param wanted: a plan's name and target to what it takes to make it
-        :param path: of what was found
+        :param wanted: a plan's name and target to the contender, target and way
+        :param path: of ``results.json``
         """
 
         def keep(method: str, target: str, plan: Plan, seconds: float) -> None:
             found.plans.setdefault(method, {})[target] = plan
             found.decided.setdefault(method, {})[target] = seconds
-            found.cells = [  # those that another plan than this one made
+            found.cells = [  # without those of an older plan of this name
                 cell
                 for cell in found.cells
                 if (found.plan_name(cell.method, cell.target, cell.pruner), cell.target)
@@ -229,7 +227,7 @@ class _Bench:
         )
 
     def plain(self, found: Comparison, bits: int) -> Plain:
-        """The model that is not pruned."""
+        """Measure the dense model."""
         if bits < 16:
             measured, size = self._stored(quantizing(bits, found.group_size, found.scope))
             del measured["achieved"]
@@ -242,7 +240,7 @@ class _Bench:
     def _stored(
         self, recipe: str, plan: Plan | None = None, scope: Scope = EVERY
     ) -> tuple[dict[str, Any], int]:
-        """What a recipe makes, measured as :meth:`_measured` does, from disk; and its bytes."""
+        """Apply a recipe, save the model and measure it from disk; gives the bytes, too."""
         with TemporaryDirectory() as folder:
             saved = Path(folder) / "saved"
             let_go(apply_recipe(self.model, recipe, output=saved, **self.calibration))
@@ -253,12 +251,12 @@ class _Bench:
     def _measured(
         self, model: Any, plan: Plan | None = None, scope: Scope = EVERY
     ) -> dict[str, Any]:
-        """Perplexity, accuracy, and sparsity of what a plan prunes, of a model that is used up."""
-        plain: Any = remove_dispatch(model)  # oneshot() leaves it to visit the GPU at every use
-        achieved = _achieved(plain, plan, scope)  # before some of it may lie on no device
+        """Perplexity, accuracy and achieved sparsity; the model cannot be used afterwards."""
+        plain: Any = remove_dispatch(model)  # after oneshot(), weights move to the GPU at every use
+        achieved = _achieved(plain, plan, scope)  # before weights may be moved to the meta device
         model = placed(plain)
         value = self.yardstick.perplexity(model)
-        tasks = self.tasks if math.isfinite(value) else ()  # a wreck scores no choice
+        tasks = self.tasks if math.isfinite(value) else ()  # no finite scores otherwise
         accuracy = self.yardstick.accuracy(model, self.calibration["tokenizer"], tasks)
         accuracy |= dict.fromkeys(set(self.tasks) - set(tasks), math.nan)
         let_go(model)
@@ -276,7 +274,7 @@ def _targets(sparsities: Iterable[float | str]) -> list[str]:
 
 
 def _achieved(model: Any, plan: Plan | None, scope: Scope) -> float:
-    """Sparsity of what a plan prunes."""
+    """Sparsity of the Linears that a plan prunes."""
     blocks = [] if plan is None else [block.name for block in plan.blocks]
     dense = {*unnamed_routers(model, scope.targets), *([] if plan is None else plan.unseen)}
     pruned = [
@@ -291,7 +289,7 @@ def _achieved(model: Any, plan: Plan | None, scope: Scope) -> float:
 def _subject(
     model: str, calibration: Mapping[str, Any], windows: Sequence[torch.Tensor]
 ) -> dict[str, str]:
-    """All that a figure depends on but method, target and pruner."""
+    """What a figure depends on besides method, target and pruner."""
     config = load_config(model)
     folder = Path(model)
     safe = any(folder.glob("*.safetensors"))
@@ -311,14 +309,14 @@ def _subject(
 
 
 def _named(device: torch.device) -> str:
-    """What a device is called, as figures of one do not hold for another."""
+    """A device's name; figures hold for one kind of device only."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _taken_up(
     path: Path, subject: dict[str, str], scope: Scope, yardstick: Yardstick
 ) -> Comparison:
-    """What an earlier run left, if it is of the same subject."""
+    """Results of an earlier run on the same subject."""
     if not path.exists():
         return Comparison(subject=subject, scope=scope, questions=yardstick.questions)
     try:

@@ -1,4 +1,4 @@
-"""How compared models are stored: in groups of how many columns, and in how many bytes."""
+"""How compared models are stored: their quantization group size, and the smaller of two forms."""
 
 from __future__ import annotations
 

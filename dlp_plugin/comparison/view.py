@@ -1,4 +1,4 @@
-"""A comparison as a table, as Markdown and in sentences."""
+"""A comparison as a table for the terminal, as Markdown and in sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table(found: Comparison) -> Table:
     With tasks, the mean of their accuracies too.
     """
     model = escape(found.subject["model"])
-    caption = [f"in brackets: times the dense model's, {found.dense:.4f}", *verdicts(found)]
+    caption = [f"in brackets: ratio to the dense model's, {found.dense:.4f}", *verdicts(found)]
     if found.accuracy:
         caption.insert(1, f"acc: mean accuracy; the dense model's is {_mean(found.accuracy)}")
     table = Table(title=f"Perplexity of {model}", caption="\n".join(caption))
@@ -57,7 +57,7 @@ def _is_best(found: Comparison, cell: Cell) -> bool:
 
 
 def _hidden(found: Comparison) -> list[str]:
-    """Columns that would say nothing."""
+    """Columns to leave out, as they would hold one value or none."""
     hidden = ["bits"] if found.values("bits") == [16] else []
     hidden += ["MB"] if found.values("bytes") == [None] else []
     return hidden + ([] if found.accuracy else ["acc"])
@@ -84,7 +84,7 @@ def markdown(found: Comparison) -> str:
     """All figures as a table in Markdown, the best at each sparsity in bold."""
     names = ["pruner", "target", "bits", "method"]
     figures = ["strength", "perplexity", "ratio", *found.accuracy, "acc", "MB", "zeros"]
-    figures += ["to decide", "seconds", "peak MB"]
+    figures += ["seconds to plan", "seconds", "peak MB"]
     whole = {"perplexity": f"{found.dense:.4f}", "ratio": "1"}
     whole |= _accuracies(found, found.accuracy)
     rows = [whole | {"MB": _megabytes(found.plain.get(16))}]
@@ -115,7 +115,7 @@ def markdown(found: Comparison) -> str:
             **_accuracies(found, cell.accuracy),
             "MB": _megabytes(cell),
             "zeros": f"{cell.achieved:.4f}",
-            "to decide": "" if decided is None else f"{decided:.1f}",
+            "seconds to plan": "" if decided is None else f"{decided:.1f}",
             "seconds": f"{cell.seconds:.1f}",
             "peak MB": "" if cell.memory is None else f"{cell.memory / 1e6:.0f}",
         }
@@ -128,7 +128,7 @@ def markdown(found: Comparison) -> str:
 
 
 def verdicts(found: Comparison) -> list[str]:
-    """Whether pruning pays per byte, a sentence for every quantized model that is not pruned."""
+    """Whether pruning pays per byte: a sentence for every quantized dense model."""
     cells = [cell for cell in found.cells if cell.bytes is not None]
     sentences = []
     for bits, plain in found.plain.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import fsspec
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from fsspec.utils import infer_compression
+from llmcompressor.args import DatasetArguments
+from llmcompressor.transformers.data import CustomDataset, TextGenerationDataset
 from transformers import PreTrainedTokenizerBase
 
 __all__ = ["read_pieces"]
@@ -59,7 +62,7 @@ def read_pieces(
     if path.is_file() and _ending(path) not in _READERS:
         yield _text_of(path)
         return
-    rows = _rows(str(source), config, split, usual_split, streaming)
+    rows = _rows(str(source), tokenizer, config, split, usual_split, streaming)
     for number, row in enumerate(_reading(rows, source)):
         if column not in row:
             raise ValueError(
@@ -99,7 +102,12 @@ def _text_of(path: Path) -> str:
 
 
 def _rows(
-    source: str, config: str | None, split: str | None, usual_split: str, streaming: bool
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: str | None,
+    split: str | None,
+    usual_split: str,
+    streaming: bool,
 ) -> Rows:
     path = Path(source)
     local = source.startswith((".", "/", "~")) or _ending(path) in (*_TEXTS, *_READERS)
@@ -117,6 +125,8 @@ def _rows(
                 (usual_split,) = map(str, made.data_files)
             if hasattr(made, "sample_by"):  # the reader of text, for which a line is a row
                 arguments |= {"sample_by": "document", "encoding": _ENCODING}
+        elif _host_knows(source):
+            return _host_rows(source, tokenizer, config, split or usual_split, streaming)
         load: Any = load_dataset  # typed for a literal ``streaming`` only
         rows: Rows = load(**arguments, split=split or usual_split, streaming=streaming)
     except StopIteration:  # what comes of JSON without a row
@@ -124,6 +134,34 @@ def _rows(
     except (OSError, ValueError, DatasetsError) as error:
         raise _told(source, error) from error
     return rows
+
+
+def _host_knows(source: str) -> bool:
+    """Whether llm-compressor knows a dataset by such a name, as ``open_platypus``."""
+    try:
+        kind = TextGenerationDataset.get_value_from_registry(source) if ":" not in source else None
+    except KeyError:
+        return False
+    return kind not in (None, CustomDataset)
+
+
+def _host_rows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: str | None,
+    split: str,
+    streaming: bool,
+) -> Rows:
+    """Rows of such a dataset, with the texts that ``oneshot()`` would calibrate on."""
+    arguments = DatasetArguments(dataset=source, dataset_config_name=config, streaming=streaming)
+    known: Any = TextGenerationDataset.load_from_registry(
+        source,
+        dataset_args=arguments,
+        split=split,
+        processor=deepcopy(tokenizer),  # which may get a padding token or a chat template
+    )
+    rows: Rows = known.load_dataset()
+    return rows if known.preprocess is None else rows.map(known.preprocess)
 
 
 def _reading(rows: Rows, source: str | Path) -> Iterator[Any]:

@@ -53,8 +53,8 @@ def read_tokens(
     ``content``, or ShareGPT's ``from`` and ``value``) become what the tokenizer's chat template
     makes of them.
 
-    :param source: a file, or what ``datasets.load_dataset`` takes: a name on the hub or a
-        local folder
+    :param source: a file, a local folder, or a dataset: by its name on the hub, or one of
+        llm-compressor's names such as ``open_platypus``
     :param config: the dataset's configuration, e.g. ``wikitext-2-raw-v1``
     :param split: the dataset's split; None for ``usual_split``, or for the only one that a
         file or local folder has

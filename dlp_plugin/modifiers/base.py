@@ -1,4 +1,4 @@
-"""What the allocation modifiers share: hooks in, plan out, pruning stages fed."""
+"""What the allocation modifiers share: score blocks, make a plan, set the stages' sparsities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dlp_plugin.evaluation.vocabulary import check_tokens
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.files import check_writable, reserved
 from dlp_plugin.generation import make_savable
-from dlp_plugin.modifiers.feeding import FedStage, all_blocks, check_stage, easier, fed_blocks
+from dlp_plugin.modifiers.feeding import FedStage, all_blocks, check_stage, fed_blocks, offset_of
 from dlp_plugin.modifiers.fitting import check_fits
 from dlp_plugin.modifiers.scoring_pass import ScoringPass
 from dlp_plugin.planning.allocation import check_sparsity
@@ -38,38 +38,37 @@ __all__ = ["AllocationModifier", "last_plans"]
 
 
 class AllocationModifier(Modifier, Method):
-    """Give every block its own sparsity before SparseGPT, Wanda, ADMM or magnitude prunes it.
+    """Give every block a separate sparsity before SparseGPT, Wanda, ADMM or magnitude prunes it.
 
-    A method (:mod:`dlp_plugin.planning.methods`) in the host's life cycle. It
-    feeds every pruning stage that follows, up to the next modifier of this kind; together
-    they are one plan with one target. Where their structure is N:M, every block gets an N of
-    its own, N on average. After the run the recipe reads as it was written, and holds the
-    plan: run again, it prunes from that plan without scoring.
+    A method (:mod:`dlp_plugin.planning.methods`) as a modifier of llm-compressor. It sets the
+    sparsities of every pruning stage that follows, up to the next allocation modifier. These
+    stages share one plan with one target. With an N:M structure every block gets a separate N;
+    their average is the N of the structure. After the run the recipe reads as it was written and
+    holds the plan: run again, it prunes by that plan without scoring.
 
     Lifecycle:
 
-    - on_initialize: check everything; with ``from_plan``, feed the stages
+    - on_initialize: check everything; with ``from_plan``, set the stages' sparsities
     - on_calibration_start: one forward pass, block by block, of the calibration samples
-      without their padding; then allocate, choose the strength and refine if asked to,
-      write the plan, feed the stages
-    - on_sequential_epoch_end, during that pass: score the blocks that are through
-    - on_finalize: give the stages back the sparsity they were written with
+      without their padding; then allocate, select the strength and refine if asked to,
+      write the plan, set the stages' sparsities
+    - on_sequential_epoch_end, during that pass: score the blocks that have run
+    - on_finalize: restore the stages' sparsities as they were written
 
-    :param sparsity: target over all weights that the stages prune, in (0, 1); left
-        out, the stages' own, or that of their N:M
-    :param mask_structure: ``N:M`` for a plan that no stage follows, to be pruned from later;
-        otherwise the stages' own
-    :param targets: what a plan that no stage follows is for, as a stage's; otherwise theirs
-    :param ignore: likewise
+    :param sparsity: target over all weights that the stages prune, in (0, 1); by default the
+        stages' own, or that of their N:M
+    :param mask_structure: ``N:M`` of the plan, where no stage follows; otherwise the stages'
+    :param targets: modules to plan for, where no stage follows; otherwise the stages'
+    :param ignore: modules to leave dense, where no stage follows; otherwise the stages'
     :param num_samples: use the first so many calibration samples; None for all
     :param plan_path: JSON file to write the plan to
-    :param from_plan: a plan file (or its content) to prune from without scoring, at
-        the same or another target and strength
-    :param refine: steps of a search that improves the plan at the same total, down to single
-        Linears; 0 for none. With a ``plan_path``, a search that was interrupted goes on where
-        it was
+    :param from_plan: a plan file (or its content) to prune by without scoring, at the same or
+        another target and strength
+    :param refine: steps of a search that improves the plan, with a separate sparsity for every
+        Linear and the same total; 0 for none. With a ``plan_path``, an interrupted search
+        continues
     :param search: ``gradient``: each step is one backward pass of the pruned model;
-        ``evolution``: each is a generation of trial and error, which needs no backward pass
+        ``evolution``: each step is a generation of random changes, without a backward pass
     :param seed: of the evolution
     """
 
@@ -86,7 +85,7 @@ class AllocationModifier(Modifier, Method):
     search: Search = "gradient"
     seed: int = 0
 
-    # The epoch that the host gives it runs no data: it runs them itself, once.
+    # The host runs no data for it: the modifier runs the samples itself, once.
     requires_calibration_data: bool = False
 
     _plan: Plan | None = PrivateAttr(default=None)
@@ -103,13 +102,13 @@ class AllocationModifier(Modifier, Method):
 
     @property
     def method(self) -> Method:
-        """The method, with strength and settings as they are written here."""
+        """The method, with this modifier's strength and settings."""
         kind = METHODS[self.name]
         return kind(**{name: getattr(self, name) for name in kind.model_fields})
 
     @property
     def judges(self) -> bool:
-        """Whether pruned models are judged, on a quarter of the samples at most."""
+        """Whether plans are selected on held-out samples, a quarter of all at most."""
         return self.strength == "auto" or self.refine > 0
 
     @property
@@ -118,7 +117,7 @@ class AllocationModifier(Modifier, Method):
         return self._plan
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Check the recipe against the model; with ``from_plan``, feed the stages.
+        """Check the recipe against the model; with ``from_plan``, set the stages' sparsities.
 
         :raises ValueError: naming the field or module, if anything is amiss
         """
@@ -149,7 +148,7 @@ class AllocationModifier(Modifier, Method):
         return True
 
     def _check_recipe(self, stages: list[host.StockStage]) -> None:
-        """Check what stands in the recipe, before the model is looked at."""
+        """Check the recipe, before the model."""
         own = type(self).__name__
         for stage in stages:
             check_stage(stage, own)
@@ -166,7 +165,7 @@ class AllocationModifier(Modifier, Method):
                 raise ValueError(f"plan_path: {error}") from error
 
     def _check_data(self, state: State) -> None:
-        """Check that there is what scores and losses come from."""
+        """Check that there are the samples and the model that scores and losses need."""
         if self._runs_data and not state.data.calib:
             raise ValueError(
                 f"{type(self).__name__} scores blocks on activations and got no calibration "
@@ -181,7 +180,7 @@ class AllocationModifier(Modifier, Method):
 
     @property
     def _search_path(self) -> str | None:
-        """File for how far a search is; None where there is none, or nowhere to write it."""
+        """File to continue an interrupted search from; None without a search or ``plan_path``."""
         return f"{self.plan_path}.search" if self.refine and self.plan_path else None
 
     @property
@@ -227,13 +226,13 @@ class AllocationModifier(Modifier, Method):
         raise ValueError(f"no sparsity is stated: set it in the pruning stage or in {own}")
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Score on one run of the calibration samples, and decide."""
+        """Score on one run of the calibration samples, and make the plan."""
         if self._plan is not None or self._pass.running:
             return
         if len(host.current_modifiers()) > 1:
             raise ValueError(
-                f"{type(self).__name__} must be through before the stages it feeds begin, but "
-                "this pipeline runs all modifiers in one epoch: call oneshot() with "
+                f"{type(self).__name__} must end before the stages that follow it begin, but this "
+                "pipeline runs all modifiers at once: call oneshot() with "
                 "pipeline='independent', its default"
             )
         path = self._search_path
@@ -255,21 +254,21 @@ class AllocationModifier(Modifier, Method):
             self._pass.run(self, state.model, batches, [self.method])
         else:
             self._pass.score_weights([self.method])
-        with DisableQuantization(state.model):  # which a quantizer that follows has set up
+        with DisableQuantization(state.model):  # a quantizer that follows has enabled it
             self._adopt(self._decided(state.model, batches, judging))
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
-        """Score the blocks that lie in the part of the model that is through."""
+        """Score the blocks in the part of the model that has run."""
         if self._plan is None and self._pass.running:
             self._pass.through(modules)
 
     def _decided(self, model: torch.nn.Module, batches: list[Batch], judging: list[Batch]) -> Plan:
-        """Allocate, choose and refine as asked to.
+        """Allocate, select the strength and refine, as asked to.
 
         :param batches: samples that were scored on
-        :param judging: samples to judge by, where that is asked for
+        :param judging: held-out samples, where some are needed
         """
         scores = self._pass.scores(self.method)
         if len(set(scores)) == 1 < len(scores):
@@ -296,21 +295,21 @@ class AllocationModifier(Modifier, Method):
             structure=self._structure,
             unseen=self._pass.unseen,
             refine=self.refine,
-            easier=min((easier(fed.stage) for fed in self._stages), default=0.0),
+            offset=min((offset_of(fed.stage) for fed in self._stages), default=0.0),
             search=self.search,
             seed=self.seed,
             progress_path=self._search_path,
         )
 
     def _fitted(self, plan: Plan) -> Plan:
-        """A given plan at the wanted target and strength, once it is sure to be ours."""
+        """A given plan, checked against the model, at the wanted target and strength."""
         stated = {n: v for n, v in self.method.settings.items() if n in self.model_fields_set}
         check_fits(plan, self.name, stated, self._structure, self._blocks, self._stages)
         given = self.strength_field in self.model_fields_set
         if self.refine or (given and self.strength == "auto"):
             raise ValueError(
                 f"from_plan prunes without calibration samples, and {self.strength_field}: auto "
-                "and refine judge by them: leave out the one or the other"
+                "and refine need them: leave out the one or the other"
             )
         return plan.at(target=self._target, strength=float(self.strength) if given else None)
 
@@ -331,7 +330,7 @@ class AllocationModifier(Modifier, Method):
             fed.feed(plan)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Give the stages back what they were written with; keep the plan."""
+        """Restore the stages as they were written; keep the plan."""
         self.remove_hooks()
         for fed in self._stages:
             fed.restore()
@@ -340,13 +339,19 @@ class AllocationModifier(Modifier, Method):
             for name in type(method).model_fields:
                 setattr(self, name, getattr(method, name))
             self.from_plan = self._plan.model_dump(mode="json")
-            self.plan_path = None  # is written, and need not be where the recipe runs again
+            self.plan_path = (
+                None  # it is written, and the path may not exist where the recipe runs again
+            )
             self.refine = 0
         return True
 
 
 def last_plans() -> list[Plan]:
-    """Plans of the last ``oneshot()`` run in this process, in recipe order."""
+    """Plans of the last ``oneshot()`` run in this process, in recipe order.
+
+    A modifier that was passed to ``oneshot()`` as an object has its plan as
+    :attr:`AllocationModifier.plan`.
+    """
     modifiers = host.current_modifiers()
     plans = [m.plan for m in modifiers if isinstance(m, AllocationModifier)]
     return [plan for plan in plans if plan is not None]

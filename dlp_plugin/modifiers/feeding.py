@@ -1,4 +1,4 @@
-"""Pruning stages fed with a plan, and the blocks that hold what they prune."""
+"""Pruning stages that get their sparsities from a plan, and the blocks that they prune in."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from dlp_plugin.planning.structure import MaskStructure
 from dlp_plugin.pruning.base import PruningStage
 from dlp_plugin.scoring.blocks import Block, group_by_block, outer_block
 from dlp_plugin.scoring.routers import unnamed_routers
-from dlp_plugin.search.decide import where_judged
+from dlp_plugin.search.decide import search_offset
 
-__all__ = ["FedStage", "all_blocks", "check_stage", "easier", "fed_blocks"]
+__all__ = ["FedStage", "all_blocks", "check_stage", "fed_blocks", "offset_of"]
 
 
 def fed_blocks(
@@ -36,8 +36,8 @@ def fed_blocks(
 ) -> tuple[list[Block], list[FedStage]]:
     """Find what stages will prune in the blocks of a model.
 
-    :param sequential_targets: what the user says that blocks are
-    :return: the blocks with the Linears that are to be pruned, and the stages
+    :param sequential_targets: names or classes of the blocks, where the user states them
+    :return: the blocks with the Linears to prune, and the stages
     :raises ValueError: naming the module or field
     """
     names = block_names(model, sequential_targets)
@@ -57,10 +57,10 @@ def all_blocks(
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = (),
 ) -> list[Block]:
-    """The blocks of a model with what a stage would prune in them, where none is there yet.
+    """The blocks of a model with the Linears that a stage would prune, where no stage follows.
 
-    :param targets: as a stage's; routers count where they are named
-    :param ignore: likewise
+    :param targets: as in a stage; routers are included only if they are named
+    :param ignore: as in a stage
     :raises ValueError: as :func:`fed_blocks` does
     """
     names = block_names(model, sequential_targets)
@@ -90,7 +90,7 @@ def _blocks(
 
 
 class FedStage:
-    """A pruning stage, what it will prune, and how it was written."""
+    """A pruning stage, its Linears, and its fields as they were written."""
 
     def __init__(
         self,
@@ -99,9 +99,9 @@ class FedStage:
         block_names: list[str],
         routers: Mapping[str, torch.nn.Linear],
     ) -> None:
-        """Find each target's block, and have the stage leave dense what lies in none.
+        """Find each target's block, and have the stage leave dense what lies outside all blocks.
 
-        :param routers: of the model, those that the stage's targets do not name
+        :param routers: the model's routers that the stage's targets do not name
         :raises ValueError: if the stage prunes nothing in any block, or a target
             holds Linears of several blocks
         """
@@ -137,11 +137,11 @@ class FedStage:
 
     @property
     def by_magnitude(self) -> bool:
-        """Whether the stage ranks weights by magnitude; the others rank about as Wanda does."""
+        """Whether the stage ranks weights by magnitude; all others rank roughly as Wanda does."""
         return isinstance(self.stage, PruningStage) and self.stage.by_magnitude
 
     def check_single_linears(self) -> None:
-        """Refuse targets that hold several Linears, which a refined plan tells apart.
+        """Refuse targets with several Linears: a refined plan has a sparsity for each Linear.
 
         :raises ValueError: naming the target
         """
@@ -167,22 +167,21 @@ class FedStage:
         )
 
     def restore(self) -> None:
-        """Make the stage read as it was written."""
+        """Restore the stage's fields as they were written."""
         self.stage.sparsity, self.stage.ignore = self._written
 
 
-def easier(stage: StockStage) -> float:
-    """How much less is pruned while a plan for a stage is refined."""
+def offset_of(stage: StockStage) -> float:
+    """How much lower than the target the sparsity is while a plan for a stage is refined."""
     if isinstance(stage, PruningStage):
-        return where_judged(stage.compensates, stage.repairs)
-    return where_judged(isinstance(stage, SparseGPTModifier), False)
+        return search_offset(stage.compensates, stage.repairs)
+    return search_offset(isinstance(stage, SparseGPTModifier), False)
 
 
 def check_stage(stage: StockStage, decider: str) -> None:
-    """Reject what a list of sparsities cannot steer.
+    """Refuse a stage whose sparsities a plan cannot set.
 
-    :param decider: the modifier that would
-
+    :param decider: name of the modifier that would set them
     :raises ValueError: naming the stage, the field and the remedy
     """
     kind = type(stage).__name__

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dlp_plugin.modifiers.base import AllocationModifier
 from dlp_plugin.planning.methods.alpha_pruning import AlphaPruning
 from dlp_plugin.planning.methods.dlp import DLP
-from dlp_plugin.planning.methods.linear import Linear
+from dlp_plugin.planning.methods.linear import LinearSparsity
 from dlp_plugin.planning.methods.owl import OWL
 
 __all__ = ["AlphaPruningModifier", "DLPModifier", "LinearSparsityModifier", "OWLModifier"]
 
 
 class DLPModifier(DLP, AllocationModifier):
-    """Give every block its own sparsity before SparseGPT, Wanda, ADMM or magnitude prunes it.
+    """Give every block a separate sparsity before SparseGPT, Wanda, ADMM or magnitude prunes it.
 
-    Dynamic Layerwise Pruning (arXiv 2505.23807): the blocks whose weights matter less
-    on the calibration data are pruned harder, with the same total. Put it in front of
-    the stock stages in a recipe:
+    Dynamic Layerwise Pruning (arXiv 2505.23807): blocks whose weights matter less on the
+    calibration data are pruned more, with the same total. Put it before the pruning stages in a
+    recipe:
 
     ```yaml
     pruning_stage:
@@ -29,31 +29,30 @@ class DLPModifier(DLP, AllocationModifier):
           ignore: ["re:.*lm_head"]
     ```
 
-    ``alpha``, left out with ``from_plan``, is the plan's; ``auto`` chooses it by the loss of
-    the pruned model on a quarter of the samples, of at most 16,384 tokens, which are then not
-    scored on. That and
-    ``statistic`` are :class:`~dlp_plugin.planning.methods.dlp.DLP`'s fields, the others
-    :class:`~dlp_plugin.modifiers.base.AllocationModifier`'s.
+    With ``from_plan``, ``alpha`` is the plan's if it is left out. ``auto`` selects it by the loss
+    of the pruned model on held-out samples: a quarter of all, at most 16,384 tokens. ``alpha`` and
+    ``statistic`` are fields of :class:`~dlp_plugin.planning.methods.dlp.DLP`, the others of
+    :class:`~dlp_plugin.modifiers.base.AllocationModifier`.
     """
 
 
 class OWLModifier(OWL, AllocationModifier):
-    """Outlier Weighed Layerwise sparsity (arXiv 2310.05175), in the same life cycle.
+    """Outlier Weighed Layerwise sparsity (arXiv 2310.05175), used like :class:`DLPModifier`.
 
-    What ``sparsity_profile: owl`` of the stock stages is meant to be, which raises an error in
-    llm-compressor 0.14; ``owl_m`` and ``owl_lmbda`` have the same names.
+    It replaces ``sparsity_profile: owl`` of llm-compressor's stages, which raises an error in
+    llm-compressor 0.14. ``owl_m`` and ``owl_lmbda`` have the same names.
     """
 
 
 class AlphaPruningModifier(AlphaPruning, AllocationModifier):
-    """AlphaPruning (arXiv 2410.10912), in the same life cycle.
+    """AlphaPruning (arXiv 2410.10912), used like :class:`DLPModifier`.
 
-    Needs no calibration data of its own, unless ``epsilon`` is chosen.
+    Scores weights only, so it needs no calibration data, unless ``epsilon`` is ``auto``.
     """
 
 
-class LinearSparsityModifier(Linear, AllocationModifier):
+class LinearSparsityModifier(LinearSparsity, AllocationModifier):
     """Sparsities in arithmetic progression over depth (arXiv 2502.14770).
 
-    Needs no calibration data of its own, unless ``beta`` is chosen, as it is by default.
+    Needs no calibration data, unless ``beta`` is ``auto``, its default.
     """

@@ -24,16 +24,16 @@ __all__ = ["ScoringPass"]
 
 
 class ScoringPass:
-    """Scores every block by one or several methods, on the norms of one forward pass.
+    """Scores every block by one or several methods, on activation norms of one forward pass.
 
-    The host's pipeline, which runs the samples block by block, tells the modifier of the epoch
-    when it begins and what is through; that is the modifier which starts the pass, so
+    The host's pipeline runs the samples block by block, and calls the modifier that started the
+    pass when calibration begins and when a part of the model has run:
 
-    - while :attr:`running`, its ``on_calibration_start`` has nothing to do;
-    - its ``on_sequential_epoch_end`` hands the modules on to :meth:`through`.
+    - while :attr:`running`, the modifier's ``on_calibration_start`` has nothing to do;
+    - its ``on_sequential_epoch_end`` passes the modules on to :meth:`through`.
 
-    A pass may be run again with further samples: norms are those of all that ran. One that
-    never runs scores without activations.
+    A pass may be run again with more samples, which add to the norms. Without a run, blocks are
+    scored without activations.
 
     :param blocks: what to score, in the model's order
     """
@@ -53,11 +53,11 @@ class ScoringPass:
         batches: Sequence[Batch],
         methods: Iterable[Method],
     ) -> None:
-        """Run samples, each block once, and score it by every method when it is through.
+        """Run the samples, and score each block by every method once it has run.
 
-        Call from within an epoch of the host's.
+        Call it from a modifier's ``on_calibration_start``.
 
-        :param modifier: that of the epoch, which hooks belong to
+        :param modifier: the modifier, which registers the hooks
         :raises ValueError: if no sample reaches a block, or a norm or weight is not finite
         """
         self._norms = norms = self._norms or ChannelNorms()
@@ -79,10 +79,10 @@ class ScoringPass:
         self._score_the_rest()
 
     def through(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Score the blocks that lie in the part of the model that is through.
+        """Score the blocks in the part of the model that has run.
 
-        A block that the model applies several times is through as often, and scored anew on
-        all its inputs so far.
+        A block that the model applies several times is scored again after each time, on all its
+        inputs so far.
         """
         done = set(modules)
         for depth, block in enumerate(self._blocks):
@@ -91,12 +91,12 @@ class ScoringPass:
 
     @property
     def unseen(self) -> list[str]:
-        """Full names of the Linears that saw no token, and were not scored."""
+        """Full names of the Linears that received no token and were not scored."""
         return [name for block in self._blocks for name in self._unseen[block.name]]
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks less what was not scored."""
+        """The blocks without the Linears that were not scored."""
         return [block.without(self._unseen[block.name]) for block in self._blocks]
 
     def scores(self, method: Method) -> list[float]:
@@ -104,7 +104,7 @@ class ScoringPass:
         return [self._scores[block.name][_settings(method)] for block in self._blocks]
 
     def masks(self, by_magnitude: Collection[str] = ()) -> Masks:
-        """Which weights go at any sparsity, by the norms so far.
+        """Masks at any sparsity, by the norms so far.
 
         :param by_magnitude: full names of the Linears that magnitude prunes
         """
@@ -145,23 +145,23 @@ def _record(
 
 
 def _settings(method: Method) -> tuple[Any, ...]:
-    """All of a method that its scores depend on."""
+    """The part of a method that its scores depend on."""
     return (method.name, *method.settings.items())
 
 
 def _seen(norms: Mapping[str, torch.Tensor | None], block: Block) -> dict[str, torch.Tensor]:
-    """The norms of the Linears that saw a token; tells of the others."""
+    """The norms of the Linears that received a token; warns of the others."""
     seen = {name: norm for name, norm in norms.items() if norm is not None}
     if not seen:
         raise ValueError(
-            f"no Linear of block {block.name} saw calibration data: the samples "
-            "never reach it, or llm-compressor could not trace the model (it then warns "
-            "of fewer subgraphs than expected); leave it and its like out with "
-            f"'re:{_kin(block.name)}' in the stage's ignore, or --ignore"
+            f"no Linear of block {block.name} received calibration data: the samples never reach "
+            "it, or llm-compressor could not trace the model (it then warns of fewer subgraphs "
+            f"than expected); to leave such blocks out, add 're:{_kin(block.name)}' to the stage's "
+            "ignore, or --ignore"
         )
     if unseen := [name for name in norms if name not in seen]:
         logger.warning(
-            "{} Linears of {} saw no calibration token; they are not scored and stay dense: {}",
+            "{} Linears of {} received no calibration token, are not scored and stay dense: {}",
             len(unseen),
             block.name,
             unseen,

@@ -1,1 +1,1 @@
-"""Scores to sparsities, and the plan as data."""
+"""From scores to sparsities, and the plan as data."""

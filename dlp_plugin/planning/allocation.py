@@ -1,8 +1,9 @@
-"""The allocation: one unimportance per block in, one sparsity per block out.
+"""The allocation: from one unimportance per block to one sparsity per block.
 
 Pure arithmetic in float64 on the standard library; section 3.3 of the DLP paper
-(arXiv 2505.23807), with two repairs to its released code: block sizes weigh in, and
-what is cut off at 0 or 1 is redistributed, so the global sparsity is always the target.
+(arXiv 2505.23807), with two repairs to its released code: blocks are weighted by their size, and
+sparsities that are clipped at 0 or 1 are compensated in the other blocks. So the global sparsity
+is always the target.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from collections.abc import Sequence
 
 __all__ = ["allocate", "check_sparsity", "check_strength", "importances"]
 
-# No sparsities lie further apart, and sums with far greater numbers lose their digits.
+# Larger strengths change no sparsity any more, and sums with them lose precision.
 _STRONGEST = 1e6
 
 
 def check_sparsity(value: float, field: str = "sparsity") -> float:
-    """Return ``value`` if it is a sparsity that can be aimed at.
+    """Return ``value`` if it is a valid target sparsity.
 
     :raises ValueError: if it is not strictly between 0 and 1
     """

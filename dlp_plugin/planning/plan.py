@@ -1,4 +1,4 @@
-"""The plan: which sparsity every block gets and why, as data; JSON in and out."""
+"""The plan: which sparsity every block gets and why, as data that JSON files hold."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure, whole_num
 
 __all__ = ["BlockPlan", "Candidate", "Plan", "SearchStep", "package_versions"]
 
-# Characters of what is wrong with a plan: a number in it may have a thousand digits.
+# Longest problem shown, in characters: a number in a plan may have a thousand digits.
 _SHOWN = 400
-# Scores are far smaller, and sums with greater ones overflow.
+# Largest score: real ones are far smaller, and sums of larger ones overflow.
 _LARGEST = 1e40
-# What a mean of numbers in [0, 1] is off by rounding, at most.
+# Largest rounding error of a mean of numbers in [0, 1].
 _ROUNDING = 1e-9
 
 _PACKAGES = (
@@ -48,7 +48,7 @@ _PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide what comes out."""
+    """Versions of the packages that the result depends on."""
     return {package: version(package) for package in _PACKAGES}
 
 
@@ -59,7 +59,7 @@ def _no_bool(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
-"""A number that is written as one: ``true`` is none."""
+"""A number; ``true`` and ``false`` are refused."""
 
 _Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=1 << 53)]
 
@@ -76,13 +76,13 @@ class BlockPlan(BaseModel):
 
     :param name: full name of the block in the model
     :param weights: number of weights that the pruning stages prune in it
-    :param score: what the method makes of the block: DLP's unimportance ``U_b``, OWL's
-        outlier ratio, AlphaPruning's exponent, the depth
+    :param score: the method's score of the block: DLP's unimportance ``U_b``, OWL's outlier
+        ratio, AlphaPruning's exponent, or the depth
     :param importance: ``I_b = 1 - U_b / sum(U)``; for OWL ``U`` is how far the ratio lies
         below the largest
     :param sparsity: fraction of ``weights`` to set to zero
-    :param linears: full name of a Linear to its own sparsity, where a search went down to
-        single Linears; their mean by weights is ``sparsity``
+    :param linears: full name to sparsity of every Linear, in a refined plan; their weighted
+        mean is ``sparsity``
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -110,7 +110,7 @@ class Candidate(BaseModel):
     """A strength that was tried, and the loss of the model pruned with it.
 
     :param strength: the method's
-    :param loss: mean cross-entropy per token of calibration samples that were not scored on
+    :param loss: mean cross-entropy per token of the held-out samples
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -120,27 +120,36 @@ class Candidate(BaseModel):
 
 
 class SearchStep(BaseModel):
-    """What the search that refined a plan had reached when it was measured.
+    """A measurement of the search that refined a plan.
 
-    :param generation: steps of the gradient or generations of the evolution; 0 is the plan that
-        the search set out from
-    :param evaluations: pruned models measured so far, on however many tokens
-    :param tokens: tokens that went through the model so far; a backward pass counts as two
-        forward passes
+    :param step: steps of the gradient search, or generations of the evolution, so far; 0 is the
+        plan that the search started from
+    :param evaluations: number of pruned models measured so far
+    :param tokens: tokens run through the model so far; a backward pass counts as two forward
+        passes
     :param divergence: Kullback-Leibler divergence of the best plan so far from the dense
         model, in nats per token
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    generation: _Count
+    step: _Count
     evaluations: _Count
     tokens: _Count
     divergence: Number
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, content: Any) -> Any:
+        """Up to version 3 of a plan's schema the field was ``generation``."""
+        if isinstance(content, dict) and "generation" in content and "step" not in content:
+            content = {"step": content["generation"], **content}
+            del content["generation"]
+        return content
+
 
 class Plan(BaseModel):
-    """What a method decided for a model, and all it takes to decide again.
+    """The sparsities that a method chose for a model, with all that is needed to choose again.
 
     :param method: a name out of :data:`dlp_plugin.planning.methods.METHODS`
     :param settings: what the scores depend on besides the model: DLP's ``statistic``, OWL's
@@ -149,21 +158,21 @@ class Plan(BaseModel):
     :param strength: the method's own: DLP's alpha or OWL's lambda, half the range of the
         sparsities before clipping; AlphaPruning's epsilon; the linear one's beta
     :param target: sparsity over all ``weights`` together
-    :param mask_structure: ``0:0`` if weights are pruned wherever they are least; ``N:M`` if
-        of every M consecutive weights as many are pruned as a block's ``sparsity`` says, N on
-        average. The total is then as near to ``target`` as whole numbers allow
+    :param mask_structure: ``0:0`` for unstructured; ``N:M`` for a fixed number of zeros in every
+        M consecutive weights, by each block's ``sparsity``, and N on average. The total is then
+        as near to ``target`` as whole numbers allow
     :param blocks: one row per block, in the model's order
-    :param unseen: Linears that saw no calibration token: neither scored nor counted
-        in ``weights``, and left dense
-    :param candidates: the strengths that ``strength`` was chosen from, if it was
-    :param search: the path of the search that refined the sparsities, if there was one
-    :param searched_at: the sparsity that it searched at, if that was not ``target``
+    :param unseen: Linears that received no calibration token: neither scored nor counted in
+        ``weights``, and left dense
+    :param candidates: the strengths that ``strength`` was selected from, if it was
+    :param search: measurements of the search that refined the plan, if there was one
+    :param searched_at: the sparsity at which it searched, if that was not ``target``
     :param versions: package versions that made the plan
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    schema_version: Annotated[Literal[3], BeforeValidator(_no_bool)] = 3
+    schema_version: Annotated[Literal[4], BeforeValidator(_no_bool)] = 4
     method: str = "dlp"
     settings: dict[str, Number | str] = Field(default_factory=dict)
     model: str
@@ -181,11 +190,12 @@ class Plan(BaseModel):
     @classmethod
     def _read_older(cls, content: Any) -> Any:
         if isinstance(content, dict):
-            version = content.get("schema_version", 1 if "alpha" in content else 3)
+            version = content.get("schema_version", 1 if "alpha" in content else 4)
             if version == 1 and not isinstance(version, bool):
                 return from_schema_1(content)
-            if version == 2 and isinstance(version, int) and "searched_at" not in content:
-                return content | {"schema_version": 3}
+            known = version == 3 or (version == 2 and "searched_at" not in content)
+            if known and isinstance(version, int):
+                return content | {"schema_version": 4}
         return content
 
     @model_validator(mode="after")
@@ -202,7 +212,7 @@ class Plan(BaseModel):
         check_sparsity(self.target, "target")
         names = [block.name for block in self.blocks]
         if len(set(names)) < len(names):
-            raise ValueError("blocks: a name stands twice")
+            raise ValueError("blocks: two have the same name")
         allowed = 1e-6
         if self.mask_structure:
             self.mask_structure.exact_target(self.target, "target")
@@ -315,7 +325,7 @@ class Plan(BaseModel):
         return method(**self.settings, **{method.strength_field: self.strength})
 
     def check_linears(self, weights: Mapping[str, int]) -> None:
-        """Make sure that what a refined plan says of Linears comes to what it says of blocks.
+        """Check that a refined plan's Linears have the sparsity of their block on average.
 
         :param weights: full name of every Linear that is to be pruned to its number of weights
         :raises ValueError: naming the block and both sparsities
@@ -343,7 +353,7 @@ class Plan(BaseModel):
 
     @property
     def deviation(self) -> float:
-        """How far :attr:`sparsity` lies above ``target``; N:M may not come nearer."""
+        """How far :attr:`sparsity` lies above ``target``; not 0 where N:M cannot meet it."""
         return self.sparsity - self.target
 
     def save(self, path: str | Path) -> None:

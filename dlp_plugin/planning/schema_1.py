@@ -10,13 +10,13 @@ __all__ = ["from_schema_1"]
 
 
 def from_schema_1(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan of version 1 with the fields of version 3; what is amiss stays for its checks.
+    """A plan of version 1 with the fields of version 4; what is amiss stays for its checks.
 
     :param plan: the content of a plan file
     :raises ValueError: if ``statistic`` is no sentence that version 1 wrote
     """
     content = {key: value for key, value in plan.items() if key not in ("alpha", "statistic")}
-    content["schema_version"] = 3
+    content["schema_version"] = 4
     if "alpha" in plan:
         content["strength"] = plan["alpha"]
     content["settings"] = _settings(plan.get("method", "dlp"), plan.get("statistic"))

@@ -13,9 +13,9 @@ __all__ = ["UNSTRUCTURED", "MaskStructure", "balanced", "whole_numbers"]
 class MaskStructure:
     """N zeros in every M consecutive weights of a row; ``0:0`` is no structure, and false.
 
-    ``MaskStructure.parse("4:8")`` has ``n`` 4, ``m`` 8 and ``sparsity`` 0.5, and reads as
-    ``4:8``. Blocks under it have an N of their own, 4 on average: one of sparsity 0.375 has
-    ``number(0.375)``, 3.
+    ``MaskStructure.parse("4:8")`` has ``n`` 4, ``m`` 8 and ``sparsity`` 0.5, and is printed as
+    ``4:8``. In a plan with it every block has a separate N, 4 on average: a block of sparsity
+    0.375 has ``number(0.375)``, 3.
 
     :param n: zeros in every ``m`` weights
     :param m: weights in a group
@@ -51,7 +51,7 @@ class MaskStructure:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights that are zero; to be asked of a structure only."""
+        """Fraction of the weights that are zero; not defined for ``0:0``."""
         return self.n / self.m
 
     def exact_target(self, value: float, field: str = "sparsity") -> float:
@@ -99,15 +99,14 @@ def whole_numbers(
 ) -> list[int]:
     """Round sparsities to N zeros in every M weights, with the total near the structure's.
 
-    Every block gets the whole part of ``sparsity_b * M``. One N more each is then handed out,
-    to the block with the largest part missing (of equal parts the less important), for as long
-    as that brings the total nearer: with blocks of one size it hits the target, and no other
-    such rounding has a smaller square error; with others it is off by at most half of one N of
-    one block. A block that kept some of its weights is emptied only if the total would be
-    further off than that otherwise.
+    Largest-remainder rounding. Every ``sparsity_b * M`` is rounded down. Then blocks get one more
+    each, in the order of their remainders (of equal remainders the less important block first),
+    as long as that brings the total nearer to the target. With blocks of one size the total is
+    exact, and the square error is the least possible. Otherwise the total is off by at most half
+    of one N of one block. A block is emptied only if the total would be further off without it.
 
-    Three blocks of equal size, 4.6, 3.7 and 3.7 of 8 wanted, 4 on average: the whole parts
-    leave two to hand out, so 4, 4 and 4. (Each rounded alone: 5, 4 and 4.)
+    Three blocks of equal size, 4.6, 3.7 and 3.7 of 8 wanted, 4 on average: rounded down they are
+    4, 3 and 3, two short, so 4, 4 and 4. (Each rounded alone: 5, 4 and 4.)
 
     :param sparsities: per block in [0, 1], as :func:`dlp_plugin.planning.allocation.allocate`
         returns them
@@ -135,15 +134,15 @@ def whole_numbers(
 
 
 def balanced(numbers: Sequence[int], weights: Sequence[int], structure: MaskStructure) -> list[int]:
-    """Bring the total of whole numbers nearer, by one N more or less in some, the largest first.
+    """Bring the total nearer to the target by one N more or less in some units, largest first.
 
-    For units whose numbers need no order. Sizes 40, 10 and 10 at 2, 2 and 2 of 4 wanted, and
-    1, 3 and 2 given: 30 too few (in weights times N), so one more for the largest is 10 too
-    many, and one less for a small one hits.
+    Unlike :func:`whole_numbers` it does not keep the order of the units. Sizes 40, 10 and 10, 2
+    of 4 wanted in each, and 1, 3 and 2 given: in weights times N that is 30 too few. One more in
+    the largest makes 10 too many, and one less in a small unit meets the target.
 
     :param numbers: N per unit, as :func:`whole_numbers` returns them
     :param weights: number of prunable weights per unit
-    :return: N per unit, from 0 to M; further from none of them than one
+    :return: N per unit, from 0 to M, each at most one from the given
     """
     found = list(numbers)
     missing = structure.n * sum(weights)

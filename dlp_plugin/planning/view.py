@@ -17,23 +17,34 @@ __all__ = ["check_drawable", "plot", "table", "text"]
 
 
 def table(plan: Plan) -> Table:
-    """The plan as a table for the terminal (rich)."""
+    """The plan as a table for the terminal (rich).
+
+    A refined plan shows the range of each block's Linears in place of the scores.
+    """
     rows = Table(
         title=f"{plan.scored_by.title} plan for {escape(plan.model)}", caption=_caption(plan)
     )
-    for column in ("block", "weights", "score", "importance", "sparsity"):
+    # A search moves sparsities away from what the scores asked for.
+    why = ("sparsity of Linears",) if plan.search else ("score", "importance")
+    for column in ("block", "weights", *why, "sparsity"):
         rows.add_column(column, justify="left" if column == "block" else "right")
     for block in plan.blocks:
+        own = (f"{block.score:.4g}", f"{block.importance:.4f}")
         rows.add_row(
             block.name,
             f"{block.weights:,}",
-            f"{block.score:.4g}",
-            f"{block.importance:.4f}",
+            *((_spread(block),) if plan.search else own),
             f"{block.sparsity:.4f}{_pattern(plan, block)}",
         )
     rows.add_section()
-    rows.add_row("all", f"{plan.weights:,}", "", "", f"{plan.sparsity:.4f}")
+    rows.add_row("all", f"{plan.weights:,}", *("" for _ in why), f"{plan.sparsity:.4f}")
     return rows
+
+
+def _spread(block: BlockPlan) -> str:
+    """The least and the greatest sparsity of a block's Linears."""
+    sparsities = (block.linears or {block.name: block.sparsity}).values()
+    return f"{min(sparsities):.2f} to {max(sparsities):.2f}"
 
 
 def _pattern(plan: Plan, block: BlockPlan) -> str:
@@ -58,7 +69,7 @@ def _caption(plan: Plan) -> str:
     if plan.search:
         first, last = plan.search[0], plan.search[-1]
         text += (
-            f"; refined in {last.generation} steps, divergence from the dense model "
+            f"; refined in {last.step} steps, divergence from the dense model "
             f"{first.divergence:.4f} -> {last.divergence:.4f}"
             + ("" if plan.searched_at is None else f" at {plan.searched_at:g}")
         )

@@ -20,12 +20,11 @@ __all__ = ["ADMMPruningModifier"]
 
 
 class ADMMPruningModifier(PruningStage):
-    """Find masks and weights together, so that every Linear's outputs change least.
+    """Find the mask and the remaining weights of a Linear together, so its outputs change least.
 
-    Masks grow gradually while the weights that stay make up for those that went (arXiv
-    2401.02938); then conjugate gradients bring these to the least-squares optimum for the masks
-    (ALPS, arXiv 2406.07831). A stage like SparseGPT and Wanda, fed like them, and better at
-    the same sparsity than either.
+    The mask grows gradually while the remaining weights are updated to compensate (arXiv
+    2401.02938). Then conjugate gradients refit them by least squares for the final mask (ALPS,
+    arXiv 2406.07831). It is used like SparseGPT and Wanda, and loses less at the same sparsity.
 
     ```yaml
     pruning_stage:
@@ -97,8 +96,8 @@ class ADMMPruningModifier(PruningStage):
         return float(self._module_sparsities[module])
 
     def watch_inputs(self) -> None:
-        """Nothing more: Gram matrices are what it sums anyway."""
+        """Nothing more: pruning sums the Gram matrices already."""
 
     def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
-        """Nothing more, as it is done with the Gram matrices that pruning takes."""
+        """Nothing more: pruning refits the weights itself."""
         return nullcontext()

@@ -1,4 +1,4 @@
-"""What the pruning stages here have in common: an N for every module, polish, reconstruction."""
+"""What the pruning stages share: an N for every module, polish, reconstruction."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ __all__ = ["PruningStage", "declared"]
 
 
 class PruningStage(StockStage):
-    """A pruning stage that takes an N for every module, and means by ``ignore`` what it says.
+    """A pruning stage with a separate sparsity, or N of N:M, for every module.
 
-    A stage declares in its class what others need to know of it: ``pruner``, its name in
-    comparisons; ``by_magnitude``, whether it ranks weights by magnitude (the others rank about as
-    Wanda does); and ``compensates``, whether while it prunes the weights that stay make up for
-    those that go. By the last two, plans that are made for it are judged.
+    A stage declares in its class what the rest of the package needs to know: ``pruner``, its name
+    in comparisons; ``by_magnitude``, whether it ranks weights by magnitude (all others rank
+    roughly as Wanda does); and ``compensates``, whether it updates the remaining weights while it
+    prunes. The last two decide how plans for it are judged.
 
     :param sparsity: of all targets, or one per match of ``targets``; with an N:M structure a
-        list of N / M. It may be left out where that structure or a modifier before says it
-    :param polish: move the weights that stay to the least-squares optimum for their masks
-    :param reconstruct: epochs that every block is trained for, masks held, to return what the
-        dense model's does; 0 for none
+        list of N / M. It may be left out where that structure or a modifier before states it
+    :param polish: refit the remaining weights by least squares, so that each Linear's outputs
+        change least
+    :param reconstruct: epochs of training every block, with its mask fixed, to return the dense
+        block's outputs; 0 for none
     """
 
     pruner: ClassVar[str]
@@ -78,7 +79,7 @@ class PruningStage(StockStage):
 
     @property
     def structure(self) -> MaskStructure:
-        """What ``mask_structure`` says."""
+        """``mask_structure``, parsed."""
         return MaskStructure.parse(self.mask_structure)
 
     def number(self, module: torch.nn.Module) -> int:
@@ -155,7 +156,7 @@ class PruningStage(StockStage):
 
     @property
     def repairs(self) -> bool:
-        """Whether something is done for the weights that stay."""
+        """Whether the remaining weights are refitted or reconstructed."""
         return self.polish or self.reconstruct > 0
 
     @property
@@ -178,17 +179,17 @@ class PruningStage(StockStage):
             repairing = self._repairing, ", or leave it out"
             what, remedy = (kind, "") if self._prunes_by_samples else repairing
             raise ValueError(
-                f"{what} takes calibration samples, and there are none: pass dataset=... to "
+                f"{what} needs calibration samples, and there are none: pass dataset=... to "
                 f"oneshot(){remedy}"
             )
         if self.reconstruct and len(state.data.calib or ()) < 2:
             raise ValueError(
-                f"{kind}.reconstruct keeps one of eight batches to measure on, and there is one "
-                "batch only: give more samples, or leave it out"
+                f"{kind}.reconstruct holds out one of eight batches, and there is only one batch: "
+                "give more samples, or leave it out"
             )
 
     def _check_repairs(self, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
-        """Make sure that polish and reconstruction know the modules.
+        """Check that polish and reconstruction can handle the modules.
 
         :raises ValueError: naming the module
         """
@@ -196,8 +197,8 @@ class PruningStage(StockStage):
             for name, module in modules.items():
                 if not isinstance(module, torch.nn.Linear):
                     raise ValueError(
-                        f"{name} is a {type(module).__name__}, and {self._repairing} knows Linears "
-                        f"only: add it to {type(self).__name__}.ignore"
+                        f"{name} is a {type(module).__name__}, and {self._repairing} takes "
+                        f"Linears only: add it to {type(self).__name__}.ignore"
                     )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -220,7 +221,7 @@ class PruningStage(StockStage):
                 self.register_hook(block, record, "forward", with_kwargs=True)
 
     def watch_inputs(self) -> None:
-        """Have the Gram matrices summed that polish takes."""
+        """Sum the Gram matrices that polish needs."""
         add: Any = self._grams.add
         for module in self._module_names:
             self.register_hook(module, add, "forward")
@@ -232,7 +233,7 @@ class PruningStage(StockStage):
         modules: Collection[torch.nn.Module] = (),
         **kwargs: Any,
     ) -> None:
-        """Prune the part of the model that is through, and repair it."""
+        """Prune the part of the model that has run, and repair it."""
         with ExitStack() as repairs:
             repairs.enter_context(torch.no_grad())
             repairs.enter_context(eval_context(state.model))
@@ -263,12 +264,14 @@ class PruningStage(StockStage):
             return
         if len(missed) == len(names):
             raise ValueError(
-                f"no calibration sample reached what {kind} prunes, so nothing was: leave out "
-                "pipeline='datafree', or name the blocks by sequential_targets"
+                f"no calibration sample reached the modules of {kind}, so it pruned nothing: leave "
+                "out pipeline='datafree', or name the blocks by sequential_targets"
             )
         if self._prunes_by_samples and not is_distributed():  # where others may have seen some
             more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
-            logger.warning("{}: no token reached {}{}: left dense", kind, missed[0], more)
+            logger.warning(
+                "{} leaves {}{} dense, which received no calibration token", kind, missed[0], more
+            )
 
     def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
         """Polish what is pruned within this context.
@@ -278,7 +281,7 @@ class PruningStage(StockStage):
         return polishing(self._grams, self._module_names, modules)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Read as it was written again."""
+        """Restore the fields as they were written."""
         self.ignore = [entry for entry in self.ignore if entry not in self._heeded]
         return bool(super().on_finalize(state, **kwargs))
 

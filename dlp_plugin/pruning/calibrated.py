@@ -1,16 +1,16 @@
 """SparseGPT and Wanda.
 
-They carry the stock names and do what llm-compressor's do, so that recipes read the same, and
-three things that those of 0.14 do not:
+They have the names of llm-compressor's stages and do the same, so recipes need no change. They
+differ from those of llm-compressor 0.14 in three ways:
 
-- with an N:M structure they take a list of sparsities too, an N for each entry; the stock
-  ones have one N for the whole model and ignore the list without a word;
-- on several processes they sum their statistics, as the host's GPTQ does, where the stock
-  ones prune by their own share of the data and the last writer wins;
-- an expert that no token was sent to stays dense, where the stock ones prune it blindly, and
-  SparseGPT empties it.
+- with an N:M structure they accept a list of sparsities, with an N for each entry; the stock
+  stages have one N for the whole model and silently ignore the list;
+- on several processes they sum their statistics, as llm-compressor's GPTQ does; each process of
+  the stock stages prunes by its own share of the data, and the last one to write wins;
+- an expert that received no token stays dense; the stock stages prune it without data, and
+  SparseGPT sets all its weights to zero.
 
-What they rely on, held by ``tests/test_pruning_structures.py`` and
+What they rely on, tested by ``tests/test_pruning_structures.py`` and
 ``tests/test_distributed.py``: a stage keeps a mean over samples per module (row scalars or
 Hessian) and the number of samples, and ``compress_modules`` prunes the modules that have both,
 each with the stage's N and M.
@@ -130,8 +130,8 @@ class SparseGPTModifier(_Calibrated, pruning.SparseGPTModifier):
         stated = self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]
         if 1 in stated and not self.structure:
             raise ValueError(
-                "SparseGPTModifier.sparsity is 1, and llm-compressor's SparseGPT takes a weight "
-                "that stays: state less, e.g. 0.99, or add the module to ignore"
+                "SparseGPTModifier.sparsity is 1, and llm-compressor's SparseGPT must keep some "
+                "weights: state less, e.g. 0.99, or add the module to ignore"
             )
         return super().on_initialize(state, **kwargs)
 
@@ -149,7 +149,7 @@ class SparseGPTModifier(_Calibrated, pruning.SparseGPTModifier):
             super()._compress()
 
     def watch_inputs(self) -> None:
-        """Nothing more: Gram matrices are what it sums anyway."""
+        """Nothing more: pruning sums the Gram matrices already."""
 
     def polishing(self, modules: Collection[torch.nn.Module]) -> AbstractContextManager[None]:
         """Polish by copies of the matrices, which pruning uses up."""

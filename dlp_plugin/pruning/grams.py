@@ -84,7 +84,7 @@ def least_squares(module: Module, gram: torch.Tensor, dampening: float = DAMPENI
 def polishing(
     grams: Grams, names: Mapping[Module, str], through: Collection[Module]
 ) -> Iterator[None]:
-    """Move what is left of the modules pruned within to the optimum for their masks.
+    """Refit by least squares the remaining weights of modules that are pruned within.
 
     :param grams: of the modules that samples reached
     :param names: of all modules that the stage prunes

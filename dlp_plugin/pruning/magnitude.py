@@ -18,12 +18,12 @@ __all__ = ["OneShotMagnitudeModifier"]
 
 
 class OneShotMagnitudeModifier(PruningStage):
-    """Prune the weights of least magnitude in every matrix, at once and without data.
+    """Prune the weights of least magnitude in every matrix, in one step and without data.
 
-    The third pruner of DLP's tables (and of SparseGPT's and Wanda's), fed like the two
-    others. Of a matrix with ``n`` weights exactly ``int(n * sparsity)`` are set to zero; of
-    equal ones at the threshold the first. With an N:M structure the least N of every M
-    consecutive weights of a row.
+    The third pruner in the tables of DLP, SparseGPT and Wanda, used like the two others. Of a
+    matrix with ``n`` weights exactly ``int(n * sparsity)`` are set to zero; of equal ones at the
+    threshold the first. With an N:M structure these are the smallest N of every M consecutive
+    weights of a row.
 
     ```yaml
     pruning_stage:
@@ -99,7 +99,7 @@ class OneShotMagnitudeModifier(PruningStage):
             update_offload_parameter(module, "weight", weight)
 
     def _least(self, name: str, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        """Which weights of a matrix go."""
+        """Which weights of a matrix are pruned."""
         if self.structure:
             magnitudes = weight.abs().flatten(1)
             least = smallest_of_groups(magnitudes, self.number(module), self.structure.m)

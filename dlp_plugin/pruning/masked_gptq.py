@@ -3,7 +3,7 @@
 The host's GPTQ quantizes column by column and spreads each column's error over the
 columns to come, pruned weights included, so they come back. Here a pruned weight is
 quantized to zero when its column's turn comes, and what it had been given is passed on
-like any other error, so that in the end only living weights have compensated. That is
+like any other error, so that in the end only unpruned weights have compensated. That is
 the joint pruning and quantization of SparseGPT (arXiv 2301.00774, section 3.5) with the
 mask given. Hessians, observers, ordering, batching and the loop over blocks of columns
 are the host's; only the update within a block of columns is replaced, through the

@@ -185,7 +185,7 @@ class Reconstruction:
         if least < start:
             trained.write()
         logger.info(
-            "reconstructed {}: squared error {:.4f} -> {:.4f} of the dense outputs'",
+            "reconstructed {}: relative squared error of its outputs {:.4f} -> {:.4f}",
             self._names[block],
             start,
             least,

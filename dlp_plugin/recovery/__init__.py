@@ -1,13 +1,13 @@
 """Training a pruned model without losing its zeros.
 
-In a pruned model the zeros are the mask. What is trained afterwards fills them: merging a
-LoRA adapter adds a dense matrix to the weight, and an optimizer's step moves every weight.
-``sparse_merge`` merges the adapters of peft under the masks, ``mask_updates`` has them train
-under the masks, so that what is trained is what is merged, and ``hold_masks`` keeps the zeros
-while the weights themselves are trained. Embeddings, norms and biases train freely.
+In a pruned model the zeros are the mask. Training fills them: merging a LoRA adapter adds a dense
+matrix to the weight, and an optimizer's step changes every weight. ``sparse_merge`` merges
+adapters of peft and keeps the zeros. ``mask_updates`` applies the mask to the adapters while they
+are trained, so that merging changes nothing. ``hold_masks`` keeps the zeros while the weights
+themselves are trained. Embeddings, norms and biases are not masked.
 
-``layers`` declares all that is relied on of the inside of peft. None of the files imports peft
-before adapters are used.
+``layers`` declares which internals of peft are used. No file imports peft before adapters are
+used.
 """
 
 from dlp_plugin.recovery.adapters import load_adapter

@@ -170,7 +170,7 @@ def check_inits(peft_model: PeftModel, adapter_names: list[str], remedy: str) ->
         if init == "KaSA" or (isinstance(init, str) and init.lower().startswith(_CHANGING_INITS)):
             raise ValueError(
                 f"the initialisation of adapter {name!r} ({init}) changed the base weights, "
-                f"whose zeros are the masks no more: {remedy}"
+                f"whose zeros no longer are the masks: {remedy}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The inside of peft, as far as it is relied on; the other files know it only from here.
+"""The internals of peft that recovery uses; all other files use them through this one.
 
 It may change with any release of peft (this is 0.21). ``tests/recovery/test_layers.py`` holds
 each of these:

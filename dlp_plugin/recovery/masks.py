@@ -1,4 +1,4 @@
-"""Reading masks: which weights of a model may be pruned, and which of them are.
+"""Reading masks: which weights of a model can be pruned, and which are.
 
 With adapters of peft around its modules or without: a weight is that of the base model, and
 has the name that it has there.
@@ -32,8 +32,8 @@ def masks_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     :param model: a model, or a ``PeftModel`` around it, whose base weights are read then
     :return: full name in the model without peft to bool mask of the weight's shape, True
-        where it is alive; the name is the module's (fused experts: the parameter's). A weight
-        that is tied stands there once.
+        where the weight is not zero; the name is the module's (fused experts: the parameter's).
+        A tied weight is listed once.
     :raises ValueError: if a weight is on the meta device, or the model keeps its weights packed
     """
     masks = {}

@@ -1,4 +1,4 @@
-"""Training the weights themselves under the masks."""
+"""Training a pruned model's weights while its zeros are kept."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from dlp_plugin.recovery.masks import masks_of, set_to_zero, some, weights_of
 def hold_masks(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
     """Set pruned weights to zero after every step of an optimizer that trains the model.
 
-    Whatever the optimizer does with momentum and weight decay. With the Trainer of
-    transformers, call ``trainer.create_optimizer()`` first and give it ``trainer.optimizer``.
-    The host's ``ConstantPruningModifier`` needs its events fired from the training loop, does
-    nothing without ``start: 0``, and prunes living weights up to 1e-8.
+    This holds for any momentum and weight decay. With the Trainer of transformers, call
+    ``trainer.create_optimizer()`` first and pass ``trainer.optimizer``. llm-compressor's
+    ``ConstantPruningModifier`` is no replacement: it needs its events fired from the training
+    loop, does nothing without ``start: 0``, and also prunes unpruned weights up to 1e-8.
 
+    :param model: the pruned model
+    :param optimizer: of its weights
     :return: handle whose ``remove()`` ends it
-    :raises ValueError: if no module is pruned, or the optimizer trains none of those that are
+    :raises ValueError: if no module is pruned, or the optimizer trains no pruned module
     """
     found = masks_of(model)
     if not found:

@@ -68,8 +68,8 @@ def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     judging = max(min(len(batches) // 4, int(_JUDGED / average)), 1)
     if judging == len(batches):
         raise ValueError(
-            "choosing a strength or refining a plan takes calibration samples that were not "
-            "scored on, and there is one batch only: give more samples, or a fixed strength"
+            "auto and refine need held-out calibration samples, and there is only one batch: give "
+            "more samples, or a fixed strength"
         )
     step = len(batches) // judging
     judges = range(len(batches) - 1, -1, -step)[:judging]

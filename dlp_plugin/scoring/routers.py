@@ -75,7 +75,7 @@ def _check_targets(model: torch.nn.Module, who: str, targets: Collection[str]) -
         ):
             raise ValueError(
                 f"{who}.targets holds {entry!r}, which matches {name}, a router of the class "
-                f"{type(found[name]).__name__} and no Linear, which stays as it is: remove it"
+                f"{type(found[name]).__name__}; only Linears are pruned: remove it"
             )
 
 

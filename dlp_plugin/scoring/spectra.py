@@ -70,9 +70,9 @@ def power_law_exponent(name: str, weight: torch.Tensor, tail: Tail = "peak") -> 
             if math.isfinite(exponent):
                 return exponent
     raise ValueError(
-        f"no power law fits the eigenvalues of {name}, {list(weight.shape)}: it takes at "
-        "least two in the tail that are neither 0 nor equal; leave the module out of the "
-        "pruning, or score by its activations"
+        f"no power law fits the eigenvalues of {name}, {list(weight.shape)}: their tail needs at "
+        "least two that are neither 0 nor equal; leave the module out of the pruning, or take "
+        "another method"
     )
 
 

@@ -1,1 +1,1 @@
-"""Strengths and sparsities judged on the model itself."""
+"""Search for strengths and sparsities by measuring the pruned model."""

@@ -1,4 +1,4 @@
-"""From scores to a plan: the strength as given or chosen, refined if asked to."""
+"""From scores to a plan: with a given or selected strength, refined if asked to."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from dlp_plugin.search.linears import MOST, shifted
 from dlp_plugin.search.slopes import Slopes
 from dlp_plugin.search.strength import choose_strength
 
-__all__ = ["Search", "decide", "where_judged", "where_to_search"]
+__all__ = ["Search", "decide", "search_offset", "where_to_search"]
 
 Search = Literal["gradient", "evolution"]
-"""How a plan is refined: by backward passes of the pruned model, or by trial and error."""
+"""How a plan is refined: by backward passes of the pruned model, or by random changes."""
 
-# How much less is pruned while a plan is refined, where what stays will make up for what goes, and
-# where it will be repaired besides: a search at the target spares what a model needs that masks
-# alone have wrecked, which these stages do not. Below the least sparsity nothing is wrecked.
+# How much lower than the target the sparsity is while a plan is refined, for stages that update the
+# remaining weights while they prune, and for stages that repair them afterwards. The search sees
+# masks without these updates. At the target such a model is damaged far more than the real one, and
+# the search would protect other Linears. Up to the least sparsity masks do little damage.
 COMPENSATED, REPAIRED = 0.1, 0.2
 LOWEST = 0.5
 
 
-def where_judged(compensates: bool, repairs: bool) -> float:
-    """How much less is pruned while a plan is refined.
+def search_offset(compensates: bool, repairs: bool) -> float:
+    """How much lower than the target the sparsity is while a plan is refined.
 
-    :param compensates: whether what stays makes up for what goes, while it is pruned
-    :param repairs: whether it is repaired afterwards
+    :param compensates: whether the stage updates the remaining weights while it prunes
+    :param repairs: whether they are refitted or reconstructed afterwards
     """
     return REPAIRED if repairs else COMPENSATED if compensates else 0.0
 
@@ -51,24 +52,25 @@ def decide(
     structure: MaskStructure,
     unseen: Sequence[str] = (),
     refine: int = 0,
-    easier: float = 0.0,
+    offset: float = 0.0,
     search: Search = "gradient",
     seed: int = 0,
     progress_path: str | Path | None = None,
 ) -> Plan:
-    """Make the plan that a method's scores ask for.
+    """Make a plan from a method's scores.
 
-    :param blocks: with the Linears that are to be pruned
+    :param blocks: with the Linears to prune
     :param scores: one per block
-    :param judge: needed where the strength is ``auto`` or the plan is refined
-    :param slopes: needed where the plan is refined by gradient
+    :param judge: measures plans on held-out samples; needed for strength ``auto`` and to refine
+    :param slopes: needed to refine by gradient
     :param model: the model's name
     :param target: sparsity over all blocks together
-    :param unseen: Linears that saw no token
-    :param refine: steps of the gradient, or generations of the evolution; 0 for none
-    :param easier: how much less than ``target`` may be pruned while a plan is refined
+    :param unseen: Linears that received no token
+    :param refine: steps of the gradient search, or generations of the evolution; 0 for none
+    :param offset: how much lower than ``target`` the sparsity is while the plan is refined
     :param seed: of the evolution
-    :param progress_path: file for how far the search is
+    :param progress_path: file to continue an interrupted search from
+    :return: the plan at ``target``
     """
     make = partial(
         Plan.make,
@@ -85,7 +87,7 @@ def decide(
         plan = choose_strength(judge, make, method, blocks) if method.strength == "auto" else make()
         if not refine:
             return plan
-        searched_at = where_to_search(target, structure, easier)
+        searched_at = where_to_search(target, structure, offset)
         if searched_at != target:
             plan = shifted(plan, blocks, searched_at)
         if search == "gradient":
@@ -101,11 +103,11 @@ def decide(
     return plan.model_copy(update={"searched_at": searched_at})
 
 
-def where_to_search(target: float, structure: MaskStructure, easier: float) -> float:
-    """The sparsity at which a plan is refined; in N:M it is the target.
+def where_to_search(target: float, structure: MaskStructure, offset: float) -> float:
+    """The sparsity at which a plan is refined; with N:M it is the target.
 
-    :param easier: how much less than ``target`` may be pruned meanwhile
+    :param offset: how much lower than ``target`` it is, where that is above the least
     """
-    if not easier or structure or not LOWEST < target < MOST:
+    if not offset or structure or not LOWEST < target < MOST:
         return target
-    return round(max(target - easier, LOWEST), 6)
+    return round(max(target - offset, LOWEST), 6)

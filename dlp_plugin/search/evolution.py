@@ -1,9 +1,9 @@
-"""Beyond the heuristic: sparsities searched for on the model itself.
+"""Refine a plan by evolution: random changes, kept where the pruned model gets better.
 
-A plan is improved by mutation at constant total and selection by divergence from the dense
-model, on the ground of EvoPress (arXiv 2410.14649) and with two changes: masks follow from
-stored norms, so no database of pruned weights is needed, and mutations are drawn by what the
-measurements so far say about each block, not blindly.
+Mutations keep the total sparsity, and those with less divergence from the dense model are
+selected, as in EvoPress (arXiv 2410.14649). There are two differences: masks are computed from
+stored norms, so no database of pruned weights is needed, and mutations are drawn by the measured
+cost of each block, not uniformly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dlp_plugin.search.progress import Progress, digest, write
 
 __all__ = ["evolve"]
 
-# A generation: so many offspring are measured on so many tokens, the best on all.
+# A generation: so many offspring are measured on so many tokens, the best of them on all.
 OFFSPRING = 8
 SIFTING_TOKENS = 2048
 SURVIVORS = 2
@@ -140,10 +140,9 @@ def evolve(
 
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param generations: at least 1
-    :param progress_path: file that holds how far the search is; a search that was
-        interrupted goes on from it. It stays until :func:`dlp_plugin.search.progress.forget`,
-        to be called once the plan is written
-    :return: a plan that holds the Linears' sparsities and the path of the search
+    :param progress_path: file of the search's state, from which an interrupted search continues;
+        :func:`dlp_plugin.search.progress.forget` removes it once the plan is written
+    :return: the plan with a sparsity for every Linear and the path of the search
     :raises ValueError: if the divergence of the given plan is not finite
     """
     search = _Search(judge, plan, blocks, [generations, seed])
@@ -223,7 +222,7 @@ class _Search:
         self._tokens = last.tokens
         for units, costs in zip(self.levels, state.costs, strict=True):
             units.costs = costs
-        logger.info("The search goes on from generation {}", last.generation)
+        logger.info("The search continues from generation {}", last.step)
         return True
 
     def advance(self, generation: int, units: _Units, chance: random.Random) -> None:
@@ -264,7 +263,7 @@ class _Search:
     def _note(self, generation: int) -> None:
         self.steps.append(
             SearchStep(
-                generation=generation,
+                step=generation,
                 evaluations=self.evaluations,
                 tokens=self._tokens,
                 divergence=self.divergence,

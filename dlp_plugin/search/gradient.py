@@ -1,9 +1,9 @@
 """Sparsities of single Linears by descent: every step one backward pass of the pruned model.
 
-The cost of pruning one weight more (:mod:`dlp_plugin.search.slopes`) is known for all Linears at
-once, whatever their number. Where it lies above the mean, sparsity falls, and where below, it
-rises; one shift for all keeps the total. What is returned is the best of the plans that were
-measured on samples which no step has seen, the start among them.
+One backward pass gives the cost of pruning one more weight (:mod:`dlp_plugin.search.slopes`) for
+all Linears. Sparsity falls where the cost is above the mean, and rises where it is below; one shift
+for all keeps the total. The result is the plan that was best on held-out samples, the starting
+plan included.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RATE = 0.04
 MOMENTUM = 0.7
 # A slope counts by its root, and at most so many times as much as the median one.
 STEEPEST = 2.0
-# How often the plan is measured on the samples kept for it.
+# How often the plan is measured on held-out samples.
 MEASURED = 4
 
 
@@ -48,14 +48,13 @@ def descend(
 ) -> Plan:
     """Improve a plan at constant total, in nats of divergence from the dense model.
 
-    :param judge: measures on samples that the steps do not see
+    :param judge: measures on held-out samples
     :param slopes: of the same model and masks, on the samples of the steps
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param steps: at least 1
-    :param progress_path: file that holds how far the search is; a search that was
-        interrupted goes on from it. It stays until :func:`dlp_plugin.search.progress.forget`, to
-        be called once the plan is written
-    :return: a plan that holds the Linears' sparsities and the path of the search
+    :param progress_path: file of the search's state, from which an interrupted search continues;
+        :func:`dlp_plugin.search.progress.forget` removes it once the plan is written
+    :return: the plan with a sparsity for every Linear and the path of the search
     :raises ValueError: if the divergence of the given plan is not finite
     """
     descent = _Descent(judge, slopes, plan, blocks, steps)
@@ -68,7 +67,7 @@ def descend(
 
 
 class _Descent:
-    """Where a descent is, and the best that was measured on the way."""
+    """A descent: its current sparsities, and the best that were measured so far."""
 
     def __init__(
         self, judge: Judge, slopes: Slopes, plan: Plan, blocks: Sequence[Block], steps: int
@@ -93,7 +92,7 @@ class _Descent:
         :raises ValueError: if its divergence is not finite
         """
         logger.info(
-            "Refining: {} steps of about {} tokens, measured {} times on {}",
+            "Refining: {} steps of about {} tokens, measured {} times on {} held-out tokens",
             self._steps,
             TOKENS,
             self._measurements,
@@ -106,19 +105,19 @@ class _Descent:
             )
 
     def go_on(self, progress_path: str | Path | None) -> bool:
-        """Take up what an interrupted search of the very same start, samples and steps left."""
+        """Continue an interrupted search with the same start, samples and steps; gives whether."""
         state = _Progress.load(progress_path, self._fingerprint, [list(self._weights)] * 3)
         if state is None:
             return False
         self._latent, self._velocity = state.sparsities, state.velocity
         self.best, self.path, self.done = state.best, state.steps, state.done
         self._tokens = state.tokens
-        logger.info("The search goes on from step {}", self.done)
+        logger.info("The search continues from step {}", self.done)
         return True
 
     @property
     def progress(self) -> _Progress:
-        """How far it is, to go on from."""
+        """The state to continue from."""
         return _Progress(
             fingerprint=self._fingerprint,
             sparsities=self._latent,
@@ -161,7 +160,7 @@ class _Descent:
         return {name: n / structure.m for name, n in zip(self._latent, numbers, strict=True)}
 
     def _measured(self, step: int = 0) -> float:
-        """Divergence on the samples kept for it; notes it, and the best so far."""
+        """Measure the divergence on held-out samples; record it, and the best so far."""
         sparsities = self._rounded() if step else self._latent
         found = self._judge.divergence(sparsities, structure=self._plan.mask_structure)
         self._tokens += self._judge.tokens
@@ -172,9 +171,7 @@ class _Descent:
         least = found if not self.path else min(found, self.path[-1].divergence)
         evaluations = self.path[-1].evaluations + 1 if self.path else 1
         self.path.append(
-            SearchStep(
-                generation=step, evaluations=evaluations, tokens=self._tokens, divergence=least
-            )
+            SearchStep(step=step, evaluations=evaluations, tokens=self._tokens, divergence=least)
         )
         return found
 
@@ -199,7 +196,7 @@ class _Progress(Progress):
 
 
 def stepped(costs: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, float]:
-    """Which way each Linear's sparsity goes down, and how far in units of a usual slope.
+    """How far each Linear's sparsity is lowered, in units of the median slope.
 
     ``sign(z) min(sqrt(|z| / median |z|), 2)`` of ``z = cost - mean cost``, the mean by numbers of
     weights: costs of 1, 3 and 11 in Linears of equal size have the mean 5, ``z`` is -4, -2 and 6,

@@ -1,4 +1,4 @@
-"""The model as it would be if it were pruned: losses without touching a weight.
+"""Losses of the model as if it were pruned, without changing a weight.
 
 Each weight is masked as it is used (:mod:`dlp_plugin.search.masks`).
 """
@@ -71,7 +71,7 @@ class Judge:
 
     @property
     def fingerprint(self) -> str:
-        """Tells apart what losses are measured with: samples, norms, and what ranks weights."""
+        """A fingerprint of what losses depend on: samples, norms, and the ranking of weights."""
         digest = hashlib.sha256(str(sorted(self._masks.by_magnitude)).encode())
         for batch in self._batches:
             digest.update(str(batch["input_ids"].tolist()).encode())
@@ -80,7 +80,7 @@ class Judge:
         return digest.hexdigest()
 
     def loaded(self) -> AbstractContextManager[None]:
-        """Have the model's weights stay where it computes, if there is room."""
+        """Keep the model's weights on the device that computes, if there is room."""
         return loaded(self._model)
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class Judge:
         return _mean(total, count, self._device)
 
     def portions(self, tokens: int) -> list[list[int]]:
-        """The samples in portions of at least so many tokens, to measure on one at a time.
+        """Split the samples into portions of at least so many tokens, to measure on one at a time.
 
         :return: numbers of batches; as many portions on every process of a distributed run
         """
@@ -165,17 +165,15 @@ class Judge:
         with ExitStack() as stack:
             stack.callback(self._model.train, was_training)
             for name, sparsity in sparsities.items():
-                linear, count = (
-                    self._masks.linears[name],
-                    self._masks.count(name, sparsity, structure),
-                )
-                if count:
+                linear = self._masks.linears[name]
+                if count := self._masks.count(name, sparsity, structure):
                     masked = partial(self._masks.masked, name, count, structure)
-                    stack.enter_context(patch_attr(linear, "forward", _Masked(linear, masked)))
+                    forward = _MaskedForward(linear, masked)
+                    stack.enter_context(patch_attr(linear, "forward", forward))
             yield
 
 
-class _Masked:
+class _MaskedForward:
     """A Linear's forward with some weights at zero."""
 
     def __init__(

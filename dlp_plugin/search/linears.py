@@ -1,4 +1,4 @@
-"""The sparsities of single Linears: read off a plan, and put into one."""
+"""Sparsities of single Linears, read from a plan and written into one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dlp_plugin.scoring.blocks import Block
 
 __all__ = ["project", "refined", "shifted", "sparsities_of"]
 
-# No Linear is left dense, and none is emptied.
+# Bounds of a Linear's sparsity: none is left dense, and none loses all weights.
 LEAST, MOST = 0.05, 0.98
 
 
@@ -32,9 +32,10 @@ def refined(
     sparsities: Mapping[str, float],
     path: Sequence[SearchStep],
 ) -> Plan:
-    """A plan with other sparsities, and how a search came to them.
+    """A plan with other sparsities, and the path of the search that found them.
 
-    :param sparsities: full name to sparsity of every Linear, of the same total
+    :param sparsities: full name to sparsity of every Linear, with the same total
+    :param path: of the search
     """
     rows = []
     for row, block in zip(plan.blocks, blocks, strict=True):
@@ -46,7 +47,7 @@ def refined(
 
 
 def shifted(plan: Plan, blocks: Sequence[Block], target: float) -> Plan:
-    """A plan at another target, every Linear as far from the mean as before."""
+    """A plan at another target, with all sparsities shifted alike."""
     sizes = {name: size for block in blocks for name, size in block.sizes.items()}
     sparsities = project(sparsities_of(plan, blocks), sizes, target)
     moved = plan.model_copy(update={"target": target})
@@ -56,11 +57,12 @@ def shifted(plan: Plan, blocks: Sequence[Block], target: float) -> Plan:
 def project(
     sparsities: Mapping[str, float], weights: Mapping[str, int], target: float
 ) -> dict[str, float]:
-    """Shift all sparsities alike so that their mean by weights is the target, within bounds.
+    """Shift all sparsities alike, within bounds, so that their weighted mean is the target.
 
-    The bounds give way where the target lies beyond them.
+    Bounds that exclude the target are widened to it.
 
-    :return: as near to ``target`` as floats come
+    :param weights: full name to number of weights of every Linear
+    :return: full name to sparsity of every Linear
     """
     least, most = min(LEAST, target), max(MOST, target)
     total = sum(weights.values())

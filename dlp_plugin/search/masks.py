@@ -1,4 +1,4 @@
-"""Which weights of a Linear go at a sparsity, from what the stage that prunes it ranks by.
+"""Which weights of a Linear are pruned at a sparsity, by the scores of the stage that prunes it.
 
 Wanda's mask follows at any sparsity from the weight and the norms of its input channels (arXiv
 2306.11695): in each row the weights with the smallest ``|W| * norm`` go, or in each M consecutive

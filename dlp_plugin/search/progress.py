@@ -1,4 +1,4 @@
-"""How far a search is, on disk: one that was interrupted goes on where it was."""
+"""The state of a search on disk, to continue an interrupted one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Progress", "digest", "forget", "write"]
 
 
 class Progress(BaseModel):
-    """What every search has to go on from.
+    """What any search needs to continue.
 
     :param fingerprint: of its start, samples and settings
     :param sparsities: of every Linear
@@ -34,16 +34,16 @@ class Progress(BaseModel):
     steps: list[SearchStep] = Field(min_length=1)
 
     def names(self) -> list[list[str]]:
-        """What each of its mappings is about, to be compared with what the search is about."""
+        """The names in each of its mappings, to compare with those of the search."""
         return [list(self.sparsities)]
 
     @classmethod
     def load(cls, path: str | Path | None, fingerprint: str, names: list[list[str]]) -> Self | None:
-        """What an interrupted search of the very same start, samples and settings left.
+        """The state of an interrupted search with the same start, samples and settings.
 
-        The first process of several writes it, and reads it for all.
+        Of several processes the first one writes it, and reads it for all.
 
-        :param path: where it is; None for nowhere
+        :param path: file of the state; None for none
         :param names: as :meth:`names` must give them
         """
         state: Self | None = None
@@ -51,14 +51,14 @@ class Progress(BaseModel):
             try:
                 state = cls.model_validate_json(Path(path).read_bytes())
                 if state.fingerprint != fingerprint:
-                    logger.warning("{} is of another search; this one begins anew", path)
+                    logger.warning("{} belongs to another search; this search starts anew", path)
                     state = None
                 elif state.names() != names:
                     raise ValueError("it names other Linears")
             except (ValueError, OSError) as error:
                 reason = str(error).splitlines()[0]
                 logger.warning(
-                    "{} is damaged, or of another version ({}); the search begins anew",
+                    "{} is damaged or of another version ({}); the search starts anew",
                     path,
                     reason,
                 )
@@ -71,18 +71,18 @@ class Progress(BaseModel):
 
 
 def write(path: str | Path | None, progress: Progress) -> None:
-    """Write it down, on the first of several processes; nowhere if there is no path."""
+    """Save the state, on the first of several processes; without a path nothing is saved."""
     if path is not None and is_source_process():
         with replacing(path) as beside:
             beside.write_text(progress.model_dump_json())
 
 
 def forget(path: str | Path) -> None:
-    """Remove what a search has written of its progress, once its plan is safe."""
+    """Remove the state of a search, once its plan is saved."""
     if is_source_process():
         Path(path).unlink(missing_ok=True)
 
 
 def digest(content: object) -> str:
-    """Tells contents of JSON apart."""
+    """A fingerprint of JSON content."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

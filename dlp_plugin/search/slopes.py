@@ -1,11 +1,11 @@
 """How the pruned model's divergence changes with every Linear's sparsity, by one backward pass.
 
-A Linear's sparsity is a threshold in what its weights are ranked by, so the derivative of the
-divergence with respect to it can be read off the weights that lie at the threshold: with ``G``
-the gradient with respect to the masked weight (at masked weights too), pruning one weight more
-costs about the mean of ``- W_ij G_ij`` over them. ``G`` lives while its own Linear's backward
-runs; what is left is one number per Linear, the gradient of a probe that the Linear's forward
-carries along.
+A Linear's sparsity sets a threshold for the scores of its weights. So the derivative of the
+divergence with respect to the sparsity depends on the weights at the threshold only: with ``G`` the
+gradient with respect to the masked weight (at masked weights too), pruning one more weight costs
+about the mean of ``- W_ij G_ij`` over them. ``G`` exists only during its own Linear's backward
+pass. One number per Linear remains: the gradient of a probe, a scalar input of the Linear's
+forward.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Slopes:
             for name, sparsity in sparsities.items():
                 linear = self._masks.linears[name]
                 count = self._masks.count(name, sparsity, structure)
-                masked = _Masked(linear, self._masks, name, count, structure)
+                masked = _ProbedLinear(linear, self._masks, name, count, structure)
                 forward = partial(_probe, masked, probes[name])
                 stack.enter_context(patch_attr(linear, "forward", forward))
             for block in self._blocks:
@@ -190,8 +190,8 @@ class Slopes:
         return run
 
 
-class _Masked:
-    """A Linear with some weights at zero, and the weights at the threshold."""
+class _ProbedLinear:
+    """A Linear with some weights at zero, and the weights at the threshold, where it is probed."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class _Masked:
         return -(weight.to(gradient.dtype) * gradient)[near].mean()
 
 
-def _probe(masked: _Masked, probe: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def _probe(masked: _ProbedLinear, probe: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     outputs: torch.Tensor = _MaskedLinear.apply(inputs, probe, masked)  # type: ignore[no-untyped-call]
     bias = masked.linear.bias
     return outputs if bias is None else outputs + bias.to(outputs)
@@ -235,7 +235,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: torch.Tensor, probe: torch.Tensor, masked: _Masked
+        ctx: Any, inputs: torch.Tensor, probe: torch.Tensor, masked: _ProbedLinear
     ) -> torch.Tensor:
         """Multiply."""
         weight = masked.weight(inputs)
@@ -249,7 +249,7 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         """Gradients of the inputs, and the probe's."""
         (inputs, weight), (outputs,) = ctx.saved_tensors, gradients
-        masked: _Masked = ctx.masked
+        masked: _ProbedLinear = ctx.masked
         passed = outputs @ weight if ctx.needs_input_grad[0] else None
         rows = outputs.flatten(0, -2)[:, masked.rows].float()
         gradient = rows.T @ inputs.flatten(0, -2).float()

@@ -1,4 +1,4 @@
-"""The strength of a method, chosen by the loss of the model pruned with it."""
+"""The strength of a method, selected by the pruned model's loss on held-out samples."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dlp_plugin.search.linears import sparsities_of
 
 __all__ = ["HALF_RANGES", "choose_strength"]
 
-# Half ranges of the sparsities to try. Seven forward passes over the judging samples.
+# Half ranges of the sparsities to try. Each is one forward pass over the held-out samples.
 HALF_RANGES = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
 def choose_strength(
     judge: Judge, make: Callable[..., Plan], method: Method, blocks: Sequence[Block]
 ) -> Plan:
-    """Make the plan with the strength whose pruned model has the least loss.
+    """Select the strength whose pruned model has the least loss on held-out samples.
 
-    Of equal losses the smaller strength wins; uniform sparsity is among them.
+    Uniform sparsity is one of the candidates. Of equal losses the smaller strength wins.
 
-    :param make: :meth:`Plan.make` with all but ``strength`` given
-    :param method: what turns half ranges into strengths
+    :param make: :meth:`Plan.make` with all arguments but ``strength``
+    :param method: converts half ranges into strengths
     :param blocks: the plan's blocks, with the Linears that it prunes
     :return: the plan, with all candidates and their losses
     :raises ValueError: if no loss is finite
@@ -37,9 +37,9 @@ def choose_strength(
     weights = [row.weights for row in uniform.blocks]
     strengths = [method.strength_of(half, scores, weights, uniform.target) for half in HALF_RANGES]
     plans = [make(strength=strength) for strength in dict.fromkeys(strengths)]
-    logger.info("Trying {} strengths, each on {} tokens", len(plans), judge.tokens)
+    logger.info("Trying {} strengths, each on {} held-out tokens", len(plans), judge.tokens)
     losses: list[float] = []
-    measured: dict[tuple[float, ...], float] = {}  # whole N make one plan of several strengths
+    measured: dict[tuple[float, ...], float] = {}  # with N:M several strengths may give one plan
     for plan in plans:
         sparsities = sparsities_of(plan, blocks)
         key = tuple(sparsities.values())

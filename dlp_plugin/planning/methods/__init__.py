@@ -5,7 +5,7 @@ from __future__ import annotations
 from dlp_plugin.planning.methods.alpha_pruning import AlphaPruning
 from dlp_plugin.planning.methods.base import Method, Strength
 from dlp_plugin.planning.methods.dlp import DLP
-from dlp_plugin.planning.methods.linear import Linear
+from dlp_plugin.planning.methods.linear import LinearSparsity
 from dlp_plugin.planning.methods.owl import OWL
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "METHODS",
     "OWL",
     "AlphaPruning",
-    "Linear",
+    "LinearSparsity",
     "Method",
     "Strength",
     "method_of",
@@ -26,7 +26,7 @@ METHODS: dict[str, type[Method]] = {
         DLP,
         OWL,
         AlphaPruning,
-        Linear,
+        LinearSparsity,
     )
 }
 """Name to method; adding one here makes it known to plans, comparison and terminal."""

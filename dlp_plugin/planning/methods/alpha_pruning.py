@@ -18,7 +18,7 @@ __all__ = ["AlphaPruning"]
 
 
 class AlphaPruning(Method):
-    """The heavier the tails of a block's spectra, the less it is pruned; needs no data.
+    """Blocks whose weight spectra have heavier tails are pruned less; needs no data.
 
     :param epsilon: half the range of the blocks' sparsities in proportion to their mean,
         from 0 to 1

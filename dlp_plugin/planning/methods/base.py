@@ -1,4 +1,4 @@
-"""What an allocation method is: how a block is scored, and what its score asks for."""
+"""What an allocation method is: how it scores a block, and how scores become sparsities."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["Method", "Strength"]
 
 Strength = float | Literal["auto"]
-"""How far the blocks' sparsities shall differ; ``auto`` chooses by the pruned model's loss."""
+"""How far the blocks' sparsities differ; ``auto`` selects it by loss on held-out samples."""
 
 
 class Method(BaseModel):
     """A method with its strength and settings, as a recipe writes them.
 
-    A subclass is one file: its fields are the strength and the settings, its class variables
-    and functions all that tells it apart from others. In the registry
-    (:data:`dlp_plugin.planning.methods.METHODS`) it is known to plans, to the comparison and
-    to the terminal; a modifier adds the host's life cycle to its fields.
+    A subclass is one file. Its fields are the strength and the settings. Plans, comparisons and
+    the terminal find it in the registry (:data:`dlp_plugin.planning.methods.METHODS`); a modifier
+    makes it a part of recipes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,10 +43,10 @@ class Method(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's true and yes, which pydantic takes for 1."""
+        """Refuse YAML's true and yes, which pydantic takes for 1."""
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"{value} is no number, nor a name")
+            raise ValueError(f"{value} is no number and no name")
         return value
 
     @field_validator("*")
@@ -84,7 +83,7 @@ class Method(BaseModel):
         """
 
     def unimportances(self, scores: Sequence[float]) -> list[float]:
-        """Scores turned so that a larger one asks for a larger sparsity."""
+        """Scores as unimportances: a larger one gets a larger sparsity."""
         return list(scores)
 
     def half_range(
@@ -101,5 +100,5 @@ class Method(BaseModel):
     def strength_of(
         self, half_range: float, scores: Sequence[float], weights: Sequence[int], sparsity: float
     ) -> float:
-        """The strength of a half range, the way back from :meth:`half_range`."""
+        """The strength that gives a half range, the inverse of :meth:`half_range`."""
         return half_range

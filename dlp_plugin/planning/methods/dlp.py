@@ -15,11 +15,11 @@ __all__ = ["DLP"]
 
 
 class DLP(Method):
-    """The blocks whose weights matter less on the calibration data are pruned harder.
+    """Blocks whose weights matter less on the calibration data are pruned more.
 
     :param alpha: half the range of the blocks' sparsities, at least 0 (uniform)
-    :param statistic: what of a block's weight scores is its unimportance: ``median``
-        (the paper) or ``mean`` (the authors' released code)
+    :param statistic: of a block's weight scores, as its unimportance: ``median`` (the paper) or
+        ``mean`` (the authors' released code)
     """
 
     alpha: Strength = 0.15

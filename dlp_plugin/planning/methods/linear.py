@@ -10,13 +10,13 @@ from dlp_plugin.planning.methods.base import Method, Strength
 if TYPE_CHECKING:
     from dlp_plugin.scoring.scores import Part
 
-__all__ = ["Linear"]
+__all__ = ["LinearSparsity"]
 
 
-class Linear(Method):
-    """One slope over depth; needs no data, unless the slope is chosen.
+class LinearSparsity(Method):
+    """Sparsities that rise linearly with depth; needs no data, unless the slope is selected.
 
-    The paper names no slope that fits all models: it searches for one, as ``auto`` does.
+    The paper states no slope for all models. It searches for one, as ``auto`` does.
 
     :param beta: step from each block to the next, at least 0
     """

@@ -16,7 +16,7 @@ __all__ = ["OWL"]
 
 
 class OWL(Method):
-    """The blocks with more outliers among their weight scores are pruned less.
+    """Blocks with more outliers among their weight scores are pruned less.
 
     :param owl_m: a score is an outlier above so many times the block's mean; more than 0
     :param owl_lmbda: half the range of the blocks' sparsities, at least 0
