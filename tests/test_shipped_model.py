@@ -119,7 +119,7 @@ def test_every_recipe_runs_in_one_call(file: Path, calibration, tmp_path: Path) 
     found = inspect_checkpoint(tmp_path / "out")
     blocks = found.blocks.values()
     sparsity = sum(b.zeros for b in blocks) / sum(b.weights for b in blocks)
-    if file.stem == "w4a16":  # prunes nothing; some weights round to zero
+    if file.stem.startswith("w4a16"):  # prunes nothing; some weights round to zero
         assert sparsity < 0.2
     else:
         half = "2of4" in file.stem or "4of8" in file.stem
