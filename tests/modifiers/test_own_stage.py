@@ -75,6 +75,6 @@ def test_the_stages_of_the_package(kind: type[PruningStage]) -> None:
     assert list(declared()) == ["admm", "magnitude", "random", "sparsegpt", "wanda"]
     assert pruner_named("random").kind is kind
     with pytest.raises(
-        ValueError, match="there is no pruner 'rnd'; there are .*random, sparsegpt, wanda, each"
+        ValueError, match="there is no pruner 'rnd'; there are .*random, sparsegpt, wanda, and each"
     ):
         pruner_named("rnd")

@@ -143,7 +143,7 @@ class TestReconstruction:
         told = [m for m in logged() if m.startswith("reconstructed model.layers.")]
         assert len(told) == 3
         for message in told:
-            start, least = message.partition("error ")[2].split(" of ")[0].split(" -> ")
+            start, least = message.partition("outputs ")[2].split(" -> ")
             assert float(least) < float(start)
         assert_same(weights_of(trained(make_model(), DLPModifier(), stage())), weights_of(first))
 

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from helpers import EVERY, Logged, MakeModel, linears_of, random_samples, run, word_tokenizer, zeros
+from helpers import (
+    EVERY,
+    ROOT,
+    Logged,
+    MakeModel,
+    linears_of,
+    random_samples,
+    run,
+    word_tokenizer,
+    zeros,
+)
 from llmcompressor import oneshot
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -238,7 +248,7 @@ def test_peak_memory_does_not_grow_with_blocks_that_stay_on_disk() -> None:
 
     Two peaks are not compared: how much freed memory a process holds before differs.
     """
-    probe = Path(__file__).with_name("offload_probe.py")
+    probe = ROOT / "tests" / "offload_probe.py"
     done = subprocess.run(
         [sys.executable, str(probe), "8"], check=True, stdout=subprocess.PIPE, text=True
     )
