@@ -23,7 +23,12 @@ HELP = {
     ],
     "show": ["--strength,--alpha", "--plot", "also for another target or strength"],
     "inspect": ["--against", "zeros that FOLDER has lost", "of 4 and 8 bits are dequantized"],
-    "ppl": ["windows that do not overlap", "Tokens per window. ", "--batch-size", "as many as hold 2,048 tokens"],
+    "ppl": [
+        "windows that do not overlap",
+        "Tokens per window. ",
+        "--batch-size",
+        "as many as hold 2,048 tokens",
+    ],
     "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
     "speed": ["of a pruned model, dense and sparse", "--batches", "--json"],
     "compare": [
