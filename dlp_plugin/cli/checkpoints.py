@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Count the zeros in a checkpoint's files, block by block.
 
-    Reads the safetensors files and builds no model. Packed 4-bit weights are dequantized to be
+    Reads the safetensors files and builds no model. Weights of 4 and 8 bits are dequantized to be
     counted, and a folder of `dlp-plugin pack` is unpacked.
     """
     with reporting_errors(host=False):
@@ -54,7 +54,7 @@ def export_gptq(
     output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a packed checkpoint in the GPTQ format, for AutoGPTQ, exllama and others.
+    """Write a 4-bit or 8-bit checkpoint in the GPTQ format, for AutoGPTQ, exllama and others.
 
     The numbers stay the same, and so do the zeros.
     """
@@ -66,7 +66,7 @@ def export_gptq(
 
 
 def pack(
-    folder: Annotated[Path, typer.Argument(help="A pruned checkpoint: dense, W4A16 or W8A16.")],
+    folder: Annotated[Path, typer.Argument(help="A pruned checkpoint: 16 bits, W4A16 or W8A16.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

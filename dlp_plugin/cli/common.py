@@ -26,6 +26,7 @@ __all__ = [
     "Ignore",
     "Length",
     "MaskStructure",
+    "MeasuredSplit",
     "Model",
     "Samples",
     "Seed",
@@ -34,6 +35,7 @@ __all__ = [
     "TestConfig",
     "TestSplit",
     "TrustRemoteCode",
+    "WindowLength",
     "app",
     "calibration_arguments",
     "checked_length",
@@ -72,18 +74,24 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-_CONFIG = "The dataset's configuration, e.g. `wikitext-2-raw-v1`."
-Config = Annotated[str | None, typer.Option("--config", "--dataset-config-name", help=_CONFIG)]
-TestConfig = Annotated[str | None, typer.Option(help=_CONFIG)]
-_SPLIT = "The dataset's split. Not needed for a file or a folder with one split."
-Split = Annotated[str | None, typer.Option(help=_SPLIT, show_default="train")]
-TestSplit = Annotated[str | None, typer.Option(help=_SPLIT, show_default="test")]
+_CONFIG = "The configuration of the dataset of `{}`, e.g. `wikitext-2-raw-v1`."
+Config = Annotated[
+    str | None,
+    typer.Option("--config", "--dataset-config-name", help=_CONFIG.format("--data")),
+]
+TestConfig = Annotated[str | None, typer.Option(help=_CONFIG.format("--test"))]
+_SPLIT = "The split of the dataset of `{}`. Not needed for a file or a folder with one split."
+Split = Annotated[str | None, typer.Option(help=_SPLIT.format("--data"), show_default="train")]
+MeasuredSplit = Annotated[
+    str | None, typer.Option(help=_SPLIT.format("--data"), show_default="test")
+]
+TestSplit = Annotated[str | None, typer.Option(help=_SPLIT.format("--test"), show_default="test")]
 Column = Annotated[
     str,
     typer.Option(
         "--column",
         "--text-column",
-        help="The dataset's column of texts or of chats. Chats go through the chat template.",
+        help="A dataset's column of texts or of chats. Chats go through the chat template.",
     ),
 ]
 Samples = Annotated[
@@ -119,15 +127,26 @@ MaskStructure = Annotated[
     str | None,
     typer.Option(help="Plan for an N:M pattern: `4:8` is 4 zeros in every 8 weights on average."),
 ]
+_USUAL_LENGTH = "what the model can take, at most 2048"
 Length = Annotated[
     int | None,
     typer.Option(
         "--length",
         "--max-seq-length",
         min=2,
-        help="Tokens per sample or window. (`oneshot()` in Python takes rows at their full length "
-        "by default.)",
-        show_default="what the model can take, at most 2048",
+        help="Tokens per sample. (`oneshot()` in Python takes rows at their full length by "
+        "default.)",
+        show_default=_USUAL_LENGTH,
+    ),
+]
+WindowLength = Annotated[
+    int | None,
+    typer.Option(
+        "--length",
+        "--max-seq-length",
+        min=2,
+        help="Tokens per window.",
+        show_default=_USUAL_LENGTH,
     ),
 ]
 

@@ -16,6 +16,7 @@ from dlp_plugin.cli.common import (
     Data,
     Ignore,
     Length,
+    MeasuredSplit,
     Model,
     Samples,
     Seed,
@@ -24,6 +25,7 @@ from dlp_plugin.cli.common import (
     TestConfig,
     TestSplit,
     TrustRemoteCode,
+    WindowLength,
     calibration_arguments,
     checked_length,
     console,
@@ -46,9 +48,9 @@ def ppl(
     model: Model,
     data: Data,
     config: Config = None,
-    split: TestSplit = None,
+    split: MeasuredSplit = None,
     column: Column = "text",
-    length: Length = None,
+    length: WindowLength = None,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Windows per batch.", show_default="as many as hold 2,048 tokens"),
@@ -93,7 +95,10 @@ def zero_shot(
         ),
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Choices per batch.")] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Use the first questions of a task.", show_default="all"),
+    ] = None,
     task_folder: TaskFolder = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -213,7 +218,8 @@ def compare(
         typer.Option(min=2, help="Tokens per window of the test text.", show_default="--length"),
     ] = None,
     write_recipe: Annotated[
-        Path | None, typer.Option(help="YAML file to write the best recipe to.")
+        Path | None,
+        typer.Option(help="YAML file to write the recipe of the least perplexity to."),
     ] = None,
     sparsity: Annotated[
         str | None,
@@ -235,8 +241,9 @@ def compare(
 
     Blocks are scored once for all methods. Repeat the command to continue an interrupted run.
     The folder gets results.json, table.md, perplexity.png and sparsities.png, with refined plans
-    search.png, and with sizes bytes.png. The best recipe has the least perplexity over methods,
-    pruners and bits at one sparsity. It holds its plan, and `dlp-plugin oneshot` can run it.
+    search.png, and with sizes bytes.png. The best recipe has the least perplexity over the
+    methods, pruners and bits of the command at one sparsity: for one at 4 bits repeat it with
+    `--bits 4`. It holds its plan, and `dlp-plugin oneshot` can run it.
     """
     with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.comparison.names import EVERY, Scope

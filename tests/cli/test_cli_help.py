@@ -22,8 +22,13 @@ HELP = {
         "DLPModifier: {from_plan: plan.json}",
     ],
     "show": ["--strength,--alpha", "--plot", "also for another target or strength"],
-    "inspect": ["--against", "zeros that FOLDER has lost", "Packed 4-bit weights are dequantized"],
-    "ppl": ["windows that do not overlap", "--batch-size", "as many as hold 2,048 tokens"],
+    "inspect": ["--against", "zeros that FOLDER has lost", "of 4 and 8 bits are dequantized"],
+    "ppl": [
+        "windows that do not overlap",
+        "Tokens per window. ",
+        "--batch-size",
+        "as many as hold 2,048 tokens",
+    ],
     "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
     "speed": ["of a pruned model, dense and sparse", "--batches", "--json"],
     "compare": [
@@ -33,9 +38,9 @@ HELP = {
         "--test-config",
     ],
     "merge": ["pip install 'dlp_plugin[lora]'", "--allow-dense", "keeping every zero"],
-    "pack": ["Nothing is lost", "dense, W4A16 or W8A16", "import dlp_plugin"],
+    "pack": ["Nothing is lost", "16 bits, W4A16 or W8A16", "import dlp_plugin"],
     "unpack": ["folder that dlp-plugin pack wrote", "Restore the checkpoint"],
-    "export-gptq": ["in the GPTQ format", "W4A16 or W8A16"],
+    "export-gptq": ["a 4-bit or 8-bit checkpoint in the GPTQ format", "W4A16 or W8A16"],
 }
 
 
@@ -61,6 +66,13 @@ def test_no_two_options_have_one_name(name: str) -> None:
     """Of which only the last could be given."""
     names = [text for option in get_command(app).commands[name].params for text in option.opts]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_no_two_options_have_one_text(name: str) -> None:
+    """Of which none would say what tells it from the other."""
+    texts = [option.help for option in get_command(app).commands[name].params]
+    assert len(texts) == len(set(texts))
 
 
 @pytest.mark.parametrize("name", ["", *HELP])
