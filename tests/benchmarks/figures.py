@@ -6,7 +6,7 @@ from typing import Any
 from cells import PRUNERS, Cells, pruner_name
 from large import large_model
 from layout import Parts, bullets, number, percent, span, table
-from yardsticks import yardsticks
+from yardsticks import calibration, yardsticks
 
 # What run.py calls them -> what the page does
 WAYS = {
@@ -385,6 +385,7 @@ def _seconds(value: float) -> str:
 ALL: Sequence = (
     main_command,
     yardsticks,
+    calibration,
     comparisons,
     sparse_files,
     inference,

@@ -1,11 +1,11 @@
 """What scoring, pruning and training cost: python tests/benchmarks/run.py [--only PART]
 
 The statistic of one large block, its pruning by magnitude, the epochs of the stages, how the
-cost of an epoch grows, a step of training under masks, and three parts without times: scoring on
-fewer samples, steps and tokens of a refined plan, and searches from several starts; the gradient with other constants, and what a
-step of it costs; one Linear pruned. Ratios of what is measured side by side in this one run,
-medians of several rounds. Where there is a CUDA device, the epochs, on a larger model, the
-training and the one Linear run on it.
+cost of an epoch grows, a step of training under masks, and three parts without times: scoring
+on fewer samples, steps and tokens of a refined plan, and searches from several starts; the
+gradient with other constants, and what a step of it costs; one Linear pruned. Ratios of what is
+measured side by side in this one run, medians of several rounds. Where there is a CUDA device,
+the epochs, on a larger model, the training and the one Linear run on it.
 """
 
 import argparse

@@ -1,6 +1,10 @@
-"""A real model by the field's yardsticks: what page.md says of it. Standard library only."""
+"""A real model by the field's yardsticks: what page.md says of it. Standard library only.
+
+On its own it draws frontier.png from results/yardsticks.json: python tests/benchmarks/yardsticks.py
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -9,6 +13,13 @@ from layout import Parts, bullets, number, percent, span, table
 
 CHANCE = {"arc_easy": 0.25, "piqa": 0.5, "lambada": 0.0}
 TASKS = {"arc_easy": "ARC easy", "piqa": "PIQA", "lambada": "LAMBADA"}
+# Four that stay near chance on a model of this size
+WEAK = {
+    "arc_challenge": "ARC challenge",
+    "openbookqa": "OpenbookQA",
+    "winogrande": "WinoGrande",
+    "boolq": "BoolQ",
+}
 MAIN = "yardsticks"
 
 
@@ -44,9 +55,16 @@ def yardsticks(parts: Parts) -> dict[str, str]:
         rows = [[named(cell), *figures(cell)] for cell in cells]
         tables.append(table([percent(target), *columns], rows))
     plain = [[name, *figures(one)] for name, one in _plain(found)]
+    weak = [*_plain(found), *((f"{percent(c['target'])}, {named(c)}", c) for c in found["cells"])]
+    weak_rows = [
+        [name, *(f"{one['accuracy'][task]:.3f}" for task in WEAK)]
+        for name, one in weak
+        if WEAK.keys() <= one["accuracy"].keys()
+    ]
     return {
         "yardsticks dense": table(["", *columns], plain),
         "yardsticks tables": "\n\n".join(tables),
+        "yardsticks weak": table(["", *WEAK.values()], weak_rows),
         "yardsticks remarks": bullets([*_asked(found), *_dlp(found)]),
     }
 
@@ -127,3 +145,69 @@ def _dlp(found: dict[str, Any]) -> Iterator[str]:
                 f"{method_name(name)} is better than uniform in {sum(r < 1 for r in ratios)} of "
                 f"{len(ratios)} pairs; {span(ratios)} of its perplexity."
             )
+
+
+def calibration(parts: Parts) -> dict[str, str]:
+    """How much text, and which: samples and their length, seeds, and what `refine` is given."""
+    tokens, seeds = (parts.results(f"calibration: {part}") for part in ("tokens", "seeds"))
+    pruners = list(dict.fromkeys(pruner for found in tokens.values() for pruner in found))
+    rows = []
+    for name, found in sorted(tokens.items(), key=lambda one: _size(one[0])):
+        values = (found[p]["uniform"] if p in found else None for p in pruners)
+        shown = ("" if value is None else number(value) for value in values)
+        rows.append([name, f"{_size(name)[0]:,}", *shown])
+    columns = ["samples", "tokens", *map(pruner_name, pruners)]
+    first = next(iter(seeds.values()))
+    seed_rows = []
+    for pruner, methods in first.items():
+        for method in methods:
+            if method != "dense" and all(method in found[pruner] for found in seeds.values()):
+                values = [found[pruner][method] for found in seeds.values()]
+                uniform = [found[pruner]["uniform"] for found in seeds.values()]
+                ratios = [value / one for value, one in zip(values, uniform, strict=True)]
+                name = f"{pruner_name(pruner)}, {method_name(method)}"
+                share = "" if method == "uniform" else span(ratios)
+                seed_rows.append([name, *map(number, values), share])
+    refining = parts.results("refining")
+    refined = [["perplexity", *(number(one["perplexity"]) for one in refining.values())]]
+    return {
+        "refining table": table(["", *refining], refined),
+        "calibration tokens": table(columns, rows),
+        "calibration seeds": table(
+            ["", *(f"samples: {seed}" for seed in seeds), "to uniform"], seed_rows
+        ),
+    }
+
+
+def _size(name: str) -> tuple[int, int]:
+    """Tokens in all, and of a sample, of what is named ``samples x length``."""
+    samples, length = map(int, name.split(" x "))
+    return samples * length, length
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Perplexity over megabytes: a line for every way to prune, its points the sparsities."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for cell in sorted(found["cells"], key=lambda cell: cell["target"]):
+        lines.setdefault(named(cell), []).append((cell["bytes"] / 1e6, cell["perplexity"]))
+    for name, points in lines.items():
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    for name, one in _plain(found):
+        point = one["bytes"] / 1e6, one["perplexity"]
+        axes.plot(*point, "k*", markersize=10)
+        axes.annotate(name, point, xytext=(6, -12), textcoords="offset points")
+    axes.margins(x=0.1)
+    axes.set(xlabel="megabytes on disk", ylabel="perplexity, WikiText-2", yscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    from record import RESULTS
+
+    draw(Parts(RESULTS).results(MAIN), RESULTS.parent / "frontier.png")
