@@ -213,3 +213,8 @@ def test_a_command_names_the_methods_pruners_and_sparsities_of_its_rows(page: Mo
         for cell in part["results"]["cells"]:
             for what, known in asked.items():
                 assert cell[what] in known, f"{name}: {what} {cell[what]}"
+
+
+def test_no_figure_is_of_a_tree_with_changes(page: ModuleType) -> None:
+    for name, part in page.Parts(BENCHMARKS / "results").items():
+        assert "changes" not in part["commit"], name

@@ -44,9 +44,8 @@ def compared(given: argparse.Namespace, name: str, pruner: str, options: list[st
     command += ["--pruners", pruner, *options]
     subprocess.run(command, check=True)
     found = json.loads((folder / "results.json").read_text())
-    cells = [
-        cell for cell in found["cells"] if (cell["pruner"], cell["target"]) == (pruner, TARGET)
-    ]
+    wanted = (pruner, TARGET, 16)
+    cells = [c for c in found["cells"] if (c["pruner"], c["target"], c["bits"]) == wanted]
     return {cell["method"]: cell["perplexity"] for cell in cells} | {"dense": found["dense"]}
 
 
@@ -69,7 +68,7 @@ def tokens(given: argparse.Namespace) -> Found:
 def seeds(given: argparse.Namespace) -> Found:
     """Seed -> pruner -> method -> perplexity, on 64 samples of 512 tokens."""
     return {
-        seed or "first": {
+        seed or "evenly spread": {
             pruner: compared(
                 given,
                 f"seed{seed}-{pruner}",

@@ -174,7 +174,8 @@ def calibration(parts: Parts) -> dict[str, str]:
         "refining table": table(["", *refining], refined),
         "calibration tokens": table(columns, rows),
         "calibration seeds": table(
-            ["", *(f"samples: {seed}" for seed in seeds), "to uniform"], seed_rows
+            ["", *(seed if " " in seed else f"seed {seed}" for seed in seeds), "to uniform"],
+            seed_rows,
         ),
     }
 
