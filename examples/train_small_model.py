@@ -82,7 +82,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, experts: int) -> PreTrainedMo
         num_experts_per_tok=CHOSEN,
         router_aux_loss_coef=BALANCE,
     )
-    return MixtralForCausalLM(config)
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation("eager")  # on a CPU a fifth faster than grouped products
+    return model
 
 
 @torch.no_grad()

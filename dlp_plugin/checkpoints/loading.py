@@ -16,6 +16,7 @@ from typing import Any
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import remove_dispatch
 from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils.dev import get_main_device
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from dlp_plugin.checkpoints.saving import save_like
 from dlp_plugin.checkpoints.sources import fetching, load_config, load_tokenizer, model_class
 from dlp_plugin.checkpoints.stored import QUANT_METHOD
 from dlp_plugin.checkpoints.trust import trusts_remote_code
+from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.files import check_vacant, replacing, reserved
 from dlp_plugin.generation import make_savable
 from dlp_plugin.host import warn_of_lost_zeros
@@ -118,12 +120,15 @@ def apply_recipe(
             check_vacant(output)
         model, stored = load_to_prune(name)
         stack.enter_context(_origin_as_dense(name, model))
-        warn_of_lost_zeros(model, Recipe.create_instance(recipe).modifiers, None)
+        modifiers = Recipe.create_instance(recipe).modifiers
+        warn_of_lost_zeros(model, modifiers, None)
         trusted = trusts_remote_code()
         pruned: Any = oneshot(
             model=model, recipe=recipe, trust_remote_code_model=trusted, **calibration
         )
         if output is not None:
+            if not any(isinstance(each, QuantizationMixin) for each in modifiers):
+                save_under_source_names(pruned)  # as no stock modifier asks for
             if stored.dtypes:
                 narrow(remove_dispatch(pruned), stored)
             # The host writes the model on the first process only, and all take part.

@@ -11,13 +11,22 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.offload import load_offloaded_model
 from families import FAMILIES, Family, make
-from helpers import Logged, assert_same, linears_of, random_samples, run, weights_of, zeros
+from helpers import (
+    Logged,
+    assert_same,
+    linears_of,
+    random_samples,
+    run,
+    weights_of,
+    word_tokenizer,
+    zeros,
+)
 from llmcompressor.modeling.moe.conversion_mappings import (
     get_linearize_load_mappings,
     set_save_conversion_mapping,
 )
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, linearize_moe
-from llmcompressor.modifiers.pruning import WandaPruningModifier
+from llmcompressor.modifiers.pruning import REAPPruningModifier, WandaPruningModifier
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import conversion_mapping
@@ -25,6 +34,8 @@ from transformers.core_model_loading import Interleave, WeightConverter
 
 import dlp_plugin
 from dlp_plugin import DLPModifier, MaskedGPTQModifier, OneShotMagnitudeModifier
+from dlp_plugin.checkpoints.loading import apply_recipe
+from dlp_plugin.evaluation.text import calibrate_on
 from dlp_plugin.experts import save_under_source_names
 
 SPLIT = ["mixtral", "qwen3_moe", "deepseek_v3", "qwen3_next", "jamba", "nemotron_h_experts"]
@@ -117,6 +128,22 @@ def test_experts_in_bfloat16(name: str, tmp_path: Path) -> None:
     prune_as(model, family, pruned)
     assert shapes(pruned) == shapes(source)
     assert_computes_same(reload(family, pruned, dtype=torch.bfloat16), model, family)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_stock_recipe_that_removes_experts(name: str, tmp_path: Path) -> None:
+    family, smaller = FAMILIES[name], tmp_path / "smaller"
+    source = source_of(family, tmp_path / "source")
+    word_tokenizer().save_pretrained(source)
+    model = apply_recipe(
+        source,
+        REAPPruningModifier(sparsity=0.25),
+        smaller,
+        **calibrate_on(random_samples(), word_tokenizer()),
+    )
+    held = [each for each in shapes(source) if ".experts." in each]
+    assert 3 * len(held) == 4 * sum(".experts." in each for each in shapes(smaller))
+    torch.testing.assert_close(logits(reload(family, smaller), family), logits(model, family))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
