@@ -130,20 +130,34 @@ def test_experts_in_bfloat16(name: str, tmp_path: Path) -> None:
     assert_computes_same(reload(family, pruned, dtype=torch.bfloat16), model, family)
 
 
+@pytest.mark.parametrize("sparsity", [0, 0.5], ids=["alone", "then pruned"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_a_stock_recipe_that_removes_experts(name: str, tmp_path: Path) -> None:
+def test_a_stock_stage_removes_experts(name: str, sparsity: float, tmp_path: Path) -> None:
+    """Alone no modifier of this package takes part; before others it leaves them fewer experts."""
     family, smaller = FAMILIES[name], tmp_path / "smaller"
     source = source_of(family, tmp_path / "source")
     word_tokenizer().save_pretrained(source)
+    recipe = [REAPPruningModifier(sparsity=0.25)]
+    if sparsity:
+        wanda = dlp_plugin.WandaPruningModifier(targets=["Linear"], ignore=["lm_head"])
+        recipe += [DLPModifier(sparsity=sparsity), wanda]
     model = apply_recipe(
         source,
-        REAPPruningModifier(sparsity=0.25),
+        recipe,
         smaller,
         **calibrate_on(random_samples(), word_tokenizer()),
     )
+    kept = shapes(smaller)
     held = [each for each in shapes(source) if ".experts." in each]
-    assert 3 * len(held) == 4 * sum(".experts." in each for each in shapes(smaller))
+    assert 3 * len(held) == 4 * sum(".experts." in each for each in kept)
     torch.testing.assert_close(logits(reload(family, smaller), family), logits(model, family))
+    counts = [
+        (zeros(linear), linear.weight.numel())
+        for name, linear in linears_of(model).items()
+        if "layers" in name and not name.endswith("gate")
+    ]
+    dead, weights = map(sum, zip(*counts, strict=True))
+    assert dead / weights == pytest.approx(sparsity, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
