@@ -107,7 +107,7 @@ def zero_shot(
 
     `paper7` stands for the seven tasks of the pruning papers: BoolQ, RTE, HellaSwag, WinoGrande,
     ARC easy and challenge, OpenbookQA. The mean over all tasks is shown too. Needs
-    `pip install 'dlp_plugin[eval]'`.
+    the extra `eval`: `pip install '.[eval]'` in a copy of the repository.
     """
     asked = [task for one in tasks for task in one.split(",") if task]
     with reporting_errors(trust_remote_code=trust_remote_code):
@@ -223,7 +223,9 @@ def compare(
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(help="The sparsity of that recipe.", show_default="the highest"),
+        typer.Option(
+            help="The target of that recipe, one of `--sparsities`.", show_default="the highest"
+        ),
     ] = None,
     targets: Targets = None,
     ignore: Ignore = None,
