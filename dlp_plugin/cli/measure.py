@@ -97,7 +97,9 @@ def zero_shot(
     batch_size: Annotated[int, typer.Option(min=1, help="Choices per batch.")] = 8,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Use the first questions of a task.", show_default="all"),
+        typer.Option(
+            min=1, help="Use only so many questions of each task, the first.", show_default="all"
+        ),
     ] = None,
     task_folder: TaskFolder = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
@@ -207,11 +209,17 @@ def compare(
     task_folder: TaskFolder = None,
     questions: Annotated[
         int | None,
-        typer.Option(min=1, help="Use the first questions of a task.", show_default="all"),
+        typer.Option(
+            min=1, help="Use only so many questions of each task, the first.", show_default="all"
+        ),
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows of the test text, spread evenly.", show_default="all"),
+        typer.Option(
+            min=1,
+            help="Measure only so many windows of the test text, spread evenly over it.",
+            show_default="all",
+        ),
     ] = None,
     test_length: Annotated[
         int | None,
