@@ -38,4 +38,4 @@ def test_the_script_prunes_and_measures(
     script = script.replace("recipes/", f"{ROOT}/recipes/")
     exec(compile(script, "python_api.md", "exec", dont_inherit=True), {})
     assert 1 < float(capsys.readouterr().out.splitlines()[-1]) < 1000
-    assert (tmp_path / "pruned" / "recipe.yaml").exists()
+    assert (tmp_path / "my_pruned" / "recipe.yaml").exists()

@@ -97,7 +97,9 @@ def zero_shot(
     batch_size: Annotated[int, typer.Option(min=1, help="Choices per batch.")] = 8,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Use the first questions of a task.", show_default="all"),
+        typer.Option(
+            min=1, help="Use only so many questions of each task, the first.", show_default="all"
+        ),
     ] = None,
     task_folder: TaskFolder = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
@@ -107,7 +109,7 @@ def zero_shot(
 
     `paper7` stands for the seven tasks of the pruning papers: BoolQ, RTE, HellaSwag, WinoGrande,
     ARC easy and challenge, OpenbookQA. The mean over all tasks is shown too. Needs
-    `pip install 'dlp_plugin[eval]'`.
+    the extra `eval`: `pip install '.[eval]'` in a copy of the repository.
     """
     asked = [task for one in tasks for task in one.split(",") if task]
     with reporting_errors(trust_remote_code=trust_remote_code):
@@ -207,11 +209,17 @@ def compare(
     task_folder: TaskFolder = None,
     questions: Annotated[
         int | None,
-        typer.Option(min=1, help="Use the first questions of a task.", show_default="all"),
+        typer.Option(
+            min=1, help="Use only so many questions of each task, the first.", show_default="all"
+        ),
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows of the test text, spread evenly.", show_default="all"),
+        typer.Option(
+            min=1,
+            help="Measure only so many windows of the test text, spread evenly over it.",
+            show_default="all",
+        ),
     ] = None,
     test_length: Annotated[
         int | None,
@@ -223,7 +231,9 @@ def compare(
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(help="The sparsity of that recipe.", show_default="the highest"),
+        typer.Option(
+            help="The target of that recipe, one of `--sparsities`.", show_default="the highest"
+        ),
     ] = None,
     targets: Targets = None,
     ignore: Ignore = None,

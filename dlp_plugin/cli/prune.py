@@ -41,7 +41,12 @@ def oneshot(
     ],
     sparsity: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Replaces the sparsity in the recipe."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Replaces every sparsity that the recipe states. For another N:M pattern change "
+            "its `mask_structure` instead.",
+        ),
     ] = None,
     pack: Annotated[
         bool, typer.Option("--pack", help="Save the model in the sparse format.")
@@ -116,8 +121,8 @@ def merge(
 ) -> None:
     """Merge an adapter (LoRA and others of peft) into a pruned model, keeping every zero.
 
-    Needs `pip install 'dlp_plugin[lora]'`. To quantize the result:
-    `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
+    Needs the extra `lora`: `pip install '.[lora]'` in a copy of the repository. To quantize the
+    result: `dlp-plugin oneshot OUTPUT --recipe recipes/w4a16.yaml ...`
     """
     with reporting_errors(trust_remote_code=trust_remote_code), reserved(output):
         from dlp_plugin.checkpoints.saving import save_like

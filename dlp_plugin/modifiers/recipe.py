@@ -71,7 +71,8 @@ def with_sparsity(path: str | Path, sparsity: float) -> str:
     if not stated:
         raise ValueError(
             f"sparsity: {sparsity} has no place in {path}, where no modifier states one: give its "
-            "pruning stage sparsity: 0.5, which is then replaced"
+            "pruning stage sparsity: 0.5, which is then replaced; with N:M change mask_structure "
+            "instead"
         )
     for fields in stated:
         fields["sparsity"] = sparsity

@@ -29,7 +29,7 @@ HELP = {
         "--batch-size",
         "as many as hold 2,048 tokens",
     ],
-    "zero-shot": ["paper7", "pip install 'dlp_plugin[eval]'"],
+    "zero-shot": ["paper7", "pip install '.[eval]'"],
     "speed": ["of a pruned model, dense and sparse", "--batches", "--json"],
     "compare": [
         "uniform, dlp, owl, alpha-pruning, linear",
@@ -37,7 +37,7 @@ HELP = {
         "--write-recipe",
         "--test-config",
     ],
-    "merge": ["pip install 'dlp_plugin[lora]'", "--allow-dense", "keeping every zero"],
+    "merge": ["pip install '.[lora]'", "--allow-dense", "keeping every zero"],
     "pack": ["Nothing is lost", "16 bits, W4A16 or W8A16", "import dlp_plugin"],
     "unpack": ["folder that dlp-plugin pack wrote", "Restore the checkpoint"],
     "export-gptq": ["a 4-bit or 8-bit checkpoint in the GPTQ format", "W4A16 or W8A16"],

@@ -58,3 +58,5 @@ def test_another_sparsity_wherever_one_is_stated(tmp_path: Path) -> None:
     assert [fields["sparsity"] for fields in stage.values()] == [0.6, 0.6]
     with pytest.raises(ValueError, match=r"sparsity: 0\.6 has no place in .*w4a16\.yaml"):
         with_sparsity(ROOT / "recipes" / "w4a16.yaml", 0.6)
+    with pytest.raises(ValueError, match=r"4of8\.yaml.* with N:M change mask_structure instead"):
+        with_sparsity(ROOT / "recipes" / "dlp_wanda_4of8.yaml", 0.6)
