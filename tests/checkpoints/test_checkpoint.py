@@ -328,7 +328,8 @@ class TestDamagedFiles:
             read(whole)
 
     @pytest.mark.parametrize(
-        ("text", "message"), [("{", "is no JSON"), ("[]", "holds a list instead of a mapping")]
+        ("text", "message"),
+        [("{", "is not valid JSON"), ("[]", "holds a list instead of a mapping")],
     )
     @pytest.mark.parametrize("name", ["config.json", INDEX])
     def test_configuration_and_index(
@@ -354,7 +355,7 @@ def test_weights_that_are_packed_in_a_way_that_is_not_read(
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantized by gptq, whose weights are not read here"):
+    with pytest.raises(ValueError, match="quantized by gptq, whose weights cannot be read"):
         inspect_checkpoint(tmp_path)
 
 

@@ -83,7 +83,7 @@ def test_a_damaged_linear_gives_no_slice() -> None:
     with pytest.raises(ValueError, match=r"^a\.weight_table is missing"):
         narrow(stored, {k: v for k, v in parts.items() if k != "weight_table"}, 0, 0, 1, "a")
     parts["weight_packed"][0, 0] ^= 1
-    with pytest.raises(ValueError, match=r"^a\.weight_packed marks another number of weights"):
+    with pytest.raises(ValueError, match=r"^a\.weight_packed marks \d+ weights, but"):
         narrow(stored, parts, 0, 0, 1, "a")
 
 
