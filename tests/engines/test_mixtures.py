@@ -256,7 +256,7 @@ class TestBadInput:
             ("mixtral", r"experts\.3\.w1\.weight, and the layer has 4 experts"),
             (
                 "gpt_oss",
-                r"gate_up_proj of .* damaged entry in .* \(its 4 experts are not all there",
+                r"gate_up_proj of .* damaged entry in .* \(some of its 4 experts are missing",
             ),
         ],
     )
