@@ -78,7 +78,7 @@ def test_what_cannot_be_packed_is_told(tmp_path: Path) -> None:
 def test_numbers_of_texts(tmp_path: Path) -> None:
     for given in ("0", "1,x", ""):
         output = command("speed", tmp_path, "--batches", given, code=1).output
-        assert f"--batches is {given!r}: give numbers of texts" in " ".join(output.split())
+        assert f"--batches is {given!r}: give batch sizes" in " ".join(output.split())
 
 
 FOUND = {

@@ -176,7 +176,7 @@ class TestSourcesThatCannotBeRead:
 
     def test_a_file_that_is_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "text.txt").write_bytes(b"ab\xff")
-        with pytest.raises(ValueError, match=r"text\.txt is no UTF-8 text \(byte 2\)"):
+        with pytest.raises(ValueError, match=r"text\.txt is not UTF-8 text \(byte 2\)"):
             read_tokens(tmp_path / "text.txt", word_tokenizer())
 
     def test_a_dataset_of_several_columns_that_tells_none_before_it_is_read(
@@ -201,7 +201,7 @@ class TestSourcesThatCannotBeRead:
             read_tokens("some/dataset", word_tokenizer())
 
     def test_a_folder_that_holds_no_dataset(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match=r"as a dataset it cannot be read"):
+        with pytest.raises(OSError, match=r"cannot be read as a dataset"):
             read_tokens(tmp_path, word_tokenizer())
 
     def test_a_row_without_text(self, tmp_path: Path) -> None:
