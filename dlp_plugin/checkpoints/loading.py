@@ -50,8 +50,8 @@ def load_model(name: str | Path) -> PreTrainedModel:
     """Load a model to measure it, on the accelerator if there is one.
 
     A model that does not fit on the accelerator is spread over several devices
-    (:func:`dlp_plugin.checkpoints.placing.placed`). A packed model stays packed on a CPU, and is
-    decoded elsewhere.
+    (:func:`dlp_plugin.checkpoints.placing.placed`). A packed model stays packed on a CPU with
+    kernels, and is decoded elsewhere.
 
     :param name: a local folder, or an id on the hub
     :return: the model, ready to compute

@@ -49,7 +49,7 @@ class SourceNames:
         self._modules = {name for name, _ in model.named_modules()}
 
     def weight(self, key: str) -> str | None:
-        """Find the model's weight that a tensor of the files becomes unmerged.
+        """Find the model's weight that a tensor of the files is loaded into on its own.
 
         :param key: name of the tensor in the files
         :return: full name of the weight in the model; None if the tensor is merged with others, or

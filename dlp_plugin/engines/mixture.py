@@ -16,7 +16,7 @@ from dlp_plugin.engines.linear import SparseLinear
 
 __all__ = ["SparseExperts"]
 
-_GATE = "_apply_gate"  # method of transformers' modules of experts, which subclasses may override
+_GATE = "_apply_gate"  # method that applies the gate in all of transformers' classes of experts
 
 
 class SparseExperts(torch.nn.Module):

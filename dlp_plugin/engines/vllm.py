@@ -50,7 +50,7 @@ __all__ = ["SparseConfig", "SparseLinearMethod", "register"]
 _PACK = "fetch it or pack the checkpoint again"
 _UNPACK = "unpack the checkpoint first (dlp-plugin unpack)"
 _REARRANGED = ("bloom", "falcon", "k2_horizon", "llama4", "llama4_text")
-"""Model types whose weights vLLM permutes by rows as it reads them, before the loaders see them."""
+"""Model types for which vLLM permutes rows of tensors as it reads them, packed parts included."""
 _SHARDS = ("q", "k", "v", "index_q", "index_k")
 """vLLM's names of the shards of a fused attention projection, in order."""
 

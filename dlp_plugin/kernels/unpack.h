@@ -18,7 +18,7 @@ unpack_of(int dtype, int bits, const Weight *weight, int64_t row, const float *s
         place += count;
         out += count * size_of(dtype);
     }
-    memset(out, 0, (size_t)(SPARE * size_of(dtype))); /* loads past the end must not find a NaN */
+    memset(out, 0, (size_t)(SPARE * size_of(dtype))); /* loads past the end find finite values */
 }
 
 #define UNPACK(dtype)                                                 \

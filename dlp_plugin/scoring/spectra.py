@@ -13,8 +13,8 @@ from dlp_plugin.scoring.scores import check_dtype, check_finite, magnitudes_of
 
 __all__ = ["block_exponent", "power_law_exponent"]
 
-# Eigenvalues, and differences of their logarithms, below this are rounding errors. Relative to the
-# largest eigenvalue these are about n * 2.2e-16, where n is a few thousand.
+# Eigenvalues below this fraction of the largest, and smaller differences between the logarithms of
+# eigenvalues, are rounding errors: these are about n * 2.2e-16, where n is a few thousand.
 _NOISE = 1e-12
 # Elements of a weight that are converted to float64 at a time (32 MB).
 WIDE = 1 << 22

@@ -394,6 +394,6 @@ def test_a_damaged_source_is_named(tmp_path: Path) -> None:
     quantization["config_groups"] = {"group_0": group}
     (source / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     (source / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or was not written"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
         export_gptq(source, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]

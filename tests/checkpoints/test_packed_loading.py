@@ -175,7 +175,7 @@ class TestDamage:
         config = json.loads((packed / "config.json").read_text())
         config["quantization_config"]["version"] = 3
         (packed / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"config\.json is of version 3 .*update dlp_plugin"):
+        with pytest.raises(ValueError, match=r"config\.json has version 3 .*update dlp_plugin"):
             read(packed)
 
     def test_a_file_that_was_not_written_to_its_end(self, packed: Path) -> None:

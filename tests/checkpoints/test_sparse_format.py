@@ -331,7 +331,7 @@ class TestDamage:
     def test_values_and_integers(self) -> None:
         stored, parts = encode(torch.eye(16, dtype=torch.float16))
         parts["weight_values"] = parts["weight_values"].float()
-        with pytest.raises(ValueError, match=r"weight_values is torch\.float32 \[16\] in place"):
+        with pytest.raises(ValueError, match=r"weight_values is torch\.float32 \[16\] instead of"):
             decode(stored, parts)
         integers = torch.full((8, 8), 8, dtype=torch.uint8)
         integers[0, :3] = 3

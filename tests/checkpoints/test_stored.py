@@ -45,7 +45,7 @@ def test_what_is_said() -> None:
         ({"quant_method": "gptq"}, r"^folder is not packed: its quant_method is gptq, not dlp"),
         (
             {"version": 3},
-            r"^folder is of version 3 of dlp-sparse, and this .*update dlp_plugin",
+            r"^folder has version 3 of dlp-sparse, but this .*update dlp_plugin",
         ),
         ({"version": "1"}, r"^folder has a damaged quantization_config \(version 1\)"),
         ({"version": 0}, r"^folder has a damaged quantization_config \(version 0\)"),

@@ -245,8 +245,8 @@ class TestTheAnswer:
         found = self.found((16, 11.0, 9), (16, 12.0, 6), (4, 15.0, 4), (4, 18.0, 3))
         assert view.verdicts(found) == [
             "Plain 4 bits: 12.0000 in 4.00 MB. The best pruned model that is no larger has 15.0000 "
-            "in 4.00 MB, 1.250 times the perplexity (owl at 0.7, wanda, 4 bits). Larger and no "
-            "better are 1 of 4 pruned."
+            "in 4.00 MB, 1.250 times the perplexity (owl at 0.7, wanda, 4 bits). Of 4 pruned "
+            "models 1 are larger and not better."
         ]
         (caption,) = view.verdicts(self.found((4, 9.0, 3)))
         assert "0.750 times the perplexity" in caption
@@ -258,7 +258,7 @@ class TestTheAnswer:
             "No pruned model is as small. Of 1 pruned models 1 are larger and not better."
         )
         (text,) = view.verdicts(self.found((4, float("nan"), 3)))
-        assert "No pruned model of finite perplexity is as small. Larger and no" in text
+        assert "No pruned model of finite perplexity is as small. Of 1 pruned" in text
         assert view.verdicts(self.found()) == []
 
 

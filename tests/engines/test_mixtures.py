@@ -221,8 +221,8 @@ class TestBadInput:
                 lambda x: [
                     x.pop(key) for key in list(x) if re.search(r"experts\.\d\.up_proj", key)
                 ],
-                r"hold 8,192 weights of model\.layers\.1\.mlp\.experts\.gate_up_proj, and the "
-                r"model has \[4, 64, 64\]: config\.json is that of another model, or a file is",
+                r"hold 8,192 weights of model\.layers\.1\.mlp\.experts\.gate_up_proj, and in "
+                r"the model it is \[4, 64, 64\]: config\.json is that of another model",
             ),
             (
                 "qwen3_moe",

@@ -236,5 +236,5 @@ class TestPlaces:
         assert not logged(by="dlp_plugin")
 
     def test_of_a_model_that_is_not_packed(self, packed: Path) -> None:
-        with pytest.raises(ValueError, match=r"is a SparseConfig, and the model is not packed"):
+        with pytest.raises(ValueError, match=r"is a SparseConfig, but the model is not packed"):
             dense(packed.with_name("source"))

@@ -43,7 +43,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     if family.kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
         check_causal(model, "this")
     else:
-        with pytest.raises(ValueError, match=f"this, .* and {type(model).__name__} is not one: it"):
+        with pytest.raises(ValueError, match=f"this, .* but {type(model).__name__} is not one: it"):
             check_causal(model, "this")
 
 

@@ -194,7 +194,7 @@ class TestConversations:
 
     def test_without_a_template(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
         Dataset.from_dict({"messages": CHATS}).to_json(tmp_path / "chats.jsonl")
-        message = "'messages' of row 0 is a conversation, and the model's tokenizer has no chat tem"
+        message = "'messages' of row 0 is a conversation, but the model's tokenizer has no chat tem"
         with pytest.raises(ValueError, match=message):
             read_tokens(tmp_path / "chats.jsonl", tokenizer, column="messages")
 

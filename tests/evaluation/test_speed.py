@@ -116,7 +116,7 @@ def test_a_model_in_the_cache_shows_nothing_and_that_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "cache_bytes", lambda: 1 << 30)
-    assert "The processor's cache holds 1,074 MB" in " ".join(shown(FOUND))
+    assert "The processor's cache of 1,074 MB" in " ".join(shown(FOUND))
 
 
 def test_the_size_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_seed_draws_calibration_samples() -> None:
     ("make", "message"),
     [
         (lambda: token_windows(range(9), 1), "length must be at least 2 tokens, got 1"),
-        (lambda: token_windows([5], 4), "the text has 1 tokens"),
+        (lambda: token_windows([5], 4), "at least 2 tokens, got 1"),
         (lambda: calibration_set(range(3), 4, 1), "has 3 tokens, which is less than one sample"),
         (lambda: calibration_set(range(9), 4, 0), "samples must be at least 1, got 0"),
     ],
