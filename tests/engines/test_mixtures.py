@@ -228,12 +228,12 @@ class TestBadInput:
                 "qwen3_moe",
                 lambda x: shorten(x, f"{EXPERT['qwen3_moe']}.weight"),
                 r"experts\.3\.gate_proj\.weight of .*source is \[31, 64\], and model\.layers\.0\."
-                r"mlp\.experts\.0\.gate_proj\.weight \[32, 64\]: experts of a layer have one shape",
+                r"mlp\.experts\.0\.gate_proj\.weight is \[32, 64\]: experts of a layer have one",
             ),
             (
                 "gpt_oss",
                 lambda x: shorten(x, EXPERT["gpt_oss"]),
-                r"hold 36,864 weights of model\.layers\.0\.mlp\.experts\.gate_up_proj, and the",
+                r"hold 36,864 weights of model\.layers\.0\.mlp\.experts\.gate_up_proj, and in the",
             ),
         ],
     )

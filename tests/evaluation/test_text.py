@@ -197,7 +197,7 @@ class TestSourcesThatCannotBeRead:
             raise RefusedError("401 Unauthorized", response=None)
 
         monkeypatch.setattr("dlp_plugin.evaluation.sources.load_dataset", refuse)
-        with pytest.raises(OSError, match=r"cannot be read \(401 Unauthorized\): check"):
+        with pytest.raises(OSError, match=r"cannot be read as a dataset \(401 Unauthorized\)"):
             read_tokens("some/dataset", word_tokenizer())
 
     def test_a_folder_that_holds_no_dataset(self, tmp_path: Path) -> None:

@@ -214,7 +214,9 @@ def test_what_cannot_be_multiplied() -> None:
     layout = layout_of(*packed(torch.bfloat16, (6, 20)))
     with pytest.raises(ValueError, match=r"^packed weights \[6, 20\] .* not \[1, 21\] in .*bfloat"):
         linear(torch.ones(1, 21).bfloat16(), layout)
-    with pytest.raises(ValueError, match=r"takes \[\.\.\., 20\] in .* not \[1, 20\] in .*float64"):
+    with pytest.raises(
+        ValueError, match=r"take inputs \[\.\.\., 20\] in .* not \[1, 20\] in .*float64"
+    ):
         linear(torch.ones(1, 20).double(), layout)
     there = {name: one.to("meta") for name, one in layout.tensors.items()}
     with pytest.raises(
