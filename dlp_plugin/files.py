@@ -30,6 +30,7 @@ _PATIENCE = 0.5
 def check_vacant(folder: str | Path) -> None:
     """Make sure before long work that :func:`replacing` may put a folder here.
 
+    :param folder: to be written later
     :raises FileExistsError: if there is a file, or a folder that is not empty or that none can
         take the place of
     """
@@ -47,6 +48,7 @@ def check_vacant(folder: str | Path) -> None:
 def check_writable(file: str | Path) -> None:
     """Make sure before long work that :func:`replacing` may put a file here.
 
+    :param file: to be written later
     :raises IsADirectoryError: if it is a folder
     :raises OSError: if its folder does not exist or cannot be written to
     """

@@ -10,9 +10,8 @@ What it relies on, each point held by a test in ``tests/test_host.py``:
 - it reads ``sparsity`` (a list has one entry per match) when its epoch starts;
 - a recipe is saved as stage -> group -> modifier type -> fields, behind the one that lies
   beside the model;
-- a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``, and the
-  sequential one runs each block once, and leaves its weights as they are, where those of
-  ``_FOR_CHANGED_BLOCKS`` that it knows are False.
+- a pipeline is called with the user's ``DatasetArguments`` as ``dataset_args``; the sequential one
+  runs each block once, and keeps its weights if the options in ``_FOR_CHANGED_BLOCKS`` are False.
 """
 
 from __future__ import annotations
@@ -84,7 +83,11 @@ def current_modifiers() -> list[Modifier]:
 
 
 def stages_after(modifier: Modifier, until: type[Modifier]) -> list[StockStage]:
-    """Pruning stages that follow, up to the next modifier of a kind."""
+    """Pruning stages that follow, up to the next modifier of a kind.
+
+    :param modifier: of the recipe that runs
+    :param until: class of the modifier that ends the search
+    """
     modifiers = current_modifiers()
     place = next(i for i, other in enumerate(modifiers) if other is modifier)
     following = takewhile(lambda other: not isinstance(other, until), modifiers[place + 1 :])
@@ -99,9 +102,9 @@ def warn_of_lost_zeros(
     GPTQ spreads errors over pruned weights, AutoRound learns to round them away from
     zero; both measured. Rounding to nearest, after AWQ too, leaves a zero at zero.
 
+    :param model: to be quantized
     :param modifiers: of the whole recipe
-    :param teller: who asks; only the package's first modifier in the recipe tells, or where there
-        is none, None
+    :param teller: the caller; only the package's first modifier warns, or None if it has none
     """
     ours = (each for each in modifiers if type(each).__module__.startswith(f"{_PACKAGE}."))
     if next(ours, None) is not teller:
@@ -133,6 +136,8 @@ def stage_targets(
 ) -> dict[str, dict[str, torch.nn.Module]]:
     """What a pruning stage is about to prune: no routers but those that ``targets`` name.
 
+    :param model: to be pruned
+    :param stage: that prunes it
     :return: for every module that the stage's ``targets`` match, in the order of the
         stage's sparsity list, the modules below it to be pruned, by full name
     """
@@ -147,6 +152,7 @@ def stage_targets(
 def check_patterns(modifier: Modifier, **fields: str | Iterable[str]) -> None:
     """Refuse what the host would stumble over, or take apart letter by letter.
 
+    :param modifier: that has the fields
     :param fields: what each field holds that selects modules
     :raises ValueError: naming the field, and the entry that is no regular expression
     """
@@ -167,10 +173,11 @@ def check_patterns(modifier: Modifier, **fields: str | Iterable[str]) -> None:
 def heed_ignore(model: torch.nn.Module, stage: StockStage) -> list[str]:
     """Have the host leave out what a stage means to leave out.
 
-    These are the routers that ``targets`` do not name, and what ``ignore`` names by an exact name
-    or a pattern with ``$``: the host asks about the name with a dot behind it where a target is the
-    module itself.
+    These are routers that ``targets`` do not name, and modules that ``ignore`` names exactly or by
+    a pattern with ``$``: the host appends a dot to the name of a module that is itself a target.
 
+    :param model: to be pruned
+    :param stage: whose ``ignore`` is extended
     :return: what was added to ``ignore`` for that
     :raises ValueError: as :func:`_check_ignore` does
     """
@@ -238,6 +245,7 @@ def _prunable(
 def check_weights_are_own(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> None:
     """Make sure that pruning these modules changes no other one, and none of them twice.
 
+    :param model: that has the modules
     :param modules: what is to be pruned, by full name
     :raises ValueError: naming two modules that share a weight, and the entry of ``ignore`` that
         leaves one of them out
@@ -264,8 +272,10 @@ def check_weights_are_own(model: torch.nn.Module, modules: Mapping[str, torch.nn
 def set_sparsities(stage: StockStage, sparsities: list[float]) -> None:
     """Hand a stage one sparsity per match of its targets.
 
-    SparseGPT reads the sorted score at place ``int(n * sparsity)``, which 1.0 puts past
-    the end; the next smaller number prunes all just the same.
+    SparseGPT reads the sorted score at index ``int(n * sparsity)``; 1.0 would be past the end.
+
+    :param stage: to change
+    :param sparsities: in the order of the matches
     """
     if isinstance(stage, SparseGPTModifier):
         sparsities = [min(sparsity, math.nextafter(1, 0)) for sparsity in sparsities]
@@ -275,6 +285,8 @@ def set_sparsities(stage: StockStage, sparsities: list[float]) -> None:
 def leave_dense(stage: StockStage, names: list[str]) -> list[str]:
     """Add modules, by full name, to what a stage ignores.
 
+    :param stage: to change
+    :param names: full names of the modules
     :return: the entries that were added
     """
     patterns = [f"re:\\.?{re.escape(name)}\\.?$" for name in names]
@@ -285,6 +297,8 @@ def leave_dense(stage: StockStage, names: list[str]) -> list[str]:
 def block_names(model: torch.nn.Module, sequential_targets: list[str] | None) -> list[str]:
     """Full names of the model's blocks, as llm-compressor infers or is told them.
 
+    :param model: any module
+    :param sequential_targets: names or classes of the blocks; None to infer them
     :raises ValueError: if there are none
     """
     try:
@@ -304,8 +318,7 @@ def block_names(model: torch.nn.Module, sequential_targets: list[str] | None) ->
 def calibration_arguments() -> DatasetArguments:
     """The user's calibration arguments, from within an epoch.
 
-    The host hands them to its pipelines and to no modifier, so they are looked up where
-    the running pipeline holds them.
+    The host does not pass them to modifiers, so they are read from the running pipeline's frame.
 
     :raises RuntimeError: if no pipeline is running
     """
@@ -323,6 +336,9 @@ def run_once(model: torch.nn.Module, batches: Sequence[dict[str, Any]]) -> None:
 
     The host's own sequential pipeline with the user's arguments, less what it does for blocks
     that have changed. The modifiers of the epoch get its events. Call from within an epoch.
+
+    :param model: to run
+    :param batches: keyword arguments of the model's forward pass
     """
     arguments = copy(calibration_arguments())
     for name in _FOR_CHANGED_BLOCKS:
@@ -340,6 +356,7 @@ def keep_all_modifiers_when_saved(model: torch.nn.Module) -> None:
     written where it first stood. It is appended to that in the model's folder, where stages of
     one name become ``pruning_stage_0`` and ``_1``, which the host skips when it reads them.
 
+    :param model: whose folder may hold an earlier recipe
     :raises ValueError: if the recipe in the model's folder cannot be read
     """
     recipe = active_session().lifecycle.recipe

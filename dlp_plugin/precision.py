@@ -47,6 +47,9 @@ def is_native(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
 
     Accelerators are taken to have them. Of a CPU torch's own kernel library is asked, and on
     x86-64 the processor too, as the library imitates bfloat16 on those that have AVX-512 only.
+
+    :param dtype: of the products
+    :param device: that computes them
     """
     if torch.device(device).type != "cpu" or dtype not in _INSTRUCTIONS:
         return True
@@ -60,7 +63,10 @@ def is_native(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
 
 
 def widest(device: torch.device | str) -> torch.dtype:
-    """The dtype to sum in: float64, which Apple's MPS does not have."""
+    """The dtype to sum in: float64, which Apple's MPS does not have.
+
+    :param device: that sums
+    """
     return torch.float32 if str(device).startswith("mps") else torch.float64
 
 
@@ -87,6 +93,7 @@ def narrow(model: torch.nn.Module, stored: Stored) -> None:
     that were widened.
 
     :param model: on no device but a CPU, and not offloaded
+    :param stored: as :func:`widen` returns it
     """
     for name, tensor in _tensors(model):
         if tensor.dtype == torch.float32 and name not in stored.wide:
@@ -104,6 +111,7 @@ def wide_enough(model: torch.nn.Module, device: torch.device | str) -> Iterator[
 
     Weights are widened one by one as they are used.
 
+    :param model: to compute with
     :param device: where it computes
     """
     from compressed_tensors.offload import disable_onloading  # engines import this without it

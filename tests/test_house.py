@@ -3,9 +3,12 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 from helpers import ROOT
+
+from dlp_plugin.cli import app
 
 PACKAGE = ROOT / "dlp_plugin"
 MODULES = {
@@ -27,6 +30,11 @@ FLOORS = [
 ]
 # What torch keeps under such names and tells nobody otherwise.
 TORCH = {"_apply", "_parameters", "_version"}
+
+# A field of all modifiers that the host declares.
+HOST_FIELD = "requires_calibration_data"
+# Functions whose arguments have help texts instead of :param:.
+COMMANDS = {command.callback.__name__ for command in app.registered_commands if command.callback}
 
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -99,6 +107,16 @@ def test_no_function_is_long(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_docstrings_name_the_parameters(module: str) -> None:
+    """Those of public functions and classes; a class' fields may have docstrings of their own."""
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            said = ast.get_docstring(node) or ""
+            missing = [name for name in parameters(node) if f":param {name}:" not in said]
+            assert missing == [] or node.name in COMMANDS, f"{node.name}: {missing}"
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_private_names_stay_in_their_module(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text())
     for node in ast.walk(tree):
@@ -114,6 +132,25 @@ def test_private_names_stay_in_their_module(module: str) -> None:
             assert known or {f"self.{node.attr}", f"cls.{node.attr}"} & mine, ast.unparse(node)
 
 
+def parameters(node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
+    """Names of a function's arguments; of a class those of ``__init__``, or else of its fields."""
+    if isinstance(node, ast.FunctionDef):
+        args = node.args
+        every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+        yield from (arg.arg for arg in every if arg is not None and arg.arg != "self")
+        return
+    made = [each for each in node.body if getattr(each, "name", "") == "__init__"]
+    if made and isinstance(made[0], ast.FunctionDef):
+        yield from parameters(made[0])
+        return
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if is_field(field) and not described:
+            name, kind = ast.unparse(field.target), ast.unparse(field.annotation)
+            if not name.startswith("_") and not kind.startswith("ClassVar") and name != HOST_FIELD:
+                yield name
+
+
 def attributes(tree: ast.AST) -> Iterator[ast.Attribute]:
     """Attributes of names, such as ``self._plan``."""
     for node in ast.walk(tree):
@@ -121,5 +158,5 @@ def attributes(tree: ast.AST) -> Iterator[ast.Attribute]:
             yield node
 
 
-def is_field(node: ast.AST) -> bool:
+def is_field(node: ast.AST) -> TypeGuard[ast.AnnAssign]:
     return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)

@@ -1,1 +1,1 @@
-"""What is on disk: loaded, counted, written."""
+"""Checkpoints on disk: loading, inspecting, packing and saving them."""

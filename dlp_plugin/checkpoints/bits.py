@@ -1,4 +1,4 @@
-"""Bits, pairs of four bits and words of 32 in tensors of bytes, the lowest first."""
+"""Packing and unpacking of bit masks, 4-bit integers and 32-bit words; low bits come first."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ __all__ = [
     "words_of_integers",
 ]
 
-# Times a word of eight bytes that are 0 or 1: brings byte j's bit to place 56 + j.
+# Multiplying a 64-bit word of eight bytes, each 0 or 1, by this moves byte j's bit to bit 56 + j.
 _GATHER = sum(1 << (56 - 7 * j) for j in range(8))
 
 
 def mask_of(present: Tensor) -> Tensor:
-    """What is True, a bit each: uint8 ``[rows, ceil(columns / 8)]``.
+    """Pack a boolean matrix into one bit per entry.
 
     :param present: bool ``[rows, columns]``
+    :return: uint8 ``[rows, ceil(columns / 8)]``; column j is bit ``j % 8`` of byte ``j // 8``
     """
     rows, columns = present.shape
     eights = pad(present, (0, -columns % 8)).flatten().view(torch.int64)
@@ -32,9 +33,10 @@ def mask_of(present: Tensor) -> Tensor:
 
 
 def ones(mask: Tensor) -> Tensor:
-    """How many bits of each row are set: int64 ``[rows]``.
+    """Count the set bits of each row.
 
     :param mask: uint8 ``[rows, bytes]``
+    :return: int64 ``[rows]``
     """
     pairs = mask - (mask >> 1 & 0x55)
     fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
@@ -42,21 +44,31 @@ def ones(mask: Tensor) -> Tensor:
 
 
 def eight_of_a_byte(device: torch.device) -> Tensor:
-    """For every byte of a mask its eight bits, as eight bytes in one word: int64 ``[256]``."""
+    """Make a lookup table from a byte of a mask to its eight bits.
+
+    :param device: of the table
+    :return: int64 ``[256]``; byte j of an entry is bit j of its index
+    """
     byte, place = torch.arange(256, device=device)[:, None], torch.arange(8, device=device)
     return (byte >> place & 1).to(torch.uint8).view(torch.int64).flatten()
 
 
 def nibbles_of(pairs: Tensor) -> Tensor:
-    """The numbers of four bits in bytes that hold two each: uint8 ``[2 n]``.
+    """Unpack bytes that hold two 4-bit integers each.
 
-    :param pairs: uint8 ``[n]``
+    :param pairs: uint8 ``[n]``, the first integer in the low four bits
+    :return: uint8 ``[2 n]``
     """
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten()
 
 
 def packed(values: Tensor, bits: int) -> Tensor:
-    """Integers uint8 ``[n]`` of 8 bits as they are, those of 4 two in a byte."""
+    """Pack integers into bytes: 8-bit ones stay as they are, two 4-bit ones share a byte.
+
+    :param values: uint8 ``[n]``
+    :param bits: 4 or 8
+    :return: uint8 ``[n]`` for 8 bits, ``[ceil(n / 2)]`` for 4
+    """
     if bits == 8:
         return values
     pairs = pad(values, (0, len(values) % 2)).view(-1, 2)
@@ -64,17 +76,24 @@ def packed(values: Tensor, bits: int) -> Tensor:
 
 
 def words_for(count: int, bits: int) -> int:
-    """How many words of 32 bits hold a number of integers."""
+    """Return how many 32-bit words hold ``count`` integers of ``bits`` bits.
+
+    :param count: number of integers
+    :param bits: of each integer
+    :return: number of words
+    """
     return -(-count * bits // 32)
 
 
 def integers_of_words(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Unsigned integers uint8 ``[rows, columns]`` of words as compressed-tensors packs them.
+    """Unpack the 32-bit words into which compressed-tensors packs unsigned integers.
 
     :param words: int32 ``[rows, ceil(columns * bits / 32)]``
     :param bits: 4 or 8
+    :param columns: number of integers in a row
+    :return: uint8 ``[rows, columns]``
     """
-    # A word's bytes lie the lowest first, as safetensors and the processors have them.
+    # Little-endian, as in safetensors and on the supported processors.
     found = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 4:
         found = nibbles_of(found.flatten()).view(len(found), -1)
@@ -82,10 +101,11 @@ def integers_of_words(words: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def words_of_integers(integers: Tensor, bits: int) -> Tensor:
-    """The words that :func:`integers_of_words` reads; what fills the last of a row is zero.
+    """Pack integers into 32-bit words; the inverse of :func:`integers_of_words`.
 
     :param integers: uint8 ``[rows, columns]``
     :param bits: 4 or 8
+    :return: int32 ``[rows, ceil(columns * bits / 32)]``; unused bits of a row's last word are zero
     """
     rows, columns = integers.shape
     words = words_for(columns, bits)

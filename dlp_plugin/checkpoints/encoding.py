@@ -1,4 +1,4 @@
-"""What a Linear, or a layer's experts, are stored as when a checkpoint is packed."""
+"""Encodes a Linear, or the experts of a layer, when a checkpoint is packed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from dlp_plugin.checkpoints.stored import FLOATS
 __all__ = ["LOCALS", "pruned", "pruned_experts", "quantized"]
 
 LOCALS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-"""A pack-quantized Linear's own tensors; only the last may be missing."""
+"""Local names of a pack-quantized Linear's tensors; only the last one is optional."""
 
 
 def pruned_experts(tensor: Tensor) -> list[tuple[Stored, dict[str, Tensor]]] | None:
-    """Every expert of a tensor ``[experts, ...]``; None where they are not pruned, as a whole."""
+    """Encode every expert of a fused weight.
+
+    :param tensor: ``[experts, out, in]``
+    :return: for each expert how it is stored and its tensors by local names; None if the tensor
+        as a whole is not pruned or would not shrink
+    """
     if tensor.dtype not in FLOATS.values():
         return None
     found = [encode_anyway(each) for each in tensor]
@@ -34,16 +39,21 @@ def pruned_experts(tensor: Tensor) -> list[tuple[Stored, dict[str, Tensor]]] | N
 
 
 def pruned(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
-    """A dense Linear as it is stored; None where it is not pruned."""
+    """Encode the weight of a Linear that is not quantized.
+
+    :param weight: ``[out, in]``
+    :return: how it is stored and its tensors by local names; None if it is not pruned or would
+        not shrink
+    """
     found = encode(weight)
     return found if found and _is_pruned(found[0].kept, weight) else None
 
 
 def _is_pruned(kept: int, tensor: Tensor) -> bool:
-    """Whether enough of its weights are zero.
+    """Whether at least a sixteenth of the weights are zero.
 
-    A table of exponents shrinks unpruned Linears too, but engines build some of these where they
-    ask no quantization method.
+    The table of exponents shrinks Linears without zeros too. These stay dense, because engines
+    build some of them, such as routers, without asking a quantization method.
     """
     return 16 * kept <= 15 * tensor.numel()
 
@@ -51,11 +61,13 @@ def _is_pruned(kept: int, tensor: Tensor) -> bool:
 def quantized(
     where: str, held: Mapping[str, Tensor], bits: set[int]
 ) -> tuple[Stored, dict[str, Tensor]]:
-    """A pack-quantized Linear as it is stored.
+    """Encode a pack-quantized Linear.
 
     :param where: file and full name, for errors
-    :param held: its tensors by their local names
-    :param bits: how many its integers may have
+    :param held: the Linear's tensors by their local names
+    :param bits: the bit widths that the checkpoint's integers may have
+    :return: how the Linear is stored and its tensors by local names
+    :raises ValueError: if a tensor is missing, or is not packed as compressed-tensors packs it
     """
     if missing := [local for local in LOCALS[:3] if local not in held]:
         raise ValueError(f"{where} lacks {missing[0]}: save the checkpoint again")

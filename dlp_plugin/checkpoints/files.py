@@ -1,7 +1,8 @@
-"""Which files make a checkpoint, and whether they are whole: its index, headers, config.json.
+"""Which files make up a checkpoint, and whether they are complete.
 
-The one reader of these. compressed-tensors' own takes an index or file in any folder below for
-the checkpoint's, does not look whether what the index names is there, and takes seconds to import.
+All code that reads an index, a safetensors header or ``config.json`` does it through this module.
+compressed-tensors has a reader too. It accepts an index or file in any subfolder as the
+checkpoint's, does not check that the files named by the index exist, and takes seconds to import.
 """
 
 from __future__ import annotations
@@ -37,19 +38,21 @@ WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"),
     *(".onnx", ".onnx_data"),
 )
-"""Endings of files with weights, in whatever format."""
+"""Suffixes of files that hold weights in some format."""
 # Where transformers saves the chat templates of a tokenizer that has several.
 _TEMPLATES = "additional_chat_templates"
 
 
 def shards(folder: Path) -> list[Path]:
-    """Safetensors files that hold a checkpoint's weights.
+    """Find the safetensors files that hold a checkpoint's weights.
 
-    Files that belong to something else, such as an adapter or a leftover, do not count. Which
-    do is told as in transformers: ``model.safetensors`` does where there is one, and else those
-    that the index names.
+    They are chosen as transformers chooses them: ``model.safetensors`` if it exists, otherwise the
+    files that the index names. So an adapter or a leftover file in the folder is ignored. Without
+    either, all safetensors files of the folder are taken.
 
-    :raises FileNotFoundError: if there is none, or one that the index names is missing
+    :param folder: of the checkpoint
+    :return: paths in name order, at least one
+    :raises FileNotFoundError: if the folder has no such file, or lacks one that the index names
     :raises ValueError: if the index is damaged
     """
     files = [folder / name for name in sorted(set(_places(folder).values()))]
@@ -69,17 +72,21 @@ def shards(folder: Path) -> list[Path]:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Size of a checkpoint's safetensors files.
+    """Sum the sizes of a checkpoint's safetensors files.
 
+    :param folder: of the checkpoint
+    :return: bytes
     :raises FileNotFoundError: as :func:`shards` does
     """
     return sum(file.stat().st_size for file in shards(folder))
 
 
 def copy_others(source: Path, target: Path, but: Collection[str] = ()) -> None:
-    """Copy what a checkpoint holds beside its weights, byte for byte.
+    """Copy all files of a checkpoint except its weights and ``config.json``, byte for byte.
 
-    :param but: names of files to leave out, ``config.json`` besides
+    :param source: folder of the checkpoint
+    :param target: folder to copy into
+    :param but: names of further files to leave out
     """
     for path in source.iterdir():
         if path.name.endswith((*WEIGHTS, ".index.json")) or path.name in ("config.json", *but):
@@ -91,10 +98,12 @@ def copy_others(source: Path, target: Path, but: Collection[str] = ()) -> None:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Full name of every tensor of a checkpoint to the file that holds it.
+    """Map the full name of every tensor of a checkpoint to the file that holds it.
 
-    Where several hold it, the one that the index names.
+    If several files hold a tensor, the index decides.
 
+    :param folder: of the checkpoint
+    :return: full name to file
     :raises FileNotFoundError: as :func:`shards` does
     :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
     """
@@ -109,11 +118,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def slices(places: Mapping[str, str | Path]) -> Iterator[Callable[[str], Any]]:
-    """What gives safetensors' slice of a tensor, which tells shape and dtype and reads no more.
+    """Look up tensors as safetensors slices, which give shape and dtype without reading the data.
 
-    Each file is opened once.
+    Each file is opened once, and closed when the context ends.
 
     :param places: full name of every tensor to its file
+    :return: a function from a tensor's full name to its slice
     """
     with ExitStack() as stack:
         opened: dict[str | Path, Any] = {}
@@ -128,12 +138,13 @@ def slices(places: Mapping[str, str | Path]) -> Iterator[Callable[[str], Any]]:
 
 
 def check_weight_files(folder: str | Path) -> None:
-    """Make sure that a folder's safetensors files are all there, and whole, from their headers.
+    """Check by their headers that a folder's safetensors files are all there and complete.
 
-    For what is about to be loaded by others, whose errors do not name the file. A folder
-    without such files passes: its weights may be of another kind.
+    Call it before transformers loads the folder, because its errors do not name the file. A folder
+    without safetensors files passes: its weights may have another format.
 
-    :raises FileNotFoundError: if one that the index names is missing
+    :param folder: of the checkpoint
+    :raises FileNotFoundError: if a file that the index names is missing
     :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
     """
     folder = Path(folder)
@@ -142,19 +153,24 @@ def check_weight_files(folder: str | Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """What stands in ``config.json``; None where there is none.
+    """Read ``config.json``.
 
-    :raises ValueError: if it is no JSON, or no mapping
+    :param folder: of the checkpoint
+    :return: its content; None if there is no such file
+    :raises ValueError: if the file is not JSON, or not a mapping
     """
     return _read_json(folder / "config.json")
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """What stands in a checkpoint's index; None where there is none that counts.
+    """Read a checkpoint's index.
 
-    One that does not name ``model.safetensors`` beside it is a leftover, or that file is.
+    An index is ignored if ``model.safetensors`` exists and the index does not name it: then one of
+    the two is a leftover, and transformers loads ``model.safetensors``.
 
-    :raises ValueError: if it is damaged
+    :param folder: of the checkpoint
+    :return: its content; None if there is no index or it is ignored
+    :raises ValueError: if the index is damaged
     """
     content = _read_json(folder / INDEX)
     if content is None:
@@ -175,20 +191,24 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 @cache
 def _tell_of_two_sets(folder: Path) -> None:
     logger.warning(
-        "{} holds {} and an index of other files: the former counts, as in transformers, and vLLM "
-        "goes by the index; remove the one that is not wanted",
+        "{0} holds {1} and an index of other files: {1} is used here, as in transformers, but vLLM "
+        "uses the index; remove the one that is not wanted",
         folder,
         _SINGLE,
     )
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """Tensor to file name by the index; empty where there is none that counts."""
+    """Map tensors to file names by the index; empty if :func:`read_index` returns none."""
     return dict((read_index(folder) or {}).get("weight_map", {}))
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a mapping as transformers writes it."""
+    """Write a mapping as JSON in the layout that transformers uses.
+
+    :param file: to write; replaced if it exists
+    :param content: the mapping
+    """
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -199,7 +219,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{file} is no JSON ({error}): fetch or save the checkpoint again"
+            f"{file} is not valid JSON ({error}): fetch or save the checkpoint again"
         ) from None
     if not isinstance(content, dict):
         raise ValueError(
@@ -215,6 +235,5 @@ def _keys(file: Path) -> list[str]:
             return list(opened.keys())
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is damaged, or was not written to its end ({error}): fetch or save the "
-            "checkpoint again"
+            f"{file} is damaged or incomplete ({error}): fetch or save the checkpoint again"
         ) from None

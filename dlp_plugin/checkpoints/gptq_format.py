@@ -1,8 +1,8 @@
-"""Pack-quantized checkpoints of llm-compressor in the format of GPTQ's own tools.
+"""Converts pack-quantized checkpoints of llm-compressor to the format of GPTQ's own tools.
 
-Both formats hold the same integers, packed differently: compressed-tensors packs
-signed numbers along a row of the ``[out, in]`` matrix, GPTQ packs unsigned ones along
-a column. So the conversion is exact; what has no counterpart is refused.
+Both formats hold the same integers and differ in how these are packed. compressed-tensors packs
+signed integers along a row of the ``[out, in]`` matrix; GPTQ packs unsigned integers along a
+column. So the conversion is exact. Schemes that the GPTQ format cannot hold are refused.
 """
 
 from __future__ import annotations
@@ -49,24 +49,23 @@ def export_gptq(source: str | Path | PreTrainedModel, output: str | Path) -> Non
     """Write a pack-quantized checkpoint, or model in memory, as a GPTQ-format checkpoint.
 
     A quantized Linear becomes ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` (see
-    :func:`_gptq_tensors`); every other tensor and file is copied as it is, shard by
-    shard; stray safetensors files are not. Zeros stay zeros: a weight is 0 where its
-    integer equals its zero point, in both formats. A tied head is written too, as
-    AutoGPTQ does: without it AutoGPTQ's loader leaves head and embedding at zero.
-    ``desc_act`` is always false, because activation ordering of today's llm-compressor
-    (``actorder: weight``, or ``static``) leaves the groups in order.
+    :func:`_gptq_tensors`). Every other tensor and file of the checkpoint is copied unchanged,
+    shard by shard. Zeros stay zeros: in both formats a weight is 0 where its integer equals its
+    zero point. A tied head is written too, as AutoGPTQ does. Without it AutoGPTQ's loader leaves
+    head and embedding at zero. ``desc_act`` is always false, because activation ordering of
+    today's llm-compressor (``actorder: weight``, or ``static``) leaves the groups in order.
 
-    AutoGPTQ and vLLM read it, with what they ask for besides: in and out features in
-    multiples of 32 (both), every Linear of a block quantized (AutoGPTQ), symmetric
-    integers (vLLM), 4 bits (vLLM on a CPU).
+    AutoGPTQ and vLLM read the result, with these limits: in and out features must be multiples of
+    32 (both), every Linear of a block must be quantized (AutoGPTQ), integers must be symmetric
+    (vLLM) and have 4 bits (vLLM on a CPU).
 
     :param source: folder of a 4-bit or 8-bit weight-only checkpoint that ``oneshot``
-        wrote, strategy ``group`` or ``channel``; or the model that it returned, which is
-        then packed as if it had been saved, and written without a tokenizer
-    :param output: folder to be made; it may exist if it is empty
+        wrote, strategy ``group`` or ``channel``; or the model that ``oneshot`` returned, which is
+        saved to a temporary folder first and then exported without a tokenizer
+    :param output: folder to write; it is made, or may exist if it is empty
     :raises FileNotFoundError: if ``source`` has no config or weights or lacks a shard, or
         the parent of ``output`` is missing
-    :raises FileExistsError: if ``output`` holds something already
+    :raises FileExistsError: if ``output`` is not empty
     :raises BlockingIOError: if another run is writing ``output``
     :raises ValueError: if a file is damaged, the checkpoint is not pack-quantized, or the
         GPTQ format cannot hold its scheme or one of its modules
@@ -96,7 +95,7 @@ def _export(source: Path, output: Path) -> None:
     model = built(source)
     dense = linears_of_blocks(model, places) - modules
     settings = _settings(args, modules, dense)
-    tied: dict[str, str] = model.all_tied_weights_keys  # to the names that files have them by
+    tied: dict[str, str] = model.all_tied_weights_keys  # tied name to the name in the files
     twins = {kept: name for name, kept in tied.items() if name not in places}
     with replacing(output) as beside:
         beside.mkdir()
@@ -144,9 +143,9 @@ def _quantization_of(source: Path, config: Mapping[str, Any]) -> QuantizationCon
 
 
 def _only_scheme(config: QuantizationConfig) -> QuantizationArgs:
-    """The one scheme of a checkpoint's weights.
+    """Return the scheme that all quantized weights of a checkpoint share.
 
-    :raises ValueError: if there are several, or the GPTQ format cannot hold it
+    :raises ValueError: if there are several schemes, or the GPTQ format cannot hold the scheme
     """
     if config.kv_cache_scheme is not None:
         raise ValueError("kv_cache_scheme is set, but GPTQ holds weights only; quantize without it")
@@ -158,7 +157,7 @@ def _only_scheme(config: QuantizationConfig) -> QuantizationArgs:
                     f"{name} has {field}, but GPTQ holds weights only; "
                     "use a weight-only scheme such as W4A16"
                 )
-    # What remains in the file after calibration; observers and the like do not.
+    # Fields that describe the stored weights; observers and the like matter in calibration only.
     kept = {"num_bits", "type", "symmetric", "strategy", "group_size"}
     schemes: list[tuple[str, QuantizationArgs]] = []
     for name, group in groups.items():
@@ -174,23 +173,23 @@ def _only_scheme(config: QuantizationConfig) -> QuantizationArgs:
             )
     if args.type != "int" or args.num_bits not in (4, 8):
         raise ValueError(
-            f"{first} has num_bits {args.num_bits} of type {args.type}, but the export knows "
-            "int with 4 or 8; quantize with W4A16 or W8A16"
+            f"{first} has num_bits {args.num_bits} of type {args.type}, but the export supports "
+            "type int with 4 or 8 bits; quantize with W4A16 or W8A16"
         )
     if args.strategy not in ("group", "channel"):
         raise ValueError(
-            f"{first} has strategy {args.strategy}, but GPTQ holds group and channel; "
-            "quantize with one of them"
+            f"{first} has strategy {args.strategy}, but the GPTQ format supports group and "
+            "channel; quantize with one of them"
         )
     return args
 
 
 def _settings(args: QuantizationArgs, modules: set[str], dense: set[str]) -> dict[str, Any]:
-    """What stands as ``quantization_config`` and in ``quantize_config.json``.
+    """Make the settings for ``quantization_config`` and ``quantize_config.json``.
 
     :param modules: full names of the quantized modules
-    :param dense: of the Linears of blocks that are not, which GPTQModel and vLLM look up in
-        ``dynamic``
+    :param dense: full names of the blocks' Linears that are not quantized; GPTQModel and vLLM
+        look these up in ``dynamic``
     """
     left: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(dense)}
     return {
@@ -208,7 +207,7 @@ def _settings(args: QuantizationArgs, modules: set[str], dense: set[str]) -> dic
 def _gptq_tensors(
     module: str, args: QuantizationArgs, places: Mapping[str, Path], fetch: Fetch
 ) -> dict[str, torch.Tensor]:
-    """One Linear in GPTQ format, with ``pack = 32 / bits`` and g groups of columns.
+    """Convert one Linear to GPTQ format, with ``pack = 32 / bits`` and g groups of columns.
 
     - ``qweight`` int32 ``[in / pack, out]``: integers in [0, 2^bits)
     - ``qzeros`` int32 ``[g, out / pack]``: the groups' zero points *minus one*
@@ -216,7 +215,7 @@ def _gptq_tensors(
     - ``g_idx`` int32 ``[in]``: each column's group
 
     :param module: full name of the Linear
-    :param places: every tensor's full name to its file
+    :param places: full name of every tensor to its file
     :param fetch: reads a tensor by its full name
     :return: full names to tensors
     :raises ValueError: if the module does not fit the format
@@ -232,12 +231,12 @@ def _gptq_tensors(
     rows, columns = shape
     if rows % pack or columns % pack:
         raise ValueError(
-            f"{module} is {rows} x {columns} (out x in), but GPTQ packs {pack} numbers of "
-            f"{bits} bits into a word and wants multiples of {pack}; "
+            f"{module} is {rows} x {columns} (out x in), but GPTQ packs {pack} integers of "
+            f"{bits} bits into a word and needs multiples of {pack}; "
             f"put the module on the ignore list and quantize again"
         )
     scale = fetch(f"{module}.weight_scale")  # [out, g]
-    # compressed-tensors' numbers are signed; the offset makes them unsigned.
+    # compressed-tensors' integers are signed; the offset makes them unsigned.
     offset = 2 ** (bits - 1)
     packed = fetch(f"{module}.weight_packed")
     weight = unpack_from_int32(packed, bits, shape).int() + offset  # [out, in]
@@ -247,8 +246,8 @@ def _gptq_tensors(
     else:
         stored = fetch(f"{module}.weight_zero_point")
         zero = unpack_from_int32(stored, bits, scale.shape, packed_dim=0).int() + offset
-        # Minus one would not fit where the zero point is 0, as it is where no weight of a
-        # group is negative. There q * s is written as ((top - q) - top) * -s.
+        # GPTQ stores the zero point minus one, so it cannot store 0, the zero point of a group
+        # without negative weights. For such a group q * s is written as ((top - q) - top) * -s.
         top = 2**bits - 1
         turned = zero == 0
         weight = torch.where(turned.repeat_interleave(group, dim=1), top - weight, weight)
@@ -263,7 +262,7 @@ def _gptq_tensors(
 
 
 def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack each ``32 / bits`` numbers of a column into a word, the first lowest.
+    """Pack each ``32 / bits`` integers of a column into a word; the first takes the lowest bits.
 
     :param values: int32 ``[n, m]`` in [0, 2^bits)
     :return: int32 ``[n * bits / 32, m]``
@@ -271,15 +270,15 @@ def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     rows, columns = values.shape
     words = values.reshape(rows // len(shifts), len(shifts), columns) << shifts[:, None]
-    # The numbers' bits do not overlap, so the sum is their union.
+    # The shifted integers share no bits, so their sum is their bitwise or.
     return words.sum(dim=1, dtype=torch.int32)
 
 
 def _in_half_if_exact(scale: torch.Tensor) -> torch.Tensor:
-    """Scales in float16, which GPTQ's tools write, or as they are where it would round.
+    """Convert scales to float16, which GPTQ's tools write, unless that would round one of them.
 
-    Engines cast scales to the dtype they compute in. A bfloat16 number of ordinary size
-    (2^-17 to 65504) is a float16 number; a float32 one is seldom.
+    Engines cast scales to the dtype they compute in, so another dtype is read too. Bfloat16 scales
+    between 2^-17 and 65504 convert exactly; float32 scales seldom do.
     """
     half = scale.half()
     return half if torch.equal(half.to(scale.dtype), scale) else scale

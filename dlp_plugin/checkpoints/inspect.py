@@ -1,4 +1,4 @@
-"""What is really in a checkpoint: zeros per Linear and block, and sizes, from the files."""
+"""Counts zeros per Linear and block, and sizes, from the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # noqa: F401  # by which numpy knows bfloat16 when safetensors asks it
+import ml_dtypes  # noqa: F401  # makes bfloat16 known to numpy, which safetensors relies on
 import numpy as np
 import zstandard
 from safetensors import safe_open
@@ -26,16 +26,18 @@ if TYPE_CHECKING:  # torch and compressed-tensors take seconds, which only quant
 
 __all__ = ["Checkpoint", "Zeros", "block_of", "inspect_checkpoint", "zeros_lost", "zstd_bytes"]
 
-# safetensors looks for these among numpy's own attributes, where ml_dtypes puts none.
+# Dtypes that safetensors cannot read into numpy, even with ml_dtypes: torch reads them.
 _BY_TORCH = ("F8", "F6", "F4")
 
 
 @dataclass(frozen=True)
 class Zeros:
-    """Zeros among a number of weights.
+    """How many of a number of weights are zero.
 
-    :param in_group: the least and the most zeros in any group of M consecutive weights of a
-        row; None where groups were not looked at, or do not fill the rows
+    :param weights: number of weights
+    :param zeros: how many of them are zero
+    :param in_group: the smallest and the largest number of zeros in any group of M consecutive
+        weights of a row; None if groups were not examined, or M does not divide the row length
     """
 
     weights: int
@@ -59,16 +61,15 @@ class Zeros:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`inspect_checkpoint` found.
+    """The zeros and sizes that :func:`inspect_checkpoint` found.
 
-    :param folder: where it lies
-    :param linears: full name of every weight matrix to its zeros, in name order; of fused
-        experts full name of all experts' weights
+    :param folder: of the checkpoint
+    :param linears: full name of every weight matrix to its zeros, in depth order; fused experts
+        have one entry per tensor ``[experts, ...]``
     :param quantization: format of the quantized or packed weights; None if there are none
-    :param bytes_on_disk: size of its safetensors files
-    :param bytes_if_sparse: what the blocks' weights would take in an engine that stores
-        one bit for every weight and the values that are not zero, with everything else
-        (scales, norms, embeddings) as it is; no such engine reads these files today
+    :param bytes_on_disk: size of the safetensors files
+    :param bytes_if_sparse: estimated size if the blocks' weights were stored as one bit per weight
+        plus the nonzero values, and everything else (scales, norms, embeddings) unchanged
     """
 
     folder: Path
@@ -98,15 +99,16 @@ def inspect_checkpoint(
 ) -> Checkpoint:
     """Count the zeros of every weight matrix in a checkpoint's safetensors files.
 
-    The model is not built; one matrix is in memory at a time. Quantized and packed weights count
-    as what they stand for: a 4-bit weight is zero if it dequantizes to zero.
+    The model is not built, and one matrix is in memory at a time. Quantized and packed weights are
+    decoded first: a 4-bit weight is zero if it dequantizes to zero.
 
     :param folder: a checkpoint as transformers or llm-compressor saves it
-    :param advance: called with the fraction of matrices done by each step
-    :param group: M of a pattern N:M that is to be looked for in every row; 0 for none
+    :param advance: called after each module with the fraction of the work that it was
+    :param group: M of the N:M pattern to look for in every row; 0 for none
+    :return: zeros and sizes
     :raises FileNotFoundError: if the folder holds no safetensors file, or lacks one that its
         index names
-    :raises ValueError: if a file is damaged, or ``config.json`` does not tell how a quantized or
+    :raises ValueError: if a file is damaged, or ``config.json`` does not say how a quantized or
         packed weight is stored
     """
     folder = Path(folder)
@@ -140,14 +142,15 @@ def inspect_checkpoint(
 
 
 def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
-    """Count what became of a checkpoint's zeros in one that was made from it.
+    """Count the zeros of a pruned checkpoint that are not zero in a checkpoint made from it.
 
     :param pruned: folder of the pruned checkpoint
-    :param other: folder of the same model afterwards: quantized, merged, trained on
+    :param other: folder of the same model after quantization, merging or training
     :return: full name of every Linear inside a block to its number of weights that are
         zero in ``pruned`` and not in ``other``
     :raises FileNotFoundError: as :func:`inspect_checkpoint` does
-    :raises ValueError: likewise, and if a matrix is missing from ``other`` or has another shape
+    :raises ValueError: as :func:`inspect_checkpoint` does, and if a matrix is missing from
+        ``other`` or has another shape there
     """
     pruned, other = Path(pruned), Path(other)
     before, after = _Masks(pruned), _Masks(other)
@@ -168,14 +171,14 @@ def zeros_lost(pruned: str | Path, other: str | Path) -> dict[str, int]:
 
 
 class _Masks:
-    """Which weights of a checkpoint are zero, a matrix or all experts of a layer at a time."""
+    """Reads which weights of a checkpoint are zero, one matrix or fused expert tensor at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.tensors = _tensors_by_module(folder)
         self.quantization = _quantization(folder)
 
     def of_module(self, module: str) -> Iterator[tuple[str, Mask]]:
-        """What a module holds, by full names; of fused experts with the first of them."""
+        """Yield full name and zeros of a module's weights; a fused tensor with its expert 0."""
         name = self.quantization.tensor_of(module)
         if name != module:
             if module == f"{name}.0":
@@ -189,7 +192,7 @@ class _Masks:
             yield module, own
 
     def of(self, name: str) -> Mask | None:
-        """What has a full name; None if nothing has."""
+        """Return the zeros of the weight with this full name; None if there is no such weight."""
         if name in self.quantization.fused:
             return self._stacked(name)
         if name in self.tensors:
@@ -216,7 +219,7 @@ def _fused(module: str, state: Mapping[str, Array]) -> list[str]:
 def _take_bits(
     module: str, state: dict[str, Array], quantization: _Quantization, weights: int
 ) -> int:
-    """Take a matrix's own tensors out of its module's; how many bits has a weight of it?"""
+    """Remove a matrix's own tensors from its module's ``state``; return its bits per weight."""
     stored = quantization.packed.get(module)
     if stored is not None:
         for part in set(stored.part_shapes()) - {"weight_scale", "weight_zero_point"}:
@@ -228,7 +231,7 @@ def _take_bits(
 
 
 def _is_zero(weights: Array) -> Mask:
-    with np.errstate(invalid="ignore"):  # numpy warns of signalling NaNs, which are no zeros
+    with np.errstate(invalid="ignore"):  # numpy warns when it compares signalling NaNs
         return np.asarray(weights == 0)
 
 
@@ -245,9 +248,11 @@ def _zeros(zero: Mask, group: int) -> Zeros:
 
 
 def zstd_bytes(folder: str | Path) -> int:
-    """Size of a checkpoint's safetensors files under zstd at its default level.
+    """Measure a checkpoint's safetensors files compressed by zstd at its default level.
 
-    :raises FileNotFoundError: if there is none, or one that the index names is missing
+    :param folder: of the checkpoint
+    :return: bytes
+    :raises FileNotFoundError: if there is no such file, or one that the index names is missing
     """
     total = 0
     for file in shards(Path(folder)):
@@ -260,7 +265,7 @@ def zstd_bytes(folder: str | Path) -> int:
 
 
 def _tensors_by_module(folder: Path) -> dict[str, dict[str, Path]]:
-    """Every module's tensors by their local names, with their files, in depth order."""
+    """Map every module, in depth order, to its tensors' local names and their files."""
     tensors: dict[str, dict[str, Path]] = {}
     for key, file in weight_files(folder).items():
         module, _, local = key.rpartition(".")
@@ -269,7 +274,7 @@ def _tensors_by_module(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def _read(module: str, files: Mapping[str, Path]) -> dict[str, Array]:
-    """A module's tensors by their local names: torch's if it is quantized."""
+    """Read a module's tensors by local names: torch tensors if it is quantized, else numpy's."""
     return {
         local: _tensor(file, f"{module}.{local}" if module else local, _is_quantized(files))
         for local, file in files.items()
@@ -290,9 +295,13 @@ def _is_quantized(locals_: Container[str]) -> bool:
 
 
 def block_of(module: str) -> str | None:
-    """A block's name ends in the first number of a full name: ``model.layers.3``.
+    """Return the name of the block that a module is in, such as ``model.layers.3``.
 
-    As :func:`dlp_plugin.scoring.blocks.find_blocks` finds them where there is a model.
+    It ends in the first number of the module's full name. That is the block that
+    :func:`dlp_plugin.scoring.blocks.find_blocks` finds in a model.
+
+    :param module: full name
+    :return: the block's full name; None if the module is outside all blocks
     """
     parts = module.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
@@ -308,10 +317,10 @@ def _depth_order(module: str) -> list[tuple[int, int, str]]:
 class _Quantization:
     """How ``config.json`` says that quantized and packed modules are stored.
 
-    :param compressed: what compressed-tensors reads; None if it is not its
+    :param compressed: the configuration, if compressed-tensors quantized the checkpoint
     :param packed: full name of every packed Linear to how it is stored
-    :param fused: full names of the tensors of which experts are packed Linears
-    :param format: as :class:`Checkpoint` tells it
+    :param fused: full name of every packed tensor ``[experts, ...]`` to its number of experts
+    :param format: see ``quantization`` of :class:`Checkpoint`
     """
 
     compressed: QuantizationConfig | None
@@ -320,7 +329,7 @@ class _Quantization:
     format: str | None
 
     def tensor_of(self, module: str) -> str:
-        """Full name of the experts' tensor that a packed Linear is one of, or its own."""
+        """Return the full name of the fused tensor that holds a Linear, or the Linear's own."""
         whole = module.rpartition(".")[0]
         return whole if whole in self.fused else module
 
@@ -334,14 +343,14 @@ def _quantization(folder: Path) -> _Quantization:
         return _Quantization(compressed, {}, {}, compressed.format)
     if not config:
         return _Quantization(None, {}, {}, None)
-    if (method := config.get("quant_method")) == "fp8":  # a weight is 0 where its 8 bits are
+    if (method := config.get("quant_method")) == "fp8":  # zeros are visible in the stored bits
         return _Quantization(None, {}, {}, method)
     from dlp_plugin.checkpoints.packed import packed_linears
     from dlp_plugin.checkpoints.stored import QUANT_METHOD, read_fused
 
     if method != QUANT_METHOD:
         raise ValueError(
-            f"{folder} is quantized by {method}, whose weights are not read here: give the "
+            f"{folder} is quantized by {method}, whose weights cannot be read: give the "
             "checkpoint that it was made from"
         )
     packed = packed_linears(folder)
@@ -352,7 +361,7 @@ def _quantization(folder: Path) -> _Quantization:
 
 
 def _zero_weights(module: str, state: dict[str, Array], quantization: _Quantization) -> Mask | None:
-    """Which of a module's weights stand for zero; None if it has none."""
+    """Return which of a module's weights are zero once decoded; None if it has no weight."""
     if module in quantization.packed:
         from dlp_plugin.checkpoints.sparse_format import decode
 
@@ -374,10 +383,10 @@ def _zero_weights(module: str, state: dict[str, Array], quantization: _Quantizat
 
 
 def _scheme(module: str, config: QuantizationConfig) -> QuantizationScheme | None:
-    """Scheme of a quantized module: by name or pattern first, else by class.
+    """Find the scheme of a quantized module: by name or pattern first, else by class.
 
-    Without the model a module's class is not known, but what is quantized here was
-    matched by one of the groups, and those that go by class nearly always say Linear.
+    A module's class is unknown without the model. But some group matched the module when it was
+    quantized, and targets that are class names are nearly always ``Linear``.
     """
     from compressed_tensors.quantization import QuantizationScheme
     from compressed_tensors.utils import match_name

@@ -1,8 +1,8 @@
-"""The one place that loads a causal language model from disk or hub, and saves a pruned one.
+"""Loads causal language models from disk or hub, and saves pruned ones.
 
-What is loaded here is what the checkpoint holds, all of it: missing or unexpected weights are
-an error. It is float32 on a CPU that has no arithmetic in the checkpoint's dtype, and saved in
-that dtype again (:mod:`dlp_plugin.precision`).
+Missing or unexpected weights are an error, so a model that loads holds exactly what the checkpoint
+holds. On a CPU without arithmetic in the checkpoint's dtype the model computes in float32; it is
+saved in the checkpoint's dtype again (:mod:`dlp_plugin.precision`).
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ _SHOWN = 3
 def load_model(name: str | Path) -> PreTrainedModel:
     """Load a model to measure it, on the accelerator if there is one.
 
-    One that has no room there is spread (:func:`dlp_plugin.checkpoints.placing.placed`). A packed
-    one runs as it is packed where it can.
+    A model that does not fit on the accelerator is spread over several devices
+    (:func:`dlp_plugin.checkpoints.placing.placed`). A packed model stays packed on a CPU with
+    kernels, and is decoded elsewhere.
 
     :param name: a local folder, or an id on the hub
+    :return: the model, ready to compute
     :raises FileNotFoundError: if there is no such folder
-    :raises ValueError: if its files are damaged, or do not hold the weights that it has
+    :raises ValueError: if files are damaged, or weights are missing or unexpected
     """
     device = get_main_device()
     quantization = quantization_of(load_config(name))
@@ -68,9 +70,11 @@ def load_model(name: str | Path) -> PreTrainedModel:
 
 
 def check_prunable(name: str | Path) -> None:
-    """Find out before long work what :func:`load_to_prune` would refuse.
+    """Raise the errors of :func:`load_to_prune` that show without loading any weights.
 
-    :raises FileNotFoundError: as :func:`load_model` does, likewise ``ValueError``
+    :param name: a local folder, or an id on the hub
+    :raises FileNotFoundError: as :func:`load_model` does
+    :raises ValueError: as :func:`load_model` does, and if the model cannot be dequantized
     """
     dequantizing(str(name), quantization_of(load_config(name)))
     if Path(name).is_dir():
@@ -78,10 +82,12 @@ def check_prunable(name: str | Path) -> None:
 
 
 def load_to_prune(name: str | Path) -> tuple[PreTrainedModel, Stored]:
-    """Load a model for ``oneshot()``, which places it itself; a quantized one is dequantized.
+    """Load a model for ``oneshot()``, which places it itself; a quantized model is dequantized.
 
+    :param name: a local folder, or an id on the hub
     :return: the model, and its checkpoint's dtypes for :func:`dlp_plugin.precision.narrow`
-    :raises FileNotFoundError: as :func:`load_model` does, likewise ``ValueError``
+    :raises FileNotFoundError: as :func:`load_model` does
+    :raises ValueError: as :func:`load_dense` does
     """
     model = load_dense(name)
     return model, widen(model, get_main_device())
@@ -90,13 +96,17 @@ def load_to_prune(name: str | Path) -> tuple[PreTrainedModel, Stored]:
 def load_dense(name: str | Path) -> PreTrainedModel:
     """Load a model to change and save it, in the checkpoint's dtype; dequantized if need be.
 
+    :param name: a local folder, or an id on the hub
+    :return: the model, on the CPU
     :raises FileNotFoundError: as :func:`load_model` does
-    :raises ValueError: likewise, and if it is something that could not be saved
+    :raises ValueError: as :func:`load_model` does, and if the model cannot be dequantized, or its
+        generation settings could not be saved
     """
     quantization = quantization_of(load_config(name))
     arguments = dequantizing(str(name), quantization)
     model = load_stored(name, **arguments)
-    if arguments and quantization["quant_method"] != QUANT_METHOD:  # which leaves nothing behind
+    # A packed model is plain once it is decoded.
+    if arguments and quantization["quant_method"] != QUANT_METHOD:
         model = as_plain(model)
     make_savable(model, quiet=True)
     return model
@@ -107,12 +117,15 @@ def apply_recipe(
 ) -> PreTrainedModel:
     """Load a model, apply a recipe to it as ``oneshot()`` does, and save it.
 
-    The folder appears whole or not at all. Of several processes the first writes it.
+    The output folder appears complete or not at all. With several processes the first writes it.
 
-    :param output: folder to save in, in the checkpoint's dtype; missing or empty
-    :param calibration: ``oneshot()``'s further arguments, a ``tokenizer`` among them
-    :return: the model, as it was saved if it was
-    :raises FileExistsError: before anything is loaded, if ``output`` holds something
+    :param name: a local folder, or an id on the hub
+    :param recipe: as ``oneshot()`` takes it
+    :param output: folder to save in, in the checkpoint's dtype; must be missing or empty. None
+        saves nothing
+    :param calibration: further arguments of ``oneshot()``; ``tokenizer`` must be among them
+    :return: the model after the recipe
+    :raises FileExistsError: before anything is loaded, if ``output`` is not empty
     """
     with ExitStack() as stack:
         if output is not None:
@@ -131,7 +144,7 @@ def apply_recipe(
                 save_under_source_names(pruned)  # as no stock modifier asks for
             if stored.dtypes:
                 narrow(remove_dispatch(pruned), stored)
-            # The host writes the model on the first process only, and all take part.
+            # All processes must call the host's save, which writes on the first one only.
             with replacing(output) if is_source_process() else TemporaryDirectory() as folder:
                 tokenizer = calibration["tokenizer"]
                 save_like(name, pruned, Path(folder), tokenizer, save_compressed=True)
@@ -140,9 +153,9 @@ def apply_recipe(
 
 @contextmanager
 def _origin_as_dense(name: str | Path, model: PreTrainedModel) -> Iterator[None]:
-    """Show the host a configuration without quantization where the model has none any more.
+    """Show the host a configuration without quantization if the model was dequantized.
 
-    It reads the one that the model came from, and refuses what is quantized there.
+    The host reads the configuration at the model's ``name_or_path``, and refuses quantized models.
     """
     if not quantization_of(load_config(name)):
         yield
@@ -158,10 +171,13 @@ def _origin_as_dense(name: str | Path, model: PreTrainedModel) -> Iterator[None]
 
 
 def load_stored(name: str | Path, **arguments: Any) -> PreTrainedModel:
-    """Load a model in the checkpoint's dtype, all of it and nothing else.
+    """Load a model in the checkpoint's dtype; missing or unexpected weights are an error.
 
-    :param arguments: further ones of ``from_pretrained()``
-    :raises FileNotFoundError: as :func:`load_model` does, likewise ``ValueError``
+    :param name: a local folder, or an id on the hub
+    :param arguments: further arguments of ``from_pretrained()``
+    :return: the model
+    :raises FileNotFoundError: as :func:`load_model` does
+    :raises ValueError: as :func:`load_model` does
     """
     config = load_config(name)
     check_known(str(name), quantization_of(config))

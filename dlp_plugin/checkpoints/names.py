@@ -1,6 +1,7 @@
-"""What transformers calls the tensors of a checkpoint's files.
+"""Translates tensor names in a checkpoint's files to names in the transformers model.
 
-It may know them by other names than the files, or make one weight of several, as of experts.
+transformers may rename tensors when it loads them, or merge several tensors into one weight, as it
+does with experts.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from transformers.core_model_loading import (
 
 from dlp_plugin.checkpoints.inspect import block_of
 
-if TYPE_CHECKING:  # transformers may import this module before that class is made
+if TYPE_CHECKING:  # transformers may import this module before it defines that class
     from transformers import PreTrainedModel
 
 __all__ = ["SourceNames", "check_experts", "linears_of_blocks"]
 
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
-_STACKED = [(MergeModulelist, 0), (Concatenate, 1)]  # the second where there are several kinds
+# How transformers merges experts: it stacks each kind, and concatenates gate and up projections.
+_STACKED = [(MergeModulelist, 0), (Concatenate, 1)]
 Shape = Sequence[int]
 
 
 class SourceNames:
-    """Names in the files to names in a model.
+    """Maps tensor names in the files to names in a model.
 
     :param model: on the meta device or with weights
     """
@@ -47,17 +49,20 @@ class SourceNames:
         self._modules = {name for name, _ in model.named_modules()}
 
     def weight(self, key: str) -> str | None:
-        """Full name in the model of a tensor that is one of its weights; None of another.
+        """Find the model's weight that a tensor of the files is loaded into on its own.
 
-        :param key: its name in the files
+        :param key: name of the tensor in the files
+        :return: full name of the weight in the model; None if the tensor is merged with others, or
+            the model has no such weight
         """
         full, pattern = self._renamed(key)
         return full if pattern is None and full in self._state else None
 
     def experts(self, key: str) -> str | None:
-        """Full name in the model of a layer's experts' weights ``[experts, ...]``.
+        """Find the model's fused weight ``[experts, ...]`` that a tensor of the files is part of.
 
-        :param key: name in the files of a weight of one of them, or of them all; None of another
+        :param key: name in the files, of one expert's weight or of the fused weight
+        :return: full name of the fused weight in the model; None if the tensor is not of experts
         """
         full, pattern = self._renamed(key)
         parts = full.split(".")
@@ -65,9 +70,11 @@ class SourceNames:
         return full if known and full in self._state and self._state[full].ndim == 3 else None
 
     def is_stacked(self, key: str) -> bool:
-        """Whether the weight that an expert's is part of is a stack of such, and no more.
+        """Whether transformers only stacks and concatenates the experts' weights when it loads.
 
-        Of several kinds of them, such as gate and up, they lie one behind the other.
+        Weights of several kinds, such as gate and up, are concatenated along the rows.
+
+        :param key: name in the files of one expert's weight
         """
         _, pattern = self._renamed(key)
         for each in self._converters:
@@ -77,21 +84,24 @@ class SourceNames:
         return False
 
     def shape(self, full: str) -> Shape:
-        """The shape of a weight in the model.
+        """Return the shape of a weight in the model.
 
-        :param full: its full name there
+        :param full: full name in the model
         """
         return tuple(self._state[full].shape)
 
     def has_place(self, key: str) -> bool:
-        """Whether the model has a module for a tensor of the files, quantized or not."""
+        """Whether the model has a module for a tensor of the files, quantized or not.
+
+        :param key: name of the tensor in the files
+        """
         module = key.rpartition(".")[0]
         full, pattern = self._renamed(f"{module}.weight" if module else key)
         known = pattern is not None or full.rpartition(".")[0] in self._modules
         return known or self._renamed(key)[1] is not None
 
     def _renamed(self, key: str) -> tuple[str, str | None]:
-        """A name in the model, and of one made of several the pattern that tells."""
+        """Return the name in the model and, for a merged weight, the pattern that matched."""
         found: tuple[str, str | None] = rename_source_key(
             key, self._renamings, self._converters, self._prefix, self._state
         )
@@ -99,12 +109,13 @@ class SourceNames:
 
 
 def linears_of_blocks(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
-    """Full names of the Linears of blocks, by the names that their weights have in the files.
+    """Find the Linears inside blocks among the tensors of a checkpoint.
 
-    Experts of which transformers makes one weight are none: see :meth:`SourceNames.experts`.
+    Experts that transformers merges are left out; :meth:`SourceNames.experts` finds them.
 
     :param model: on the meta device or with weights
-    :param keys: names of the files' tensors
+    :param keys: names of the tensors in the files
+    :return: full names of the Linears as the files have them
     """
     names = SourceNames(model)
     linears = set()
@@ -121,12 +132,12 @@ def linears_of_blocks(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
 
 
 def check_experts(names: SourceNames, shapes: Mapping[str, Shape], where: str) -> None:
-    """Make sure that the experts of every layer are all there, of one shape.
+    """Check that every layer has all its experts, and that they have the same shape.
 
     :param names: of the model
-    :param shapes: name in the files of every expert's weight, or of fused ones, to its shape
-    :param where: the folder they are from, for errors
-    :raises ValueError: naming the weight that is missing, or is unlike the others
+    :param shapes: name in the files of every expert's weight, or fused weight, to its shape
+    :param where: the checkpoint's folder, for errors
+    :raises ValueError: naming the weight that is missing, or differs from the others
     """
     layers: dict[str, dict[str, dict[str, Shape]]] = {}
     for key, shape in shapes.items():
@@ -148,12 +159,12 @@ def check_experts(names: SourceNames, shapes: Mapping[str, Shape], where: str) -
             other = next((key for key, each in held.items() if each != shape), None)
             if other:
                 raise ValueError(
-                    f"{other} of {where} is {list(held[other])}, and {first} {list(shape)}: "
+                    f"{other} of {where} is {list(held[other])}, and {first} is {list(shape)}: "
                     "experts of a layer have one shape; fetch or save the checkpoint again"
                 )
         sizes = [prod(shape) for held in kinds.values() for shape in held.values()]
         if sum(sizes) != prod(wanted):
             raise ValueError(
-                f"the files of {where} hold {sum(sizes):,} weights of {full}, and the model has "
-                f"{list(wanted)}: config.json is that of another model, or a file is missing"
+                f"the files of {where} hold {sum(sizes):,} weights of {full}, and in the model it "
+                f"is {list(wanted)}: config.json is that of another model, or a file is missing"
             )

@@ -1,6 +1,7 @@
-"""Settings as readers with transformers 4 know them, for formats whose readers those are.
+"""Makes settings readable by transformers 4, which readers of the GPTQ format still use.
 
-They take a default, and say nothing, where a field has a name that came with transformers 5.
+transformers 4 does not know field names that came with transformers 5, and silently uses defaults
+in their place.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ _TOKENIZER = "tokenizer_config.json"
 
 
 def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the fields of transformers 4 beside those of transformers 5.
+    """Add the field names of transformers 4 beside those of transformers 5.
 
-    :param config: what stands in config.json; nested ones are seen to as well
+    :param config: content of ``config.json``; nested configurations are changed too
+    :return: a new configuration
     """
     found = {k: readable_config(v) if k.endswith("_config") and isinstance(v, Mapping) else v
              for k, v in config.items()}  # fmt: skip
@@ -36,9 +38,11 @@ def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rewrite_tokenizer(folder: Path) -> None:
-    """Name a class that transformers 4 has too in a folder's tokenizer_config.json.
+    """Change the tokenizer class in ``tokenizer_config.json`` to one that transformers 4 has too.
 
-    What transformers 5 calls ``TokenizersBackend`` is ``PreTrainedTokenizerFast`` to both.
+    ``TokenizersBackend`` of transformers 5 is called ``PreTrainedTokenizerFast`` in both versions.
+
+    :param folder: of the checkpoint; one without that file is left as it is
     """
     file = folder / _TOKENIZER
     if not file.is_file():

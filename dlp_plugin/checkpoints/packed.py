@@ -1,4 +1,4 @@
-"""Packed checkpoints as they lie on disk: what config.json says, held against the files."""
+"""Checks the files of packed checkpoints against ``config.json``, and edits their README.md."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ __all__ = ["README", "check_parts", "packed_linears", "with_card", "without_card
 
 README = "README.md"
 _CARD = """\
-> Packed by dlp_plugin: `import dlp_plugin` before `AutoModelForCausalLM.from_pretrained(...)`,
-> which then runs the weights as they are packed on a CPU, and decodes them elsewhere. vLLM knows
-> it where dlp_plugin is installed, and `dlp-plugin unpack` writes the folder that this was packed
-> from.
+> Packed by dlp_plugin: `import dlp_plugin` before `AutoModelForCausalLM.from_pretrained(...)`. On a
+> CPU the model then computes with the packed weights; elsewhere they are decoded. vLLM reads this
+> folder if dlp_plugin is installed. `dlp-plugin unpack` restores the folder that was packed.
 
 """
 
@@ -33,11 +32,13 @@ _DTYPES = {
 
 
 def packed_linears(folder: Path) -> dict[str, Stored]:
-    """Every Linear that a checkpoint holds packed; none if it is not packed.
+    """Find the packed Linears of a checkpoint, and check that their files are complete.
 
-    :raises FileNotFoundError: if it lacks a file that its index names
-    :raises ValueError: as :func:`check_parts` does, and if a file is damaged, or it is packed by
-        a newer version
+    :param folder: of the checkpoint
+    :return: full name of every packed Linear to how it is stored; empty if it is not packed
+    :raises FileNotFoundError: if a file that the index names is missing
+    :raises ValueError: as :func:`check_parts` does, and if a file is damaged, or the checkpoint
+        was packed by a newer version
     """
     quantization = (read_config(folder) or {}).get("quantization_config") or {}
     if quantization.get("quant_method") != QUANT_METHOD:
@@ -48,12 +49,12 @@ def packed_linears(folder: Path) -> dict[str, Stored]:
 
 
 def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path]) -> None:
-    """Make sure from the files' headers that every part of every packed Linear is there.
+    """Check by the files' headers that every part of every packed Linear is there.
 
-    :param linears: as config.json has them
+    :param linears: the packed Linears that ``config.json`` lists
     :param places: full name of every tensor to its file
-    :raises ValueError: naming tensor and file, if one is missing, is none of config.json's
-        Linears', or has another shape or dtype
+    :raises ValueError: naming tensor and file, if a part is missing, belongs to a Linear that
+        ``config.json`` does not list, or has another shape or dtype
     """
     again = "fetch it or pack the checkpoint again"
     for key, place in places.items():
@@ -73,20 +74,28 @@ def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path])
                 dtype = _DTYPES.get(found.get_dtype())
                 if tuple(found.get_shape()) != shape or dtype != dtypes[part]:
                     raise ValueError(
-                        f"{key} of {places[key]} is {found.get_dtype()} {found.get_shape()}, and "
-                        f"by config.json {dtypes[part]} {list(shape)}: {again}"
+                        f"{key} of {places[key]} is {found.get_dtype()} {found.get_shape()}, but "
+                        f"config.json says {dtypes[part]} {list(shape)}: {again}"
                     )
 
 
 def with_card(text: bytes) -> bytes:
-    """README.md with a word on how to load what is packed, behind the front matter."""
+    """Insert a note on how to load the packed checkpoint into README.md, after the front matter.
+
+    :param text: content of README.md, UTF-8
+    :return: the new content
+    """
     front = re.match(rb"---\r?\n.*?\r?\n---\r?\n\s*", text, re.DOTALL)
     place = front.end() if front else 0
     return text[:place] + _CARD.encode() + text[place:]
 
 
 def without_card(text: bytes) -> bytes:
-    """README.md less that word, in whatever release's."""
+    """Remove the note of :func:`with_card`, in the wording of any release.
+
+    :param text: content of README.md, UTF-8
+    :return: the new content
+    """
     return re.sub(
         rb"^> Packed by dlp_plugin: .*\n(> .*\n)*\n", b"", text, count=1, flags=re.MULTILINE
     )

@@ -1,4 +1,4 @@
-"""Whole checkpoints packed into :mod:`~dlp_plugin.checkpoints.sparse_format`, and back."""
+"""Packs whole checkpoints into :mod:`~dlp_plugin.checkpoints.sparse_format`, and unpacks them."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ Advance = Callable[[float], Any]
 
 @dataclass(frozen=True)
 class Packed:
-    """What :func:`pack` made of the Linears of a checkpoint.
+    """Which Linears :func:`pack` packed, and how much smaller they became.
 
     :param linears: full name of every packed Linear to how it is stored
-    :param dense: how many Linears of blocks are left as they were
-    :param bytes_before: of the packed Linears' weights in the source
-    :param bytes_after: of the same in the packed checkpoint
+    :param dense: number of Linears inside blocks that were left unchanged
+    :param bytes_before: size of the packed Linears' weights in the source
+    :param bytes_after: size of the same weights in the packed checkpoint
     """
 
     linears: Mapping[str, Stored]
@@ -69,7 +69,7 @@ class Packed:
 
     @property
     def weights(self) -> int:
-        """How many weights the packed Linears have."""
+        """Number of weights of the packed Linears, zeros included."""
         return sum(stored.weights for stored in self.linears.values())
 
 
@@ -98,22 +98,23 @@ def pack(
 ) -> Packed:
     """Write a pruned checkpoint, or model in memory, in the sparse format.
 
-    Packed are the Linears of blocks that shrink by it, dense ones and pack-quantized ones
-    (W4A16, W8A16), experts among them; embeddings, heads, and routers that are not quantized stay
-    as they are. Shard by shard, so that one is in memory at a time; other files are copied, and
-    ``README.md`` is told how to load it.
+    A Linear inside a block is packed if that makes it smaller. It may be dense or pack-quantized
+    (W4A16, W8A16), and may be an expert. Embeddings, heads and routers that are not quantized stay
+    as they are. Shards are processed one after the other, so that one is in memory at a time.
+    Other files are copied, and ``README.md`` gets a note on how to load the packed checkpoint.
 
     :param source: folder of a saved model; or the model that ``oneshot()`` returned, which is
-        then packed as if it had been saved, and written without a tokenizer
-    :param output: folder to be made; it may exist if it is empty
-    :param advance: called with the fraction of the tensors done by each step
+        saved to a temporary folder first and then packed without a tokenizer
+    :param output: folder to write; it is made, or may exist if it is empty
+    :param advance: called after each tensor with the fraction of the work that it was
+    :return: which Linears were packed, and their sizes before and after
     :raises FileNotFoundError: if ``source`` has no config or weights or lacks a shard, or the
         parent of ``output`` is missing
-    :raises FileExistsError: if ``output`` holds something already
+    :raises FileExistsError: if ``output`` is not empty
     :raises BlockingIOError: if another run is writing ``output``
-    :raises ValueError: if a file is damaged, experts are missing or of unequal shape, ``source``
-        is packed already, is quantized in another way or where the format has no place for it, or
-        nothing of it would shrink
+    :raises ValueError: if a file is damaged, experts are missing or differ in shape, ``source``
+        is packed already, a quantized module or its scheme does not fit the format, or no Linear
+        would become smaller
     """
     output = Path(output)
     with reserved(output):
@@ -121,7 +122,7 @@ def pack(
         if not isinstance(source, PreTrainedModel):
             return _pack(Path(source), output, advance)
         if quantization_of(source.config).get("quant_method") == QUANT_METHOD:
-            raise ValueError("the model is packed already; its save_pretrained() writes it so")
+            raise ValueError("the model is packed already; its save_pretrained() writes it packed")
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
             return _pack(Path(folder), output, advance)
@@ -137,8 +138,8 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
     integers = {k.removesuffix(_WORDS) for k in opened.places if k.endswith(_WORDS)}
     if outside := sorted(integers - names):
         raise ValueError(
-            f"{outside[0]} of {opened.folder} is quantized, and the format has Linears of blocks "
-            "only: put it on the ignore list, or pack the dense checkpoint"
+            f"{outside[0]} of {opened.folder} is quantized, but the sparse format holds Linears "
+            "inside blocks only: put it on the ignore list, or pack the dense checkpoint"
         )
     packable = names - _routers(model, known, names - integers)
     linears: dict[str, Stored] = {}
@@ -194,15 +195,16 @@ def _pack(source: Path, output: Path, advance: Advance) -> Packed:
 
 
 def unpack(source: str | Path, output: str | Path, advance: Advance = lambda _: None) -> None:
-    """Write the checkpoint that a packed one was packed from: the same tensors, bit for bit.
+    """Restore the checkpoint that was packed, with the same tensors bit for bit.
 
     :param source: folder that :func:`pack` wrote
-    :param output: folder to be made; it may exist if it is empty
-    :param advance: called with the fraction of the tensors done by each step
+    :param output: folder to write; it is made, or may exist if it is empty
+    :param advance: called after each tensor with the fraction of the work that it was
     :raises FileNotFoundError: as :func:`pack` does
-    :raises FileExistsError: as :func:`pack` does, likewise ``BlockingIOError``
-    :raises ValueError: naming file and tensor, if a file is damaged, or ``source`` is not packed
-        or by a newer version
+    :raises FileExistsError: as :func:`pack` does
+    :raises BlockingIOError: as :func:`pack` does
+    :raises ValueError: naming file and tensor if a file is damaged; also if ``source`` is not
+        packed, or was packed by a newer version
     """
     output = Path(output)
     with reserved(output):
@@ -264,12 +266,12 @@ def _write(
     card: Callable[[bytes], bytes],
     advance: Advance,
 ) -> None:
-    """Write a checkpoint with some tensors in place of others, shard by shard.
+    """Write a checkpoint with some tensors replaced, shard by shard.
 
-    :param convert: gives, for a tensor's full name, what is written in its place by full names;
-        None for itself
-    :param config: gives config.json once all are converted
-    :param card: what README.md becomes
+    :param convert: maps a tensor's full name to the tensors, by full names, that are written in
+        its place; None keeps the tensor
+    :param config: returns the new ``config.json``; called once all tensors are converted
+    :param card: maps the content of README.md to the new content
     """
     with replacing(output) as beside:
         beside.mkdir()
@@ -298,9 +300,9 @@ def _write(
 
 
 def _bits(source: _Source) -> set[int]:
-    """How many bits the weights of a checkpoint's quantized Linears may have; none if dense.
+    """Return the bit widths of a checkpoint's quantized Linears; empty if it is not quantized.
 
-    :raises ValueError: if it is packed already, or quantized in a way that has no place
+    :raises ValueError: if it is packed already, or quantized in a way that cannot be packed
     """
     quantization = source.config.get("quantization_config")
     if quantization is None:
@@ -308,7 +310,7 @@ def _bits(source: _Source) -> set[int]:
     method = quantization.get("quant_method")
     if method == QUANT_METHOD:
         raise ValueError(
-            f"{source.folder} is packed already; `dlp-plugin unpack` writes what it was packed from"
+            f"{source.folder} is packed already; `dlp-plugin unpack` restores its source"
         )
     kind = (method, quantization.get("format"))
     other = [] if kind == _KNOWN else ["quant_method {}, format {}".format(*kind)]
@@ -323,7 +325,7 @@ def _bits(source: _Source) -> set[int]:
             other.append("weights of type {}, {} bits, strategy {}".format(*said))
     if other:
         raise ValueError(
-            f"{source.folder} is quantized in another way than packing knows ({', '.join(other)}): "
+            f"{source.folder} is quantized in a way that cannot be packed ({', '.join(other)}): "
             "give a dense checkpoint, or a weight-only one of 4 or 8 bits in groups or channels "
             "(W4A16, W8A16)"
         )
@@ -331,18 +333,19 @@ def _bits(source: _Source) -> set[int]:
 
 
 def _routers(model: PreTrainedModel, names: SourceNames, linears: Iterable[str]) -> set[str]:
-    """Which of a checkpoint's Linears choose experts: engines ask for none of these how to load it.
+    """Find the routers among a checkpoint's Linears; engines load routers as dense weights only.
 
-    :param linears: their full names in the files
+    :param linears: full names of the Linears in the files
     """
     routers = {f"{router}.weight" for router in unnamed_routers(model, [])}
     return {name for name in linears if names.weight(f"{name}.weight") in routers}
 
 
 def _experts(source: _Source, names: SourceNames) -> tuple[set[str], dict[str, int]]:
-    """Full names of experts that are Linears in the files, and tensors of all experts of a layer.
+    """Find the experts of a checkpoint, stored as one Linear each or as fused tensors.
 
-    :return: the latter with the number of these
+    :return: full names of the experts that are Linears; name of every fused tensor
+        ``[experts, ...]`` to its number of experts
     :raises ValueError: as :func:`~.names.check_experts` does
     """
     linears: set[str] = set()

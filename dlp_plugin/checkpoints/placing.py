@@ -1,4 +1,4 @@
-"""Where a loaded model computes: on the accelerator, or spread where that has no room for it."""
+"""Places a loaded model: on the accelerator, or spread over several devices if it does not fit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from transformers import PreTrainedModel
 
 __all__ = ["let_go", "placed", "spread"]
 
-# Of an accelerator's free memory, how much weights may take; logits and activations need the rest.
+# Fraction of an accelerator's free memory for weights; logits and activations need the rest.
 ROOM = 0.8
 
 
 def placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Put a model in the CPU's memory where it computes.
+    """Move a model from the CPU's memory to the devices that it computes on.
 
-    That is the accelerator if there is one and it has room; otherwise all accelerators and, for
-    what these have no room for, the CPU's memory, from where weights are fetched at every use.
+    If the accelerator has room for the whole model, it goes there. Otherwise it is spread over all
+    accelerators, and what does not fit stays in the CPU's memory and is copied over at every use.
 
-    :param model: as it is loaded, without a device map
+    :param model: in the CPU's memory, without a device map
+    :return: the model
     """
     device = get_main_device()
     if device.type == "cpu":
@@ -34,23 +35,29 @@ def placed(model: PreTrainedModel) -> PreTrainedModel:
     free = {key: int(ROOM * size) for key, size in get_max_memory().items() if key != "cpu"}
     if sum(tensor.nbytes for tensor in model.parameters()) <= next(iter(free.values())):
         return model.to(device)  # type: ignore[arg-type, no-any-return]
-    return spread(model, {**free, "cpu": sys.maxsize})  # where it is already
+    return spread(model, {**free, "cpu": sys.maxsize})  # no limit: the model is there already
 
 
 def spread(
     model: PreTrainedModel, memory: Mapping[int | str, int], **arguments: Any
 ) -> PreTrainedModel:
-    """Put a model's parts on devices in turn, by accelerate; blocks stay whole.
+    """Spread a model over devices by accelerate, without splitting blocks.
 
-    :param memory: device to bytes, in the order that they are filled in
-    :param arguments: further ones of ``accelerate.dispatch_model()``
+    :param model: to spread
+    :param memory: device to the bytes that it may hold; devices are filled in this order
+    :param arguments: further arguments of ``accelerate.dispatch_model()``
+    :return: the model
     """
-    whole = list(getattr(model, "_no_split_modules", None) or ())  # where accelerate's users look
+    # A private name, but the one that accelerate's documentation tells users to read.
+    whole = list(getattr(model, "_no_split_modules", None) or ())
     places = infer_auto_device_map(model, dict(memory), no_split_module_classes=whole)
     return dispatch_model(model, places, **arguments)  # type: ignore[no-any-return]
 
 
 def let_go(model: torch.nn.Module) -> None:
-    """Free a model's weights, which the host's tracing would keep in memory with the model."""
+    """Free a model's weights, because the host's tracing keeps a reference to the model.
+
+    :param model: has no weights afterwards
+    """
     remove_hook_from_submodules(model)
     remove_dispatch(model).to("meta")

@@ -1,7 +1,8 @@
-"""Checkpoints that others have quantized: what can be made dense, and what is refused.
+"""Dequantizes checkpoints that other tools have quantized, or refuses them.
 
-What is pruned or merged has to be dense: a quantized Linear would keep scales and format of the
-weights that it had before. So such a checkpoint is made dense as it is loaded, and is saved dense.
+A model must be dense to be pruned or merged into: a quantized Linear would keep the scales and
+format of its old weights. So a quantized checkpoint is dequantized when it is loaded, and saved
+dense.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ _MADE_DENSE = ("compressed-tensors", "fp8", "mxfp4", QUANT_METHOD)
 
 
 def quantization_of(config: Any) -> Mapping[str, Any]:
-    """The ``quantization_config`` of a model's configuration; empty where there is none."""
+    """Return the ``quantization_config`` of a model's configuration.
+
+    :param config: of the model
+    :return: a mapping; empty if the model is not quantized
+    """
     found = getattr(config, "quantization_config", None) or {}
     return found if isinstance(found, Mapping) else dict(found.to_dict())
 
 
 def check_known(name: str, quantization: Mapping[str, Any]) -> None:
-    """Refuse a quantization that transformers does not know, and would not heed.
+    """Refuse a quantization method that transformers does not know and would silently ignore.
 
-    :param name: of the checkpoint, for the message
-    :raises ValueError: naming it
+    :param name: of the checkpoint, for the error
+    :param quantization: as :func:`quantization_of` returns it
+    :raises ValueError: naming the method
     """
     method = quantization.get("quant_method")
     kinds = [method, *(f"{method}_{bits}bit" for bits in (4, 8))]  # of bitsandbytes
@@ -42,10 +48,12 @@ def check_known(name: str, quantization: Mapping[str, Any]) -> None:
 
 
 def dequantizing(name: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``from_pretrained()`` that give a dense model.
+    """Return the arguments that make ``from_pretrained()`` dequantize the model.
 
-    :param name: of the checkpoint, for the message
-    :raises ValueError: if a checkpoint of this kind cannot be made dense
+    :param name: of the checkpoint, for the error
+    :param quantization: as :func:`quantization_of` returns it
+    :return: keyword arguments; empty if the checkpoint is not quantized
+    :raises ValueError: if the quantization method cannot be undone
     """
     method = quantization.get("quant_method")
     if not quantization:
@@ -53,19 +61,20 @@ def dequantizing(name: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
     if method not in _MADE_DENSE:
         raise ValueError(
             f"{name} is quantized by {method!r}, and only a dense model can be pruned or merged "
-            f"into: give the dense checkpoint that it was made from (made dense here are: "
-            f"{', '.join(_MADE_DENSE)})"
+            f"into: give the dense checkpoint that it was made from (only "
+            f"{', '.join(_MADE_DENSE)} can be dequantized)"
         )
     return {"quantization_config": AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)}
 
 
 def as_plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A dequantized model as one that was never quantized.
+    """Copy a dequantized model into one that was never quantized.
 
-    Scales, schemes and hooks that stay behind on its modules would be saved with it, and
-    transformers would save it by the names of quantized weights read backwards.
+    Otherwise the scales, schemes and hooks that remain on its modules would be saved with it, and
+    transformers would rename its weights as those of the quantized model when it saves.
 
-    :param model: it is of no use after that
+    :param model: dequantized; do not use it afterwards
+    :return: a model with the same weights and configuration
     """
     kind: Any = type(model)
     with torch.device("meta"):

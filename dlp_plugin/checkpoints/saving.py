@@ -1,8 +1,8 @@
-"""A model saved as its source is: what lies beside the weights, and what it had no place for.
+"""Saves a model with the files and tensors of its source that transformers would change or drop.
 
-transformers writes config.json, tokenizer and generation settings anew, in its newest form, and
-leaves out tensors that a model class has no place for, such as those of multi-token prediction.
-Here all that has not changed is the source's, byte for byte.
+transformers rewrites ``config.json``, tokenizer and generation settings in its newest form. It
+also drops tensors that the model class has no module for, such as those of multi-token prediction.
+This module copies everything that has not changed from the source, byte for byte.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dlp_plugin.checkpoints.sources import built, load_config, local_folder
 __all__ = ["save_like"]
 
 _QUANTIZATION = "quantization_config"
-_RECIPE = "recipe.yaml"  # llm-compressor adds to the source's
-# What a tokenizer may consist of
+_RECIPE = "recipe.yaml"  # not copied: llm-compressor has written the source's and the new stages
+# Files of a tokenizer
 _TOKENIZER = {
     "added_tokens.json",
     "chat_template.jinja",
@@ -58,11 +58,12 @@ def save_like(
     tokenizer: PreTrainedTokenizerBase,
     **arguments: Any,
 ) -> None:
-    """Save a model that was made from a checkpoint, with all that the checkpoint has besides.
+    """Save a model that was made from a checkpoint, with the checkpoint's other files and tensors.
 
-    Of several processes all call this, and the first one writes.
+    With several processes all must call this function; the first one writes.
 
     :param source: the checkpoint, a local folder or an id on the hub
+    :param model: to save
     :param folder: to save in; it may be missing
     :param tokenizer: the source's, or another one
     :param arguments: of ``save_pretrained()``
@@ -81,7 +82,7 @@ def save_like(
         copy_others(other, folder, names - _TOKENIZER)
     if not _TOKENIZER & {path.name for path in folder.iterdir()}:
         tokenizer.save_pretrained(folder)
-    if (readme := folder / README).is_file():  # of a packed folder: what is saved is not
+    if (readme := folder / README).is_file():  # a packed source's note would be wrong here
         readme.write_bytes(without_card(readme.read_bytes()))
     _carry_over(source, beside, folder)
 
@@ -89,7 +90,10 @@ def save_like(
 def _write_config(
     beside: Path, before: dict[str, Any], config: Any, folder: Path, quantized: bool
 ) -> None:
-    """The source's config.json with what has changed, which old readers know to read."""
+    """Write the source's config.json with only the changed fields replaced, under their old names.
+
+    So that programs with an older transformers can still read it.
+    """
     found = read_config(beside)
     written = read_config(folder) or {}
     if found is None:
@@ -110,9 +114,12 @@ def _overlay(
     after: Mapping[str, Any],
     others: Mapping[str, str] | None = None,
 ) -> None:
-    """Change in a configuration what differs between two readings of it.
+    """Change the fields of a configuration that differ between two states of it.
 
-    :param others: further names of fields, to those that the readings have
+    :param source: content of ``config.json``, changed in place
+    :param before: the configuration as transformers loaded it
+    :param after: the configuration now
+    :param others: alternative name of a field to its name in ``before`` and ``after``
     """
     names = {field: name for name, field in (others or {}).items()} | {"dtype": "torch_dtype"}
     for field in before.keys() | after.keys():
@@ -131,10 +138,10 @@ def _overlay(
 
 
 def _carry_over(source: str | Path, beside: Path, folder: Path) -> None:
-    """Add the tensors that the source's model has no place for, as they are there."""
+    """Add the source's tensors that the model class has no module for, unchanged."""
     try:
         places = weight_files(beside)
-    except FileNotFoundError:  # weights in another format
+    except FileNotFoundError:  # the source's weights are not safetensors files
         return
     names = SourceNames(built(source))
     carried = {key: place for key, place in places.items() if not names.has_place(key)}
@@ -162,19 +169,19 @@ def _carry_over(source: str | Path, beside: Path, folder: Path) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     _leave_unquantized(folder, dense)
     logger.info(
-        "{} tensors that transformers has no place for are carried over as they are: {} ...",
+        "{} tensors that transformers has no module for are copied from the source: {} ...",
         len(wanted),
         next(iter(wanted)),
     )
 
 
 def _less_quantized(places: Mapping[str, Path]) -> dict[str, Path]:
-    """Tensors of modules that are not quantized: what is saved says nothing of how they were."""
+    """Leave out tensors of quantized modules: the saved config.json does not describe these."""
     quantized = {key.rpartition(".")[0] for key in places if "scale" in key or "packed" in key}
     if quantized:
         logger.warning(
-            "{} quantized modules that transformers has no place for are left out: {} ...; take "
-            "the dense checkpoint to keep them",
+            "{} quantized modules that transformers does not know are left out: {} ...; to keep "
+            "them, start from the dense checkpoint",
             len(quantized),
             min(quantized),
         )
@@ -182,7 +189,7 @@ def _less_quantized(places: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _leave_unquantized(folder: Path, modules: list[str]) -> None:
-    """Have engines that do know these modules take them as they are."""
+    """Put modules on the quantization's ignore list, for engines that do load these modules."""
     config = read_config(folder) or {}
     if quantization := config.get(_QUANTIZATION):
         quantization["ignore"] = [*(quantization.get("ignore") or []), *modules]

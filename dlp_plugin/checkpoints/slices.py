@@ -1,6 +1,6 @@
-"""A slice of a stored Linear is a stored Linear: rows or columns, taken out by counting bits.
+"""Takes rows or columns out of a packed Linear without decoding it, by counting mask bits.
 
-This module needs torch alone, as engines that load such files import it.
+The result is a packed Linear again. Engines import this module, so it imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ __all__ = ["narrow"]
 def narrow(
     stored: Stored, parts: Mapping[str, Tensor], dim: int, start: int, length: int, name: str = ""
 ) -> tuple[Stored, dict[str, Tensor]]:
-    """Rows or columns of a Linear as they are stored: decoded, ``weight.narrow(...)``.
+    """Take consecutive rows or columns out of a packed Linear.
 
+    Decoded, the result equals ``weight.narrow(dim, start, length)``.
+
+    :param stored: how the Linear is stored
     :param parts: local names to tensors, as :func:`~.sparse_format.decode` takes them
     :param dim: 0 for rows, 1 for columns
-    :param start: the first of them
-    :param length: how many
+    :param start: index of the first row or column
+    :param length: number of rows or columns
     :param name: the Linear's full name, for errors
+    :return: how the slice is stored, and its tensors by local names
     :raises ValueError: as :func:`~.sparse_format.decode` does
     """
     checked(stored, parts, name)
@@ -48,7 +52,7 @@ def narrow(
         counts = ones(mask)
         ends = counts.cumsum(0)
         if len(ends) and int(ends[-1]) != stored.kept:
-            said = f"marks another number of weights than the {stored.kept} that are stored"
+            said = f"marks {int(ends[-1])} weights, but {stored.kept} are stored"
             raise broken(name, "weight_packed", said)
         taken["weight_packed"] = _bits(mask[rows], columns)
         lengths = ones(taken["weight_packed"])
@@ -59,7 +63,7 @@ def narrow(
         firsts += columns.start
         lengths = torch.full_like(firsts, columns.stop - columns.start)
     kept = int(lengths.sum())
-    if dim == 0:  # one run
+    if dim == 0:  # rows are stored one after the other
         first = int(firsts[0]) if len(firsts) else 0
         places: slice | Tensor = slice(first, first + kept)
     else:
@@ -79,7 +83,7 @@ def narrow(
 
 
 def _bits(mask: Tensor, columns: slice) -> Tensor:
-    """The mask of columns of a mask."""
+    """Take columns out of a bit mask uint8 ``[rows, bytes]``."""
     count, shift = columns.stop - columns.start, columns.start % 8
     first, size = columns.start // 8, -(-count // 8)
     taken = mask[:, first : first + size]
@@ -95,7 +99,7 @@ def _bits(mask: Tensor, columns: slice) -> Tensor:
 
 
 def _runs(firsts: Tensor, lengths: Tensor) -> Tensor:
-    """The places of runs one after another: of 5 and 9, 2 and 3 long, ``[5, 6, 9, 10, 11]``."""
+    """Concatenate ranges of indices: firsts [5, 9] and lengths [2, 3] give [5, 6, 9, 10, 11]."""
     before = lengths.cumsum(0) - lengths
     places = (firsts - before).repeat_interleave(lengths)
     return places + torch.arange(len(places), device=places.device)
@@ -112,9 +116,9 @@ def _scales(
     columns: slice,
     taken: dict[str, Tensor],
 ) -> int:
-    """Take the scales and zero points of rows and columns; return the size of their groups.
+    """Put the scales and zero points of rows and columns into ``taken``; return the group size.
 
-    Columns may begin or end inside a group: the groups are made as small as that needs.
+    If the columns begin or end inside a group, groups are split into equal smaller ones that fit.
     """
     size = stored.group_size
     if size == -1:

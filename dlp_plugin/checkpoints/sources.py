@@ -1,4 +1,4 @@
-"""Where a checkpoint is, on disk or on the hub, and what it says of itself, without its weights."""
+"""Finds a checkpoint on disk or on the hub; loads its configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def load_config(name: str | Path) -> Any:
     """Load a model's configuration.
 
     :param name: a local folder, or an id on the hub
+    :return: the configuration
     :raises FileNotFoundError: if there is no such folder
-    :raises ValueError: if it cannot be read
+    :raises OSError: if the hub does not provide it
+    :raises ValueError: if the configuration cannot be read
     """
     with fetching(name, "model"):
         return AutoConfig.from_pretrained(name, trust_remote_code=trusts_remote_code())
@@ -53,8 +55,11 @@ def load_config(name: str | Path) -> Any:
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
+    :param name: a local folder, or an id on the hub
+    :return: the tokenizer
     :raises FileNotFoundError: if there is no such folder
-    :raises ValueError: if it has none, or a damaged one
+    :raises OSError: if the hub does not provide it
+    :raises ValueError: if the tokenizer is missing or damaged
     """
     with fetching(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -64,11 +69,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def model_class(config: Any) -> Any:
-    """What loads a model: the class that ``config.json`` names, where transformers has it.
+    """Return the class that loads a model: the class in ``config.json`` if transformers has it.
 
-    Elsewhere that of causal language models, which of some families loads a part only.
+    Otherwise it is ``AutoModelForCausalLM``, which loads only a part of some multimodal models.
 
-    :param config: a configuration as :func:`load_config` gives it
+    :param config: as :func:`load_config` returns it
+    :return: the class
     """
     for name in getattr(config, "architectures", None) or ():
         kind: Any = getattr(transformers, name, None)
@@ -79,9 +85,10 @@ def model_class(config: Any) -> Any:
 
 
 def built(name: str | Path) -> PreTrainedModel:
-    """The model that a checkpoint is of, on the meta device, without weights.
+    """Build a checkpoint's model on the meta device, without weights.
 
     :param name: a local folder, or an id on the hub
+    :return: the model
     :raises ValueError: as :func:`load_config` does
     """
     config = load_config(name)
@@ -94,7 +101,14 @@ def built(name: str | Path) -> PreTrainedModel:
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder that holds a checkpoint's files: of one on the hub the cache's, less weights."""
+    """Return the folder that holds a checkpoint's files.
+
+    For an id on the hub, all files but the weights are downloaded to the cache.
+
+    :param name: a local folder, or an id on the hub
+    :return: the local folder
+    :raises OSError: if the hub does not provide the files
+    """
     if Path(name).is_dir():
         return Path(name)
     with fetching(name, "model"):
@@ -103,9 +117,16 @@ def local_folder(name: str | Path) -> Path:
 
 @contextmanager
 def fetching(name: str | Path, what: str) -> Iterator[None]:
-    """Tell in one line what is wrong with a folder or name; a path is no name on the hub.
+    """Turn errors of loading into one-line errors that name the folder or id, and the remedy.
 
-    :param what: what is looked for in it, ``model`` or ``tokenizer``
+    A name that looks like a path is never looked up on the hub.
+
+    :param name: a local folder, or an id on the hub
+    :param what: what is loaded, ``model`` or ``tokenizer``
+    :raises FileNotFoundError: if ``name`` is a path without a folder
+    :raises ValueError: if files are missing, damaged, or need code of their own
+    :raises ImportError: if a package is missing
+    :raises OSError: if the hub does not provide it
     """
     path = Path(name)
     pathlike = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2
@@ -116,8 +137,8 @@ def fetching(name: str | Path, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"the weights of {name} cannot be read ({error}): a file is damaged or was not "
-            "written to its end; fetch or save it again"
+            f"the weights of {name} cannot be read ({error}): a file is damaged or incomplete; "
+            "fetch or save it again"
         ) from error
     except ImportError as error:
         raise ImportError(f"{name} needs more packages: {_first_line(error)}") from error
@@ -134,13 +155,13 @@ def fetching(name: str | Path, what: str) -> Iterator[None]:
                 f"{name} holds no {what} that can be loaded ({reason}): {_REMEDIES[what]}"
             ) from error
         raise OSError(
-            f"{name} is no folder here, and the hub does not give it ({reason}): check the name, "
-            "and the network"
+            f"{name} is not a local folder, and the hub does not provide it ({reason}): check the "
+            "name, and the network"
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, in one line; one that ends in a colon is an announcement only."""
+    """Return an error's first line; if it ends in a colon, with the three lines after it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[0] if lines else type(error).__name__
     return " ".join([told, *lines[1:4]]) if told.endswith(":") else told

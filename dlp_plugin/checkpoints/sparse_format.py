@@ -1,27 +1,28 @@
-"""A pruned Linear in few bytes, bit for bit: what the living weights are, and where.
+"""The sparse format: a pruned Linear as a bit mask and its kept weights, without loss.
 
-A weight ``[out, in]`` is stored as tensors, all in row-major order of the living (kept) ones, so
-that rows or columns can be taken out by counting bits of the mask:
+A weight ``[out, in]`` is stored as several tensors. They hold the kept weights in row-major
+order, so that rows or columns can be taken out by counting mask bits:
 
-- ``weight_packed`` uint8 ``[out, ceil(in / 8)]``: bit ``j % 8``, the lowest first, of byte
-  ``j // 8`` says whether column j is stored. Stored is every pattern of bits that is not +0.0;
-- kind ``planes`` (bfloat16, at most 16 different exponents): ``weight_fractions`` uint8
-  ``[kept]``, a sign bit and 7 of the mantissa; ``weight_exponents`` uint8 ``[ceil(kept / 2)]``,
-  4-bit indices, the low one first, into ``weight_table`` uint8 ``[exponents]``, ascending;
-- kind ``values`` (other floats, and other bfloat16): ``weight_values`` ``[kept]`` as they are;
-- kind ``integers`` (a pack-quantized Linear): ``weight_integers`` uint8, unsigned as
-  compressed-tensors packs them, ``[kept]`` of 8 bits or ``[ceil(kept / 2)]`` pairs of 4, the low
-  one first; ``weight_scale`` and ``weight_zero_point`` as the source has them. The mask marks
-  what differs from its zero point; where it saves nothing there is none, and all are stored.
+- ``weight_packed`` uint8 ``[out, ceil(in / 8)]``, the mask: bit ``j % 8`` (0 is the lowest) of
+  byte ``j // 8`` says whether column j is kept. Every weight whose bits are not +0.0 is kept;
+- kind ``planes`` (bfloat16 with at most 16 different exponents): ``weight_fractions`` uint8
+  ``[kept]`` holds the sign bit and 7 mantissa bits; ``weight_exponents`` uint8
+  ``[ceil(kept / 2)]`` holds pairs of 4-bit indices, the first in the low bits, into
+  ``weight_table`` uint8 ``[exponents]``, which is in ascending order;
+- kind ``values`` (all other floats): ``weight_values`` ``[kept]`` holds the weights unchanged;
+- kind ``integers`` (a pack-quantized Linear): ``weight_integers`` uint8 holds unsigned integers as
+  compressed-tensors packs them, ``[kept]`` for 8 bits, or ``[ceil(kept / 2)]`` pairs for 4 bits,
+  the first in the low bits; ``weight_scale`` and ``weight_zero_point`` are the source's. The mask
+  marks integers that differ from their zero point. If a mask would not make the Linear smaller,
+  there is none, and all integers are stored.
 
-A tensor ``NAME`` ``[experts, ...]`` is as many Linears, ``NAME.0`` and on, of which
-``quantization_config`` tells under ``fused``.
+A fused tensor ``NAME`` ``[experts, ...]`` is stored as the Linears ``NAME.0``, ``NAME.1`` and so
+on; ``quantization_config`` lists it under ``fused``.
 
-``[[0, 1.5, 0], [-2, 0, 0]]`` in bfloat16 is the mask ``[[2], [1]]``, the fractions
-``[0x40, 0x80]`` and the exponents ``[0x10]`` of the table
-``[127, 128]``.
+Example: ``[[0, 1.5, 0], [-2, 0, 0]]`` in bfloat16 has the mask ``[[2], [1]]``, the fractions
+``[0x40, 0x80]``, the exponents ``[0x10]`` and the table ``[127, 128]``.
 
-This module needs torch alone, as engines that load such files import it.
+Engines import this module, so it imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -70,15 +71,16 @@ __all__ = [
     "values_of",
 ]
 
-_BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight
-_CHUNK = 1 << 19  # weights decoded at a time: what is in between stays in the caches
+_BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a weight to integer dtype
+_CHUNK = 1 << 19  # weights decoded at a time, so that intermediate results fit in the caches
 
 
 def encode(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
-    """A weight as it is stored, exactly; None where it would not shrink.
+    """Encode a weight without loss, if that makes it smaller.
 
-    :param weight: ``[out, in]``; of another dtype than the floats of 16 to 64 bits it is None
-    :return: what to write to ``config.json``, and local names to tensors
+    :param weight: ``[out, in]``
+    :return: how the weight is stored and its tensors by local names; None if it would not become
+        smaller, or is not a float of 16, 32 or 64 bits
     """
     if weight.dtype not in FLOATS.values():
         return None
@@ -87,10 +89,10 @@ def encode(weight: Tensor) -> tuple[Stored, dict[str, Tensor]] | None:
 
 
 def encode_anyway(weight: Tensor) -> tuple[Stored, dict[str, Tensor]]:
-    """A weight as it is stored, exactly, smaller or not.
+    """Encode a weight without loss, whether or not that makes it smaller.
 
-    :param weight: ``[out, in]``, of the floats of 16 to 64 bits
-    :return: as :func:`encode` does
+    :param weight: ``[out, in]``, floats of 16, 32 or 64 bits
+    :return: how the weight is stored, and its tensors by local names
     """
     bits = weight.contiguous().view(_BITS_OF[weight.itemsize])
     present = bits != 0
@@ -105,15 +107,15 @@ def encode_anyway(weight: Tensor) -> tuple[Stored, dict[str, Tensor]]:
 def encode_integers(
     integers: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, group_size: int
 ) -> tuple[Stored, dict[str, Tensor]]:
-    """A pack-quantized weight as it is stored, exactly; without a mask where it saves nothing.
+    """Encode a pack-quantized weight without loss; it gets a mask only if that makes it smaller.
 
     :param integers: uint8 ``[out, in]``, from 0 to ``2 ** bits - 1``
     :param scale: ``[out, groups]``
     :param zero_point: int32 ``[ceil(out * bits / 32), groups]`` as compressed-tensors packs them;
-        None where they are all in the middle
+        None for symmetric weights, whose zero point is ``2 ** (bits - 1)``
     :param bits: 4 or 8
     :param group_size: columns that share a scale; -1 for one scale per row
-    :return: what to write to ``config.json``, and local names to tensors
+    :return: how the weight is stored, and its tensors by local names
     """
     shape, symmetric = _shape_of(integers), zero_point is None
     stored = Stored(
@@ -135,16 +137,18 @@ def encode_integers(
 def decode(
     stored: Stored, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None, name: str = ""
 ) -> Tensor:
-    """The weight ``[out, in]`` of a Linear, bit for bit what was encoded.
+    """Decode a packed Linear to exactly the weight that was encoded.
 
-    Integers are dequantized in their scales' dtype, to the bits that compressed-tensors gives.
+    Integers are dequantized in the dtype of their scales, to the same bits as compressed-tensors.
 
+    :param stored: how the Linear is stored
     :param parts: local names to tensors, all on one device
-    :param dtype: what to convert to at the end; by default it is ``stored.dtype``
+    :param dtype: of the result; ``stored.dtype`` by default
     :param name: the Linear's full name, for errors
+    :return: ``[out, in]``
     :raises ValueError: naming the Linear and the part, if a part is missing or has another shape
-        or dtype than ``stored`` says, the mask marks another number of weights, an index is
-        outside the table, or bits that are nobody's are not zero
+        or dtype than ``stored`` says, the mask does not mark ``stored.kept`` weights, an index is
+        outside the table, or a padding bit is not zero
     """
     with _cores() as cores:
         device = checked(stored, parts, name)
@@ -166,8 +170,12 @@ def decode(
 
 
 def decode_integers(stored: Stored, parts: Mapping[str, Tensor], name: str = "") -> Tensor:
-    """The integers uint8 ``[out, in]`` of a Linear of kind ``integers``, as they were encoded.
+    """Decode the integers of a Linear of kind ``integers``, without dequantizing them.
 
+    :param stored: how the Linear is stored
+    :param parts: local names to tensors, all on one device
+    :param name: the Linear's full name, for errors
+    :return: uint8 ``[out, in]``
     :raises ValueError: as :func:`decode` does
     """
     with _cores() as cores:
@@ -183,9 +191,11 @@ def decode_integers(stored: Stored, parts: Mapping[str, Tensor], name: str = "")
 
 
 def values_of(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
-    """The floats that are stored, one after another, of kind ``values`` or ``planes``: ``[kept]``.
+    """Decode the kept weights of a Linear of kind ``values`` or ``planes``.
 
-    :param parts: local names to tensors that :func:`checked` has looked at
+    :param stored: how the Linear is stored
+    :param parts: local names to tensors that have passed :func:`checked`
+    :return: ``[kept]`` of ``stored.dtype``, in row-major order
     """
     if stored.kind == "values":
         return parts["weight_values"]
@@ -197,10 +207,13 @@ def values_of(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def checked(stored: Stored, parts: Mapping[str, Tensor], name: str) -> torch.device:
-    """The device that the parts of a Linear are on, once they are what they should be.
+    """Check the parts of a packed Linear, except that the mask marks ``stored.kept`` weights.
 
+    :param stored: how the Linear is stored
+    :param parts: local names to tensors, all on one device
     :param name: the Linear's full name, for errors
-    :raises ValueError: as :func:`decode` does, but for the number of weights that are marked
+    :return: the device of the parts
+    :raises ValueError: as :func:`decode` does
     """
     dtypes = stored.part_dtypes()
     for part, shape in stored.part_shapes().items():
@@ -209,10 +222,10 @@ def checked(stored: Stored, parts: Mapping[str, Tensor], name: str) -> torch.dev
             raise broken(name, part, "is missing")
         if tuple(found.shape) != shape or found.dtype != dtypes[part]:
             said = f"{dtypes[part]} {list(shape)}"
-            raise broken(name, part, f"is {found.dtype} {list(found.shape)} in place of {said}")
+            raise broken(name, part, f"is {found.dtype} {list(found.shape)} instead of {said}")
     filled = stored.shape[1] % 8
     if stored.masked and filled and (parts["weight_packed"][:, -1] >> filled).any():
-        raise broken(name, "weight_packed", "marks columns that there are not")
+        raise broken(name, "weight_packed", "marks columns after the last")
     pairs = {"planes": "weight_exponents", "integers": "weight_integers"}.get(stored.kind)
     if pairs and stored.kept % 2 and stored.bits != 8 and parts[pairs][-1] >> 4:
         raise broken(name, pairs, "has a value after the last")
@@ -225,7 +238,13 @@ def checked(stored: Stored, parts: Mapping[str, Tensor], name: str) -> torch.dev
 
 
 def broken(name: str, part: str, what: str) -> ValueError:
-    """The error of a damaged tensor, with its full name and what to do."""
+    """Make the error for a damaged tensor.
+
+    :param name: the Linear's full name; may be empty
+    :param part: local name of the tensor
+    :param what: what is wrong, as a verb phrase
+    :return: the error, to raise
+    """
     full = f"{name}.{part}" if name else part
     return ValueError(f"{full} {what}: the file is damaged; fetch it or pack the checkpoint again")
 
@@ -237,7 +256,7 @@ def _spread(
     write: Callable[[slice, Tensor, Tensor | None], None],
     cores: int,
 ) -> None:
-    """Give rows by rows the bits of the weights, zero where none is stored, and where one is."""
+    """Decode chunks of rows; ``write`` gets rows, their bits, and which are kept (None: all)."""
     rows, columns = stored.shape
     step = max(1, _CHUNK // max(1, columns))
     chunks = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
@@ -252,7 +271,7 @@ def _spread(
     mask = parts["weight_packed"]
     ends = [0, *ones(mask).cumsum(0).tolist()]
     if ends[-1] != stored.kept:
-        said = f"marks another number of weights than the {stored.kept} that are stored"
+        said = f"marks {ends[-1]} weights, but {stored.kept} are stored"
         raise broken(name, "weight_packed", said)
     eights = eight_of_a_byte(mask.device)
 
@@ -262,7 +281,7 @@ def _spread(
         present = bits[:, :columns].contiguous().flatten()
         places = present.cumsum(0, dtype=torch.int32)
         living = _take(stored, parts, ends[chunk.start], ends[chunk.stop])
-        # Where nothing is stored the place is that of the last before, or the zero in front.
+        # A weight that is not kept takes the kept one before it, and `* present` makes it zero.
         found = torch.cat((living.new_zeros(1), living)).index_select(0, places) * present
         write(chunk, found.view(shape), present.view(shape))
 
@@ -271,12 +290,9 @@ def _spread(
 
 @contextmanager
 def _cores() -> Iterator[int]:
-    """How many cores torch may use; meanwhile none of its operations uses more than one.
-
-    It would divide one short operation after another among them, and wait for the last each time.
-    """
+    """Yield torch's number of threads; limit it to one, because operations here are short."""
     cores = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread, and of those that begin after this
+    torch.set_num_threads(1)  # for this thread, and for threads that start later
     try:
         yield cores
     finally:
@@ -286,7 +302,7 @@ def _cores() -> Iterator[int]:
 def _run(
     work: Callable[[slice], None], chunks: list[slice], device: torch.device, cores: int
 ) -> None:
-    """Do some work for every chunk; on a processor for as many at a time as there are cores."""
+    """Call ``work`` for every chunk; on a CPU in up to ``cores`` threads."""
     cores = min(cores, len(chunks))
     if device.type != "cpu" or cores < 2:
         for chunk in chunks:
@@ -303,7 +319,7 @@ def _run(
 
 
 def _filled(stored: Stored, bits: Tensor, present: Tensor | None, zero: Tensor) -> Tensor:
-    """Integers ``[rows, groups, columns of a group]``, the zero point where none is stored."""
+    """Return integers ``[rows, groups, columns]``, with the zero point where none is kept."""
     integers = _grouped(bits, stored)
     if present is None:
         return integers
@@ -311,14 +327,14 @@ def _filled(stored: Stored, bits: Tensor, present: Tensor | None, zero: Tensor) 
 
 
 def _take(stored: Stored, parts: Mapping[str, Tensor], first: int, last: int) -> Tensor:
-    """The bits of the weights of these places among those that are stored."""
+    """Return the bits of kept weights ``first`` to ``last``, counted in the order of storage."""
     if stored.kind == "values":
         return parts["weight_values"].view(_BITS_OF[stored.dtype.itemsize])[first:last]
     if stored.kind == "planes":
         fractions = parts["weight_fractions"][first:last].to(torch.int16)
         table = torch.zeros(TABLE, dtype=torch.int16, device=fractions.device)
         table[: stored.exponents] = parts["weight_table"].to(torch.int16) << 7
-        # A byte holds two indices: looked up together, as halves of a word.
+        # One look-up decodes both indices of a byte, as the halves of a 32-bit word.
         both = torch.arange(256, device=table.device)
         words = torch.stack((table[both & 15], table[both >> 4]), -1).view(torch.int32).flatten()
         indices = parts["weight_exponents"][first // 2 : (last + 1) // 2].int()
@@ -331,15 +347,16 @@ def _take(stored: Stored, parts: Mapping[str, Tensor], first: int, last: int) ->
 
 
 def _marked(matrix: Tensor, present: Tensor) -> Tensor:
-    """What is marked of a matrix, row by row."""
+    """Return the entries of a matrix where ``present`` is true, in row-major order."""
     chunks = zip(matrix.flatten().split(_CHUNK), present.flatten().split(_CHUNK), strict=True)
     return torch.cat([one.index_select(0, marks.nonzero().flatten()) for one, marks in chunks])
 
 
 def planes_of(bits: Tensor) -> dict[str, Tensor] | None:
-    """Bfloat16 numbers, given as int16, in planes by their local names.
+    """Split bfloat16 numbers into the tensors of kind ``planes``.
 
-    :return: None where the table is too small
+    :param bits: int16 ``[n]``, the bits of the numbers
+    :return: local names to tensors; None if there are more than 16 different exponents
     """
     exponents = (bits >> 7 & 0xFF).int()
     table = exponents.bincount(minlength=256).nonzero().flatten()
@@ -355,7 +372,7 @@ def planes_of(bits: Tensor) -> dict[str, Tensor] | None:
 
 
 def _zero_points(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
-    """The unsigned zero points of integers, uint8 ``[out, groups, 1]``."""
+    """Return the unsigned zero points of integers, uint8 ``[out, groups, 1]``."""
     scale = parts["weight_scale"]
     if stored.symmetric:
         middle = 1 << (stored.bits - 1)
@@ -365,7 +382,7 @@ def _zero_points(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _grouped(matrix: Tensor, stored: Stored) -> Tensor:
-    """A matrix ``[rows, in]`` as ``[rows, groups, columns of a group]``."""
+    """View a matrix ``[rows, in]`` as ``[rows, groups, columns of a group]``."""
     return matrix.reshape(len(matrix), stored.groups, matrix.shape[1] // max(1, stored.groups))
 
 
@@ -375,5 +392,9 @@ def _shape_of(matrix: Tensor) -> tuple[int, int]:
 
 
 def size_of(parts: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors."""
+    """Sum the sizes of tensors.
+
+    :param parts: names to tensors
+    :return: bytes
+    """
     return sum(part.nbytes for part in parts.values())

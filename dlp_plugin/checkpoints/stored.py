@@ -1,6 +1,6 @@
-"""How a Linear of a packed checkpoint is stored, as ``config.json`` says it.
+"""Reads from ``config.json`` how the Linears of a packed checkpoint are stored.
 
-What the tensors mean: :mod:`dlp_plugin.checkpoints.sparse_format`.
+:mod:`dlp_plugin.checkpoints.sparse_format` says what their tensors mean.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 QUANT_METHOD = "dlp-sparse"
-"""What ``quant_method`` in ``config.json`` is."""
+"""The ``quant_method`` of packed checkpoints in ``config.json``."""
 VERSION = 2
-"""The newest that is read. Written is 1 where no experts are packed, which has none."""
+"""The newest version that can be read. Checkpoints without packed experts are written as 1."""
 PARTS = (
     "weight_packed",
     "weight_fractions",
@@ -38,14 +38,14 @@ PARTS = (
     "weight_scale",
     "weight_zero_point",
 )
-"""Local names of every tensor that a stored Linear may have."""
+"""Local names of all tensors that a packed Linear may have."""
 
 FLOATS = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 }
-TABLE = 16  # exponents that four bits tell apart
-# Kind to what its entry holds besides
+TABLE = 16  # different exponents that a 4-bit index can tell apart
+# Kind to the further fields of its entry
 _FIELDS = {
     "planes": ("exponents",),
     "values": (),
@@ -55,17 +55,17 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """How a Linear's weight is stored, as ``config.json`` says it.
+    """How a Linear's weight is stored: its entry in ``config.json``.
 
     :param kind: ``planes``, ``values`` or ``integers``
     :param shape: ``[out, in]``
-    :param dtype: of the decoded weight; of integers that of their scales
-    :param kept: how many weights are stored
-    :param exponents: of planes, how many different ones there are
-    :param bits: of integers, 4 or 8
-    :param group_size: of integers, columns that share a scale; -1 for one scale per row
-    :param symmetric: of integers, whether there are no zero points
+    :param dtype: of the decoded weight; for integers the dtype of their scales
+    :param kept: number of weights that are stored
+    :param bits: for integers: 4 or 8
+    :param group_size: for integers: columns that share a scale; -1 for one scale per row
+    :param symmetric: for integers: whether there are no zero points
     :param masked: whether there is a mask; only integers may have none
+    :param exponents: for planes: number of different exponents
     """
 
     kind: str
@@ -80,10 +80,12 @@ class Stored:
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> Stored:
-        """What stands in ``config.json`` for one Linear.
+        """Read the entry of one Linear.
 
-        :param name: its full name, for errors
-        :raises ValueError: if something is missing or cannot be
+        :param name: the Linear's full name, for errors
+        :param config: the entry
+        :return: how the Linear is stored
+        :raises ValueError: if a field is missing or has an invalid value
         """
         try:
             rows, columns = config["shape"]
@@ -102,13 +104,13 @@ class Stored:
             ) from None
         if not sound:
             raise ValueError(
-                f"{name} has an entry in quantization_config that cannot be ({dict(config)}): "
+                f"{name} has an invalid entry in quantization_config ({dict(config)}): "
                 "pack the checkpoint again"
             )
         return stored
 
     def to_config(self) -> dict[str, Any]:
-        """What :meth:`from_config` reads; JSON can hold it."""
+        """Return the entry that :meth:`from_config` reads, as plain JSON types."""
         return {
             "kind": self.kind,
             "shape": list(self.shape),
@@ -118,7 +120,7 @@ class Stored:
         }
 
     def part_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Local name of every tensor that the Linear consists of to its shape."""
+        """Map the local name of each of the Linear's tensors to its shape."""
         rows, columns = self.shape
         pairs = (self.kept + 1) // 2
         shapes: dict[str, tuple[int, ...]] = {}
@@ -139,7 +141,7 @@ class Stored:
         return shapes
 
     def part_dtypes(self) -> dict[str, torch.dtype]:
-        """Local name of every tensor that the Linear consists of to its dtype."""
+        """Map the local name of each of the Linear's tensors to its dtype."""
         others = {
             "weight_values": self.dtype,
             "weight_scale": self.dtype,
@@ -149,12 +151,12 @@ class Stored:
 
     @property
     def groups(self) -> int:
-        """Scales in a row of integers."""
+        """For integers: number of scales per row."""
         return 1 if self.group_size == -1 else self.shape[1] // self.group_size
 
     @property
     def weights(self) -> int:
-        """How many weights the Linear has."""
+        """Number of weights of the Linear, zeros included."""
         return self.shape[0] * self.shape[1]
 
 
@@ -176,18 +178,20 @@ def _is_sound(stored: Stored) -> bool:
 
 
 def read_stored(config: Mapping[str, Any], where: str) -> dict[str, Stored]:
-    """Every Linear that is stored sparsely, by its full name, from a ``quantization_config``.
+    """Read how every packed Linear is stored from a ``quantization_config``.
 
-    :param config: as ``config.json`` has it
-    :param where: the file or folder it is from, for errors
-    :raises ValueError: if it is none of this format, of a newer version of it, or damaged
+    :param config: the ``quantization_config`` of ``config.json``
+    :param where: the file or folder that it is from, for errors
+    :return: full name of every packed Linear to how it is stored
+    :raises ValueError: if the ``quantization_config`` is damaged, of another format, or of a
+        newer version
     """
     method, version, linears = (config.get(key) for key in ("quant_method", "version", "linears"))
     if method != QUANT_METHOD:
         raise ValueError(f"{where} is not packed: its quant_method is {method}, not {QUANT_METHOD}")
     if type(version) is int and version > VERSION:
         raise ValueError(
-            f"{where} is of version {version} of {QUANT_METHOD}, and this dlp_plugin reads "
+            f"{where} has version {version} of {QUANT_METHOD}, but this dlp_plugin reads "
             f"up to version {VERSION}: update dlp_plugin"
         )
     if version not in range(1, VERSION + 1) or not isinstance(linears, Mapping):
@@ -201,14 +205,15 @@ def read_stored(config: Mapping[str, Any], where: str) -> dict[str, Stored]:
 def read_fused(
     config: Mapping[str, Any], linears: Mapping[str, Stored], where: str
 ) -> dict[str, int]:
-    """Every tensor ``[experts, ...]`` that is stored expert by expert, to how many these are.
+    """Read which fused tensors ``[experts, ...]`` are packed.
 
-    Expert 3 of ``NAME`` is the Linear ``NAME.3``, of the shape that it has in the tensor.
+    Each expert is packed as a Linear of its own: expert 3 of ``NAME`` is ``NAME.3``.
 
-    :param config: as ``config.json`` has it
-    :param linears: as :func:`read_stored` gives them
-    :param where: the file or folder it is from, for errors
-    :raises ValueError: if an expert is missing, or has another shape than the others
+    :param config: the ``quantization_config`` of ``config.json``
+    :param linears: as :func:`read_stored` returns them
+    :param where: the file or folder that it is from, for errors
+    :return: full name of every packed fused tensor to its number of experts
+    :raises ValueError: if an expert is missing, or has another shape or dtype than the others
     """
     fused = config.get("fused") or {}
     for name, count in fused.items():
@@ -216,7 +221,7 @@ def read_fused(
         alike = {each and (each.shape, each.dtype) for each in found}
         if len(alike) != 1 or None in alike:
             raise ValueError(
-                f"{name} of {where} has a damaged entry in quantization_config (its {count} "
-                "experts are not all there, of one shape): pack the checkpoint again"
+                f"{name} of {where} has a damaged entry in quantization_config (some of its "
+                f"{count} experts are missing or differ in shape): pack the checkpoint again"
             )
     return dict(fused)

@@ -1,4 +1,4 @@
-"""Whether code that comes with a checkpoint may run: only where the user says so."""
+"""Whether code that comes with a checkpoint may run: only if the user allows it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _trusted = ContextVar("trust_remote_code", default=False)
 
 @contextmanager
 def trusting_remote_code(trusted: bool = True) -> Iterator[None]:
-    """Let models and tokenizers be loaded by the code that lies beside them, or not.
+    """Allow or forbid, inside the context, that a checkpoint's own code loads it.
 
-    :param trusted: as ``trust_remote_code`` of transformers; nobody is asked in either case
+    :param trusted: passed to transformers as ``trust_remote_code``; the user is never prompted
     """
     token = _trusted.set(trusted)
     try:
@@ -25,5 +25,5 @@ def trusting_remote_code(trusted: bool = True) -> Iterator[None]:
 
 
 def trusts_remote_code() -> bool:
-    """Whether such code may run here; by default it may not."""
+    """Return whether a checkpoint's own code may run; by default it may not."""
     return _trusted.get()

@@ -1,4 +1,4 @@
-"""The terminal command ``dlp-plugin``; one file per kind of work, what they share in ``common``."""
+"""The terminal command ``dlp-plugin``; its commands share the module ``common``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dlp_plugin.cli.speed import speed
 
 __all__ = ["app"]
 
-# In the order of the work, which is that of --help.
+# In the order that --help shows, which is that of a typical workflow.
 _COMMANDS: tuple[Callable[..., None], ...] = (
     oneshot,
     score,

@@ -29,7 +29,7 @@ def inspect(
     ] = 0,
     against: Annotated[
         Path | None,
-        typer.Option(help="A pruned checkpoint. Counts its zeros that FOLDER has lost."),
+        typer.Option(help="A pruned checkpoint. Counts those of its zeros that FOLDER has lost."),
     ] = None,
 ) -> None:
     """Count the zeros in a checkpoint's files, block by block.
@@ -56,7 +56,7 @@ def export_gptq(
 ) -> None:
     """Write a 4-bit or 8-bit checkpoint in the GPTQ format, for AutoGPTQ, exllama and others.
 
-    The numbers stay the same, and so do the zeros.
+    The weights stay the same, and so do the zeros.
     """
     with reporting_errors(host=False, trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.gptq_format import export_gptq as export
@@ -87,7 +87,7 @@ def unpack(
     folder: Annotated[Path, typer.Argument(help="A folder that `dlp-plugin pack` wrote.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
 ) -> None:
-    """Restore the checkpoint that a folder of `dlp-plugin pack` was packed from."""
+    """Restore the checkpoint that `dlp-plugin pack` packed."""
     with reporting_errors(host=False):
         from dlp_plugin.checkpoints.packing import unpack as write
 
@@ -99,8 +99,9 @@ def unpack(
 def show_zeros(folder: Path, linears: bool = False, group: int = 0) -> None:
     """Read a checkpoint and print its table of zeros.
 
-    :param linears: one row per Linear, not per block
-    :param group: M of N:M, to count the zeros of every group of M weights; 0 for none
+    :param folder: of the checkpoint
+    :param linears: print one row per Linear instead of one per block
+    :param group: M of the N:M pattern to look for; 0 for none
     """
     from dlp_plugin.checkpoints.inspect import inspect_checkpoint
 

@@ -1,4 +1,4 @@
-"""What the commands share: the app, option types, calibration, progress bars, error messages."""
+"""Code that the commands share: the app, option types, calibration, progress bars and errors."""
 
 from __future__ import annotations
 
@@ -152,13 +152,13 @@ WindowLength = Annotated[
 
 
 def method_names() -> str:
-    """The methods there are, for a help text."""
+    """List the allocation methods for a help text."""
     return ", ".join(f"`{name}`" for name in options())
 
 
 @dataclass
 class _Settings:
-    """Options that stand before the command and hold for all commands."""
+    """Options that come before the command, and apply to all commands."""
 
     debug: bool = False
     verbose: bool = False
@@ -189,9 +189,20 @@ def calibration_arguments(
     samples: int,
     seed: int | None,
 ) -> dict[str, Any]:
-    """Arguments of llm-compressor's ``oneshot()`` that say what to calibrate on.
+    """Make the calibration data, as arguments of llm-compressor's ``oneshot()``.
 
-    Of several processes each gets its share.
+    With several processes each gets its share of the samples.
+
+    :param model: a local folder, or an id on the hub
+    :param data: a text, a data file, a folder or a dataset
+    :param config: the dataset's configuration
+    :param split: the dataset's split
+    :param column: the dataset's column that holds the text
+    :param length: tokens per sample; None for the default of :func:`checked_length`
+    :param samples: number of samples, over all processes
+    :param seed: if given, samples are drawn at random
+    :return: keyword arguments
+    :raises ValueError: if the data does not suit, or the model has no embedding for a token
     """
     from compressed_tensors.distributed import is_distributed
     from torch import distributed as dist
@@ -207,8 +218,8 @@ def calibration_arguments(
 
     length = checked_length(model, length)
     tokenizer = load_tokenizer(model)
-    # A file is read whole, so that its samples spread over it; a dataset as far as needed, and
-    # farther where there is something to draw from.
+    # A file is read whole, so that its samples spread over it. A dataset is read as far as needed,
+    # and eight times as far if samples are drawn at random.
     wanted = samples * length * (1 if seed is None else 8)
     limit = None if Path(data).is_file() else wanted
     tokens = read_tokens(data, tokenizer, config=config, split=split, column=column, limit=limit)
@@ -220,9 +231,12 @@ def calibration_arguments(
 
 
 def checked_length(model: str, length: int | None) -> int:
-    """Tokens per sample or window: as asked for, if the model has positions for so many.
+    """Choose the number of tokens per sample or window.
 
-    :raises ValueError: if it has fewer
+    :param model: a local folder, or an id on the hub
+    :param length: the user's choice; None for the model's positions, at most 2048
+    :return: tokens
+    :raises ValueError: if the model has fewer positions than ``length``
     """
     from dlp_plugin.checkpoints.loading import load_config
 
@@ -232,15 +246,20 @@ def checked_length(model: str, length: int | None) -> int:
         return min(2048, positions or 2048)
     if positions and length > positions:
         raise ValueError(
-            f"--length {length} is more than the {positions} positions that {model} has: give "
-            f"{positions} at most"
+            f"--length {length} is more than the {positions} positions of {model}: give at most "
+            f"{positions}"
         )
     return length
 
 
 @contextmanager
 def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar; gives the function that advances it."""
+    """Show a progress bar.
+
+    :param what: description of the work
+    :param total: amount of the work
+    :return: a function that advances the bar by an amount
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -254,7 +273,11 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
 
 @contextmanager
 def joined_processes() -> Iterator[bool]:
-    """Join the other processes of a torchrun; gives whether this is the first or only one."""
+    """Join the other processes of a torchrun.
+
+    :return: whether this is the first or only process
+    :raises ValueError: if there are more processes than accelerators
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield True
         return
@@ -266,8 +289,8 @@ def joined_processes() -> Iterator[bool]:
         asked, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.accelerator.device_count()
         if asked > there:
             raise ValueError(
-                f"torchrun started {asked} processes, and this machine has {there} accelerators: "
-                f"start at most as many (--nproc-per-node {there})"
+                f"torchrun started {asked} processes, but this machine has {there} accelerators: "
+                f"start at most {there} (--nproc-per-node {there})"
             )
         init_dist()
     else:
@@ -280,11 +303,11 @@ def joined_processes() -> Iterator[bool]:
 
 @contextmanager
 def reporting_errors(host: bool = True, trust_remote_code: bool = False) -> Iterator[None]:
-    """Show the log (:func:`dlp_plugin.cli.log.show_log`), and an error as one message.
+    """Set up the log (:func:`dlp_plugin.cli.log.show_log`), and print errors as one message.
 
-    :param host: whether llm-compressor will be needed
+    :param host: whether the command needs llm-compressor
     :param trust_remote_code: whether code that comes with a model may run
-    :raises typer.Exit: with code 1, once an error is reported
+    :raises typer.Exit: with code 1, after printing an error
     """
     try:
         show_log(_settings.verbose, host)
@@ -302,7 +325,7 @@ def reporting_errors(host: bool = True, trust_remote_code: bool = False) -> Iter
 
 
 def _message(error: Exception) -> str:
-    """The error in one line; with its type unless the user can mend it."""
+    """Write an error as one message; errors that the user cannot fix get the name of their type."""
     message = str(error).strip() or type(error).__name__
     if isinstance(error, ValidationError):
         first = error.errors()[0]

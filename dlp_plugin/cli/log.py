@@ -1,4 +1,4 @@
-"""What the terminal shows while it works: our own steps, and each warning once."""
+"""Sets up what the terminal shows during work: the package's own steps, and each warning once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["show_log"]
 
 _WARNING = 30
-# What these say of every block, Linear or folder is for --verbose.
+# Modules that log a line per block, Linear or folder, which only --verbose shows.
 _QUIET = (
     "checkpoints.packing",
     "modifiers.scoring_pass",
@@ -24,18 +24,19 @@ _QUIET = (
     "pruning.magnitude",
     "pruning.reconstruction",
 )
-# On a terminal tqdm's bars vanish when they are full; in a file there are none.
+# tqdm's settings: on a terminal bars vanish when they are full; in a file there are none.
 _BARS = {True: ("TQDM_LEAVE", ""), False: ("TQDM_DISABLE", "1")}
 
 
 def show_log(verbose: bool = False, host: bool = True) -> None:
-    """Log to stderr: our own steps, and the warnings of all packages, each once.
+    """Log the package's own steps and the warnings of all packages, each once, to stderr.
 
-    Progress bars of other packages vanish when they are full. Where stderr is a file there are
-    none. Both need tqdm not to be imported yet, and importing torch imports it.
+    Progress bars of other packages vanish when they are full; if stderr is a file there are none.
+    Call this before tqdm is imported, and torch imports tqdm.
 
     :param verbose: show all lines and bars of llm-compressor and other packages
-    :param host: whether llm-compressor will be needed; importing it sets up a log of its own
+    :param host: whether llm-compressor will be needed; it is imported first, because the import
+        sets up a log of its own
     """
     if not verbose:
         os.environ.setdefault(*_BARS[sys.stderr.isatty()])
@@ -58,9 +59,9 @@ def show_log(verbose: bool = False, host: bool = True) -> None:
 
 
 class _Printer:
-    """Prints what is logged, and a warning only once.
+    """Prints log messages, and each warning only once.
 
-    :param repeats: print a warning every time that it comes
+    :param repeats: whether to print repeated warnings too
     """
 
     def __init__(self, repeats: bool) -> None:
@@ -75,7 +76,7 @@ class _Printer:
 
 
 class _Warnings(logging.Handler):
-    """Logs Python's warnings, without the line of code that they name."""
+    """Logs Python's warnings, without the line of code that they quote."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Log the text of the warning."""

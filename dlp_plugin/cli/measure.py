@@ -59,8 +59,8 @@ def ppl(
 ) -> None:
     """Measure a model's perplexity on a text or dataset.
 
-    The text is cut into windows that do not overlap. Every token but the first of a window counts
-    once.
+    The text is cut into windows that do not overlap. Every token except the first of a window
+    counts once.
     """
     with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.checkpoints.loading import load_model, load_tokenizer
@@ -145,7 +145,7 @@ def _accuracy_table(model: str, found: dict[str, dict[str, float]]) -> Table:
 
 
 def _with_error(values: dict[str, float], metric: str) -> str:
-    """A measured value and its standard error, if there are any."""
+    """Format a measured value and its standard error, if there are any."""
     if metric not in values:
         return ""
     error = values.get(f"{metric}_stderr")
@@ -180,8 +180,8 @@ def compare(
         str,
         typer.Option(
             help="Pruning stages, separated by commas: `wanda`, `sparsegpt`, `admm`, `magnitude`. "
-            "With the ending `-polished` the remaining weights are refitted by least squares, with "
-            "`-reconstructed` every block is trained to return what the dense one does: "
+            "The suffix `-polished` refits the remaining weights by least squares. "
+            "`-reconstructed` trains every block to return the same as the dense block. Examples: "
             "`wanda-polished`, `sparsegpt-polished-reconstructed`."
         ),
     ] = "wanda",
@@ -196,7 +196,7 @@ def compare(
     sizes: Annotated[
         bool,
         typer.Option(
-            help="Also measure megabytes on disk, packed where that is smaller. Always on with "
+            help="Also measure megabytes on disk, packed if that is smaller. Always on with "
             "fewer than 16 bits."
         ),
     ] = False,
@@ -250,10 +250,10 @@ def compare(
     """Compare methods, sparsities, pruners and bits by perplexity, accuracy and bytes.
 
     Blocks are scored once for all methods. Repeat the command to continue an interrupted run.
-    The folder gets results.json, table.md, perplexity.png and sparsities.png, with refined plans
-    search.png, and with sizes bytes.png. The best recipe has the least perplexity over the
-    methods, pruners and bits of the command at one sparsity: for one at 4 bits repeat it with
-    `--bits 4`. It holds its plan, and `dlp-plugin oneshot` can run it.
+    The folder gets results.json, table.md, perplexity.png and sparsities.png. Refined plans add
+    search.png, and sizes add bytes.png. The recipe of `--write-recipe` has the least perplexity
+    over the methods, pruners and bits of the command at one sparsity. For a recipe at 4 bits repeat
+    the command with `--bits 4`. The recipe contains its plan, and `dlp-plugin oneshot` can run it.
     """
     with reporting_errors(trust_remote_code=trust_remote_code):
         from dlp_plugin.comparison.names import EVERY, Scope
@@ -319,16 +319,16 @@ def compare(
 
 
 def _targets(sparsities: str, sparsity: str | None) -> tuple[list[str], str | None]:
-    """The targets to compare at, and the one of them that the best recipe shall have.
+    """Parse the targets to compare at, and the target of the best recipe.
 
-    :raises ValueError: if it is none of them
+    :raises ValueError: if the latter is not among the former
     """
     from dlp_plugin.comparison.names import target_named
 
     targets = [target_named(text) for text in sparsities.split(",")]
     best_at = None if sparsity is None else target_named(sparsity)
     if best_at not in (None, *targets):
-        raise ValueError(f"--sparsity {sparsity} is none of --sparsities {sparsities}")
+        raise ValueError(f"--sparsity {sparsity} is not one of --sparsities {sparsities}")
     return targets, best_at
 
 
@@ -343,7 +343,7 @@ def _tell(cell: Cell) -> None:
 
 
 def _write_best(found: Comparison, target: str | None, path: Path) -> None:
-    """The best recipe at a target; by default at the highest."""
+    """Write the best recipe at a target; by default at the highest sparsity."""
     from dlp_plugin.files import replacing
 
     with replacing(path) as beside:

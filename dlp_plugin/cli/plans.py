@@ -115,12 +115,12 @@ def score(
 def _modifier(
     name: str, strength: str | None, statistic: str | None, **fields: Any
 ) -> AllocationModifier:
-    """The modifier of a method.
+    """Make the modifier of a method.
 
-    :param strength: a number or ``auto``; by default the method's own
-    :param statistic: as DLP has it; by default DLP's own
-    :param fields: that the modifiers of all methods share
-    :raises ValueError: if there is no such method, or it cannot be used so
+    :param strength: a number or ``auto``; None for the method's default
+    :param statistic: of DLP; None for its default
+    :param fields: of the modifiers of all methods
+    :raises ValueError: if there is no such method, or a value does not suit it
     """
     import dlp_plugin
 
@@ -130,7 +130,7 @@ def _modifier(
     if statistic is not None:
         if "statistic" not in method.model_fields:
             raise ValueError(
-                f"--statistic is DLP's, and {method.title} has none: leave it out, or take "
+                f"--statistic is for DLP only, not for {method.title}: leave it out, or use "
                 "--method dlp"
             )
         fields["statistic"] = statistic

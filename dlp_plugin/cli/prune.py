@@ -83,7 +83,7 @@ def oneshot(
         if pack:
             from dlp_plugin.checkpoints.packing import pack as write_packed
 
-            # What is put aside lies where the next run clears away what a killed one left
+            # The unpacked model lies in a folder that the next run removes if this one is killed.
             place = replacing(output) if first else TemporaryDirectory()
             with exit_on_sigterm(), place as room:
                 saved, packed = Path(room) / "saved", Path(room) / "packed"
@@ -93,7 +93,7 @@ def oneshot(
                     try:
                         write_packed(saved, packed)
                     except ValueError as error:
-                        logger.warning("{} is saved as it is, not packed: {}", output, error)
+                        logger.warning("{} is saved without packing: {}", output, error)
                         saved.rename(packed)
                     rmtree(saved, ignore_errors=True)
                     for file in packed.iterdir():

@@ -61,12 +61,17 @@ def speed(
 def _numbers(text: str) -> list[int]:
     numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(numbers) < 1:
-        raise ValueError(f"--batches is {text!r}: give numbers of texts, with commas, e.g. 1,8")
+        raise ValueError(f"--batches is {text!r}: give batch sizes, separated by commas, e.g. 1,8")
     return numbers
 
 
 def speed_table(found: dict[str, Speed], name: str) -> Table:
-    """Figures of the dense and the sparse model, and the gain."""
+    """Make a table of the results of the dense and the sparse model, and the gain.
+
+    :param found: as :func:`dlp_plugin.comparison.speeds.speeds` returns it
+    :param name: of the checkpoint
+    :return: a table for the terminal (rich)
+    """
     from dlp_plugin.comparison.speeds import cache_bytes
 
     dense, sparse = found["dense"], found["sparse"]
@@ -91,7 +96,7 @@ def speed_table(found: dict[str, Speed], name: str) -> Table:
     cache = cache_bytes()
     if cache is not None and dense.weights < 2 * cache:
         table.caption = (
-            f"The processor's cache holds {cache / 1e6:,.0f} MB, most of these weights among them. "
-            "Sparse products gain on larger models, whose weights are read from memory."
+            f"The processor's cache of {cache / 1e6:,.0f} MB holds most of these weights. Sparse "
+            "products gain more on larger models, whose weights are read from memory."
         )
     return table

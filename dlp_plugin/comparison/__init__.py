@@ -1,1 +1,1 @@
-"""Methods, sparsities and pruners on one model."""
+"""Comparison of methods, sparsities and pruners on one model."""

@@ -1,4 +1,4 @@
-"""Peak memory."""
+"""Measures peak memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> None:
-    """Reset the peaks of this process and of its GPU, where the system can (Linux)."""
+    """Reset the peak memory of this process (on Linux) and of its GPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if _RESET.exists():
@@ -21,10 +21,10 @@ def reset_peak() -> None:
 
 
 def peak() -> int | None:
-    """Peak memory in bytes since :func:`reset_peak`.
+    """Return the peak memory since :func:`reset_peak`.
 
-    :return: of the GPU where there is one (CUDA), else of this process, including what it held
-        before; None where the system does not tell (Linux does)
+    :return: bytes of the GPU if there is one (CUDA), else of this process, including memory that
+        it held before the reset; None on systems other than Linux
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

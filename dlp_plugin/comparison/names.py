@@ -1,4 +1,4 @@
-"""Names of methods, pruners, targets and bits in a comparison, and what they stand for."""
+"""Parses the names of methods, pruners, targets and bits in a comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dlp_plugin.planning.allocation import check_sparsity
 from dlp_plugin.planning.methods import Method, method_of, options
 from dlp_plugin.planning.methods.dlp import DLP
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
-from dlp_plugin.pruning import admm, calibrated, magnitude  # noqa: F401 (which declare stages)
+from dlp_plugin.pruning import admm, calibrated, magnitude  # noqa: F401 (they declare stages)
 from dlp_plugin.pruning.base import PruningStage, declared
 from dlp_plugin.search.decide import Search, search_offset, where_to_search
 
@@ -32,9 +32,9 @@ __all__ = [
 ]
 
 FEWEST = 4
-"""Fewest bits per weight of a pruned model; with fewer, only the dense model is measured."""
+"""Smallest number of bits for pruned models; below it only the dense model is measured."""
 
-# Endings of a pruner's name, and the fields that they set.
+# Suffixes of a pruner's name to the fields that they set.
 _REPAIRS: dict[str, dict[str, Any]] = {
     "-polished": {"polish": True},
     "-reconstructed": {"reconstruct": 2},
@@ -42,10 +42,10 @@ _REPAIRS: dict[str, dict[str, Any]] = {
 
 
 class Way(NamedTuple):
-    """How pruned models are simulated to judge plans; it depends on the stage that prunes.
+    """How the search simulates pruning when it judges plans; it depends on the pruning stage.
 
-    :param by_magnitude: with magnitude's masks instead of Wanda's
-    :param offset: how much lower than the target the sparsity is while a plan is refined
+    :param by_magnitude: whether the masks are those of magnitude pruning instead of Wanda's
+    :param offset: how far below the target the sparsity is while a plan is refined
     """
 
     by_magnitude: bool = False
@@ -55,7 +55,7 @@ class Way(NamedTuple):
 class Scope(NamedTuple):
     """Which modules are pruned, as in a stage's fields.
 
-    :param targets: class names, names or ``re:`` patterns of modules
+    :param targets: class names, full names or ``re:`` patterns of modules
     :param ignore: names or patterns of modules that are neither pruned nor quantized
     """
 
@@ -71,8 +71,8 @@ EVERY = Scope()
 class Pruner:
     """A pruning stage in a comparison.
 
-    :param kind: its class
-    :param fields: those that differ from their defaults
+    :param kind: class of the stage
+    :param fields: values of its fields that differ from the defaults
     """
 
     kind: type[PruningStage]
@@ -80,7 +80,7 @@ class Pruner:
 
     @property
     def modifier(self) -> str:
-        """Its name in recipes."""
+        """The stage's name in recipes."""
         return self.kind.__name__
 
     @property
@@ -91,19 +91,22 @@ class Pruner:
 
 
 def plan_name(method: str, way: Way) -> str:
-    """The key that a plan is stored under.
+    """Return the key under which a plan is stored in the results.
 
-    :param method: full name
-    :param way: how the plan was judged, as :meth:`Contender.way` gives it
+    :param method: full name of the method
+    :param way: how the plan was judged, as :meth:`Contender.way` returns it
+    :return: the key, such as ``dlp:0.15 refined 16, 0.2 easier``
     """
     searched = f", {way.offset:g} easier" if way.offset else ""
     return method + ", by magnitude" * way.by_magnitude + searched
 
 
 def pruner_named(text: str) -> Pruner:
-    """The pruner with a name ``pruner[-polished][-reconstructed]``, e.g. ``wanda-polished``.
+    """Parse a pruner's name.
 
-    :raises ValueError: naming ``text`` and the names there are
+    :param text: ``pruner[-polished][-reconstructed]``, e.g. ``wanda-polished``
+    :return: the pruner
+    :raises ValueError: if there is no such pruner; lists those that exist
     """
     name, fields = text, dict[str, Any]()
     for ending in reversed(_REPAIRS):
@@ -123,10 +126,10 @@ def pruner_named(text: str) -> Pruner:
 class Contender:
     """A method in a comparison.
 
-    :param name: full name, with the strength
-    :param method: with its strength and settings
+    :param name: full name, including the strength
+    :param method: the method with its strength and settings
     :param refine: steps or generations of the search that refines its plans; 0 for none
-    :param search: by gradient or by evolution
+    :param search: ``gradient`` or ``evolution``
     """
 
     name: str
@@ -136,26 +139,33 @@ class Contender:
 
     @property
     def judges(self) -> bool:
-        """Whether its plans are selected on held-out samples, a quarter of all at most."""
+        """Whether its plans are selected on held-out samples."""
         return self.method.strength == "auto" or self.refine > 0
 
     def way(self, way: Way, target: str) -> Way:
-        """The part of a stage's way that changes this method's plans at a target."""
+        """Reduce a stage's way to what changes this method's plans at a target.
+
+        :param way: of the pruning stage
+        :param target: name of the target
+        :return: the way, with defaults for everything that has no effect
+        """
         sparsity, structure = target_of(target)
         lower = self.refine > 0 and where_to_search(sparsity, structure, way.offset) < sparsity
         return Way(way.by_magnitude and self.judges, way.offset if lower else 0.0)
 
 
 def contender_named(text: str, refine: int = 16, evolve: int = 40) -> Contender:
-    """The contender with a name ``method[-refined|-evolved][:strength]``, e.g. ``dlp:0.1``.
+    """Parse a method's name.
 
-    ``dlp`` has its default strength, and ``dlp:auto`` (or ``dlp-auto``) selects one on held-out
-    samples. ``dlp-refined`` is improved by the gradient, ``dlp-evolved`` by evolution.
-    ``uniform`` is DLP at strength 0.
+    ``dlp`` has its default strength. ``dlp:auto`` (or ``dlp-auto``) selects the strength on
+    held-out samples. Plans of ``dlp-refined`` are improved by the gradient search, those of
+    ``dlp-evolved`` by evolution. ``uniform`` is DLP at strength 0.
 
+    :param text: ``method[-refined|-evolved][:strength]``, e.g. ``dlp:0.1``
     :param refine: steps of the gradient search
     :param evolve: generations of the evolution
-    :raises ValueError: naming ``text`` and the names there are
+    :return: the contender
+    :raises ValueError: if there is no such method; lists those that exist
     """
     name, _, strength = text.strip().partition(":")
     searched = next((way for way in ("refined", "evolved") if name.endswith(f"-{way}")), "")
@@ -196,22 +206,26 @@ def _method(name: str, strength: str) -> Method:
 
 
 def bits_named(bits: int | str) -> int:
-    """Bits per weight: 2, 3, 4, 8, or 16 for weights as in the checkpoint.
+    """Parse a number of bits per weight.
 
+    :param bits: 2, 3, 4, 8, or 16 for weights as in the checkpoint
+    :return: the number
     :raises ValueError: if ``bits`` is another number
     """
     text = str(bits).strip()
     if text not in ("2", "3", "4", "8", "16"):
         raise ValueError(
-            f"bits: {bits!r} is none of 16 (as in the checkpoint), 8 and 4, or 3 and 2 (of the "
-            "dense model only)"
+            f"bits must be 16 (as in the checkpoint), 8, 4, or 3 or 2 (dense model only), got "
+            f"{bits!r}"
         )
     return int(text)
 
 
 def target_named(target: float | str) -> str:
-    """A target's name: a sparsity, or N:M for N zeros in every M weights on average.
+    """Write a target in its canonical form.
 
+    :param target: a sparsity, or ``N:M`` for N zeros in every M weights on average
+    :return: the target's name, which :func:`target_of` reads
     :raises ValueError: if ``target`` is neither
     """
     if isinstance(target, str) and ":" in target:
@@ -222,13 +236,17 @@ def target_named(target: float | str) -> str:
         value = float(target)
     except ValueError:
         raise ValueError(
-            f"sparsities: {target!r} is no number; give e.g. 0.5, 0.7 or 4:8"
+            f"sparsities: {target!r} is not a number; give e.g. 0.5, 0.7 or 4:8"
         ) from None
     return str(check_sparsity(value, "sparsities"))
 
 
 def target_of(name: str) -> tuple[float, MaskStructure]:
-    """Sparsity and structure of a target as :func:`target_named` writes it."""
+    """Read a target's name.
+
+    :param name: as :func:`target_named` writes it
+    :return: sparsity and mask structure
+    """
     if ":" not in name:
         return float(name), UNSTRUCTURED
     structure = MaskStructure.parse(name)

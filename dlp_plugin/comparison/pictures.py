@@ -1,4 +1,4 @@
-"""A comparison in pictures."""
+"""Draws the results of a comparison."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ _MARKS = {16: "*", 8: "s", 4: "D", 3: "^", 2: "v"}
 def draw(found: Comparison, folder: str | Path) -> None:
     """Draw ``perplexity.png`` and ``sparsities.png``.
 
-    If plans were refined, ``search.png`` too, and if bytes were recorded, ``bytes.png``.
+    Refined plans add ``search.png``, and recorded bytes add ``bytes.png``.
 
+    :param found: the results
+    :param folder: to write the pictures to
     :raises ImportError: if matplotlib is not installed
     """
     check_drawable("a comparison")
@@ -75,7 +77,7 @@ def _bytes(found: Comparison, axes: Any, pruner: str) -> None:
 
 
 def _lines(found: Comparison, pruner: str) -> Iterator[tuple[list[Cell], dict[str, Any]]]:
-    """The cells of each method and bits in the order of their targets, and how they are drawn."""
+    """Yield each line of a picture: the cells of one method and bits, and the line's style."""
     for bits, (place, method) in product(found.values("bits"), enumerate(found.values("method"))):
         key = (method, pruner, bits)
         cells = [cell for cell in found.cells if (cell.method, cell.pruner, cell.bits) == key]
@@ -102,12 +104,12 @@ def _searches(found: Comparison, axes: Any, target: str) -> None:
             steps = plan.search
             losses = [step.divergence for step in steps]
             axes.plot([step.tokens for step in steps], losses, label=name, color=colors[name])
-    axes.axhline(0, color="none")  # in sight, whatever the other panels show
+    axes.axhline(0, color="none")  # so that every panel's axis includes 0
     axes.set(title=f"target {target}", xlabel="tokens run")
 
 
 def _colors(found: Comparison) -> dict[str, str]:
-    """A color for every plan's name, the same in every panel."""
+    """Assign each plan's name a color, the same in every panel."""
     names = [name for target in found.values("target") for name in _plans_at(found, target)]
     return {name: f"C{place % 10}" for place, name in enumerate(dict.fromkeys(names))}
 

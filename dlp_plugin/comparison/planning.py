@@ -1,4 +1,4 @@
-"""Plans of all contenders from one pass of the dense model."""
+"""Makes the plans of all contenders in one calibration pass over the dense model."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Wanted = list[tuple[Contender, str, Way]]
 class PlanningModifier(Modifier):
     """Makes the plans of several contenders at several targets, without pruning.
 
-    Contenders that select on held-out samples score on the other samples, all others on all
-    samples. So the samples are run in two portions, and every plan equals the one that a recipe
-    with the method's own modifier makes.
+    Contenders that select on held-out samples score blocks on the other samples. All other
+    contenders score on all samples. So the samples are run in two portions. Every plan equals the
+    plan that a recipe with the method's own modifier makes.
 
-    :param wanted: contenders, the names of their targets, and how their plans are judged
-    :param keep: called with the plan's name (:func:`plan_name`), the target, the
-        plan, and the seconds that deciding took after scoring
-    :param progress_path: file to continue an interrupted search from
+    :param wanted: for every plan the contender, the name of the target, and how plans are judged
+    :param keep: called with the plan's name (:func:`plan_name`), the target, the plan, and the
+        seconds that it took, without scoring
+    :param progress_path: file that an interrupted search continues from
     :param scope: which modules are pruned
     """
 
@@ -64,9 +64,12 @@ class PlanningModifier(Modifier):
         self._scope = scope
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Find the blocks, and in them the Linears that a stage on all Linears prunes.
+        """Find the blocks and the Linears in them that are pruned.
 
-        :raises ValueError: naming a module that a structure does not fit
+        :param state: the host's
+        :param kwargs: the host's
+        :return: True, as the host expects
+        :raises ValueError: naming a module whose rows a pattern N:M does not fit
         """
         targets, ignore = self._scope
         check_patterns(self, targets=targets, ignore=ignore)
@@ -80,7 +83,7 @@ class PlanningModifier(Modifier):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Run the samples and plan, first for contenders that select on held-out samples."""
+        """Score and plan: first for contenders that select on held-out samples, then the others."""
         if self._pass.running:
             return
         batches = scoring_batches(state.data.calib or ())
@@ -88,21 +91,21 @@ class PlanningModifier(Modifier):
         if wanted := [each for each in self._wanted if each[0].judges]:
             batches, judging = split(batches)
             self._plan(state.model, batches, wanted, judging)
-            batches = judging  # added to the norms of the first portion
+            batches = judging  # their norms are added to those of the first portion
         if fixed := [each for each in self._wanted if not each[0].judges]:
             self._plan(state.model, batches, fixed, judging)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
-        """Score the blocks that lie in the part of the model that is through."""
+        """Score the blocks in the part of the model that has just been run."""
         if self._pass.running:
             self._pass.through(modules)
 
     def _plan(
         self, model: torch.nn.Module, batches: list[Batch], wanted: Wanted, judging: list[Batch]
     ) -> None:
-        """Run batches, score on all batches so far, and make the plans."""
+        """Run batches, score blocks on all batches run so far, and make the plans."""
         self._pass.run(self, model, batches, [contender.method for contender, _, _ in wanted])
         blocks = self._pass.blocks
         every = [name for block in blocks for name in block.linears]

@@ -1,4 +1,4 @@
-"""Results of a comparison as data, read from and written to JSON."""
+"""The results of a comparison, which are read from and written to JSON."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ _HEAD = ["re:.*lm_head"]  # neither pruned nor quantized
 def recipe_of(
     plan: Plan, pruner: str, bits: int = 16, group_size: int = 128, scope: Scope = EVERY
 ) -> str:
-    """The YAML recipe that holds a plan, prunes by it, and quantizes below 16 bits.
+    """Write the recipe that prunes by a plan, and quantizes if ``bits`` is below 16.
 
+    :param plan: becomes a part of the recipe
     :param pruner: as :func:`~dlp_plugin.comparison.names.pruner_named` takes it
-    :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` gives them
-    :param group_size: columns that share a scale where weights are quantized
-    :param scope: what is pruned
+    :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` returns them
+    :param group_size: columns that share a scale when weights are quantized
+    :param scope: which modules are pruned
+    :return: YAML
     """
     chosen = pruner_named(pruner)
     stage: dict[str, Any] = {
@@ -58,9 +60,14 @@ def recipe_of(
 
 
 def quantizing(bits: int, group_size: int, scope: Scope = EVERY) -> str:
-    """The YAML recipe that only quantizes; arguments as in :func:`recipe_of`.
+    """Write the recipe that quantizes the dense model.
 
-    Below 4 bits weights have groups of 32, zero points, and scales of the least squared error.
+    Below 4 bits weights have groups of 32, zero points, and scales with the least squared error.
+
+    :param bits: as in :func:`recipe_of`
+    :param group_size: as in :func:`recipe_of`
+    :param scope: as in :func:`recipe_of`
+    :return: YAML
     """
     modifiers = _quantizers(bits, group_size, scope)
     return _yaml({"quantization_stage": {"quantization_modifiers": modifiers}})
@@ -68,7 +75,7 @@ def quantizing(bits: int, group_size: int, scope: Scope = EVERY) -> str:
 
 def _quantizers(bits: int, group_size: int, scope: Scope) -> dict[str, Any]:
     weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": group_size}
-    if bits < FEWEST:  # the settings of 4 bits destroy a model
+    if bits < FEWEST:  # a model does not survive 2 or 3 bits with the settings of 4
         weights |= {"group_size": 32, "symmetric": False, "observer": "mse"}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     preset = {"scheme": f"W{bits}A16", "targets": ["Linear"]}
@@ -84,8 +91,8 @@ class Plain(BaseModel):
     """Results of the dense model, quantized or not.
 
     :param perplexity: on the test text
-    :param bytes: size of its weights on disk
-    :param accuracy: task to the share of its questions that were answered correctly
+    :param bytes: size of the weights on disk
+    :param accuracy: task to the fraction of its questions that were answered correctly
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -98,19 +105,20 @@ class Plain(BaseModel):
 class Cell(BaseModel):
     """Results of one method at one target with one pruner.
 
-    :param method: full name, as :func:`~dlp_plugin.comparison.names.contender_named` gives it
+    :param method: full name, as :func:`~dlp_plugin.comparison.names.contender_named` returns it
     :param target: a sparsity or N:M, as :func:`~dlp_plugin.comparison.names.target_named`
         writes it
-    :param perplexity: infinite or NaN where the pruned model has collapsed
+    :param pruner: as :func:`~dlp_plugin.comparison.names.pruner_named` takes it
+    :param perplexity: infinite or NaN if the pruned model has collapsed
     :param achieved: measured sparsity of the pruned Linears, including weights that quantization
         rounded to zero
     :param seconds: to load, prune, quantize, store and measure, without making the plan
     :param bits: per weight; 16 for weights as in the checkpoint
-    :param bytes: size of its weights on disk, packed by :mod:`dlp_plugin.checkpoints.packing`
-        where that is smaller; None where it was not asked for
-    :param memory: peak memory in bytes, as :func:`~dlp_plugin.comparison.memory.peak` counts it;
-        None where that is not known
-    :param accuracy: task to the share of its questions that were answered correctly
+    :param bytes: size of the weights on disk, packed by :mod:`dlp_plugin.checkpoints.packing` if
+        that is smaller; None if it was not measured
+    :param memory: peak memory in bytes, as :func:`~dlp_plugin.comparison.memory.peak` returns it;
+        None if it is not known
+    :param accuracy: task to the fraction of its questions that were answered correctly
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -133,7 +141,11 @@ class Cell(BaseModel):
 
 
 def best_of(cells: Iterable[Cell]) -> Cell | None:
-    """The cell with the least perplexity, of equal ones the first; None if none is finite."""
+    """Return the cell with the least perplexity.
+
+    :param cells: to choose from
+    :return: the first of equal cells; None if no perplexity is finite
+    """
     finite = (cell for cell in cells if math.isfinite(cell.perplexity))
     return min(finite, key=lambda cell: cell.perplexity, default=None)
 
@@ -141,15 +153,15 @@ def best_of(cells: Iterable[Cell]) -> Cell | None:
 class Comparison(BaseModel):
     """All results of a comparison.
 
-    :param subject: what the figures hold for: model, data, device, package versions
+    :param subject: model, data, device and package versions that the results depend on
     :param dense: perplexity of the dense model
     :param accuracy: task to the dense model's accuracy
-    :param questions: number of questions per task, the first ones; None for all
+    :param questions: number of questions per task, counted from the first; None for all
     :param plans: name of a plan (see :meth:`plan_name`) to target to plan
     :param decided: name of a plan to target to the seconds it took, without scoring the blocks
     :param cells: one per method, target, pruner and bits
     :param plain: bits to the results of the dense model
-    :param group_size: columns that share a scale where weights are quantized
+    :param group_size: columns that share a scale when weights are quantized
     :param scope: which modules are pruned
     """
 
@@ -167,20 +179,20 @@ class Comparison(BaseModel):
     scope: Scope = EVERY
 
     def cell(self, method: str, target: str, pruner: str, bits: int = 16) -> Cell | None:
-        """One cell; None if it was not measured."""
+        """Return one cell; None if it was not measured."""
         wanted = (method, target, pruner, bits)
         keys = ((cell.method, cell.target, cell.pruner, cell.bits) for cell in self.cells)
         return next((c for c, key in zip(self.cells, keys, strict=True) if key == wanted), None)
 
     def plan(self, method: str, target: str, pruner: str) -> Plan:
-        """The plan that a method prunes by.
+        """Return the plan by which a method was pruned.
 
-        :raises KeyError: if there is none
+        :raises KeyError: if there is no such plan
         """
         return self.plans[self.plan_name(method, target, pruner)][target]
 
     def plan_name(self, method: str, target: str, pruner: str) -> str:
-        """The key of the plan in ``plans``, which names how the plan was judged, if it was."""
+        """Return the plan's key in ``plans``; it includes how the plan was judged, if it was."""
         way = pruner_named(pruner).way
         ways = way, Way(by_magnitude=way.by_magnitude), Way()
         names = [plan_name(method, each) for each in ways]
@@ -193,7 +205,7 @@ class Comparison(BaseModel):
         pruners: Iterable[str],
         bits: Iterable[int] = (16,),
     ) -> Comparison:
-        """Some of the cells, in the order of the arguments."""
+        """Return the results with only these cells, in the order of the arguments."""
         bits = list(bits)
         asked = [self.cell(m, t, p, b) for p, b, t, m in product(pruners, bits, targets, methods)]
         plain = {each: self.plain[each] for each in bits if each in self.plain}
@@ -203,12 +215,13 @@ class Comparison(BaseModel):
     def best(
         self, target: str | None = None, pruner: str | None = None, bits: int | None = None
     ) -> Cell:
-        """The cell with the least perplexity; of equal ones the first.
+        """Return the cell with the least perplexity; of equal ones the first.
 
-        :param target: at this one; by default at the highest sparsity, whatever its structure
-        :param pruner: with this one; any by default
-        :param bits: at so many; any by default
-        :raises ValueError: if there is no such cell, or none of finite perplexity
+        :param target: of the cell; by default the highest sparsity, with or without a structure
+        :param pruner: of the cell; any by default
+        :param bits: of the cell; any by default
+        :return: the cell
+        :raises ValueError: if there is no such cell, or none has a finite perplexity
         """
         highest = max((cell.sparsity for cell in self.cells), default=math.nan)
         cells = [
@@ -231,7 +244,7 @@ class Comparison(BaseModel):
         return best
 
     def frontier(self) -> list[tuple[int, float]]:
-        """Bytes and perplexity of the models on the Pareto front, by bytes."""
+        """Return bytes and perplexity of the models on the Pareto front, sorted by bytes."""
         sized: list[Cell | Plain] = [*self.cells, *self.plain.values()]
         points = [(one.bytes, one.perplexity) for one in sized if one.bytes is not None]
         best: list[tuple[int, float]] = []
@@ -241,9 +254,10 @@ class Comparison(BaseModel):
         return best
 
     def recipe(self, target: str | None = None) -> str:
-        """The recipe of the best cell over methods and pruners, with its figures on top.
+        """Write the recipe of the best cell, with its results as a comment at the top.
 
         :param target: as in :meth:`best`
+        :return: YAML
         """
         cell = self.best(target)
         figures = f"perplexity {cell.perplexity:.4f}, {self.ratio(cell):.3f} x dense"
@@ -254,14 +268,14 @@ class Comparison(BaseModel):
         return f"# {self.subject['model']}, {title}\n{recipe}"
 
     def ratio(self, cell: Cell | Plain) -> float:
-        """Ratio of a perplexity to the dense model's."""
+        """Return the ratio of a perplexity to the dense model's."""
         return cell.perplexity / (self.dense or math.nan)
 
     def values(self, field: str) -> list[Any]:
-        """The different values of a field in the cells, in order."""
+        """Return the different values of a field in the cells, in order."""
         return list(dict.fromkeys(getattr(cell, field) for cell in self.cells))
 
     def save(self, path: str | Path) -> None:
-        """Write all as JSON; the file appears whole or not at all."""
+        """Write the results as JSON; the file appears complete or not at all."""
         with replacing(path) as beside:
             beside.write_text(self.model_dump_json(indent=1) + "\n")

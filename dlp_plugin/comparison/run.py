@@ -1,10 +1,10 @@
-"""Methods, sparsities and pruners compared on one model, in one run that can be resumed.
+"""Compares methods, sparsities and pruners on one model, in one run that can be resumed.
 
-Calibration runs once for all methods: each of them scores every block on the same activation
-norms. A method with ``auto`` or ``-refined`` holds samples out, selects on these and scores on the
-others; a method of fixed strength scores on all. So every plan equals the one that a recipe with
-the method's modifier makes, and a pruner prunes on all samples. There is one difference: experts
-that received no token are left out by all methods, even by those that only look at weights.
+Calibration runs once for all methods: they score blocks on the same activation norms. A method
+with ``auto`` or ``-refined`` selects on held-out samples and scores on the others. A method of
+fixed strength scores on all samples. So every plan equals the plan that a recipe with the method's
+modifier makes. Pruners prune on all samples. There is one difference to recipes: experts that
+received no token are left out by all methods, even by those that use weights only.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def compare(
     ``results.json`` in ``folder`` is written after every plan and cell. Plans and cells in it are
     not made again, and an interrupted search continues.
 
-    :param model: a causal language model, as ``oneshot()`` takes it: a folder or an id on the hub
-    :param calibration: ``oneshot()``'s arguments that say what to calibrate on, with a
-        ``dataset`` of token ids
-    :param yardstick: what is measured
+    :param model: a causal language model: a local folder, or an id on the hub
+    :param calibration: arguments of ``oneshot()`` for calibration, with a ``dataset`` of token ids
+    :param yardstick: what to measure
+    :param folder: to write ``results.json`` to
     :param methods: as :func:`~dlp_plugin.comparison.names.contender_named` takes them
     :param sparsities: targets as :func:`~dlp_plugin.comparison.names.target_named` takes them
     :param pruners: as :func:`~dlp_plugin.comparison.names.pruner_named` takes them
@@ -99,9 +99,9 @@ def compare(
     :param evolve: generations of the evolution, for the methods that are evolved
     :param scope: which modules are pruned, and which are neither pruned nor quantized
     :param report: called with every cell that is measured in this run
-    :return: the results asked for, also those of earlier runs
-    :raises ValueError: if an argument is amiss, the folder holds results of another model or
-        other data, or the model's perplexity is not finite before it is pruned
+    :return: the requested results, including those of earlier runs
+    :raises ValueError: if an argument is invalid, the folder holds results of another model or
+        other data, or the dense model's perplexity is not finite
     :raises BlockingIOError: if another comparison is writing to the folder
     """
     asked = [contender_named(text, refine, evolve) for text in methods]
@@ -156,9 +156,13 @@ def compare(
 
 @dataclass(frozen=True)
 class _Bench:
-    """Makes models and measures them.
+    """Makes pruned models and measures them.
 
-    :param sizes: measure bytes too; models are then saved, and measured as saved
+    :param model: a local folder, or an id on the hub
+    :param calibration: arguments of ``oneshot()`` for calibration
+    :param yardstick: what to measure
+    :param tasks: names of the tasks to measure accuracy on
+    :param sizes: whether to measure bytes too; models are then saved, and measured as saved
     """
 
     model: str
@@ -168,7 +172,7 @@ class _Bench:
     sizes: bool
 
     def lacks(self, measured: Cell | Plain | None) -> bool:
-        """Whether something is asked for that an earlier run did not measure."""
+        """Whether an earlier run did not measure everything that this run needs."""
         if measured is None or (self.sizes and measured.bytes is None):
             return True
         return not set(self.tasks) <= set(measured.accuracy)
@@ -179,7 +183,7 @@ class _Bench:
         wanted: Mapping[tuple[str, str], tuple[Contender, str, Way]],
         path: Path,
     ) -> None:
-        """Make the plans that are missing, and save each at once.
+        """Make the missing plans, and save each as soon as it is made.
 
         :param wanted: a plan's name and target to the contender, target and way
         :param path: of ``results.json``
@@ -188,7 +192,7 @@ class _Bench:
         def keep(method: str, target: str, plan: Plan, seconds: float) -> None:
             found.plans.setdefault(method, {})[target] = plan
             found.decided.setdefault(method, {})[target] = seconds
-            found.cells = [  # without those of an older plan of this name
+            found.cells = [  # drop cells that were measured with an older plan of this name
                 cell
                 for cell in found.cells
                 if (found.plan_name(cell.method, cell.target, cell.pruner), cell.target)
@@ -240,7 +244,7 @@ class _Bench:
     def _stored(
         self, recipe: str, plan: Plan | None = None, scope: Scope = EVERY
     ) -> tuple[dict[str, Any], int]:
-        """Apply a recipe, save the model and measure it from disk; gives the bytes, too."""
+        """Apply a recipe, save the model and measure it from disk; return results and bytes."""
         with TemporaryDirectory() as folder:
             saved = Path(folder) / "saved"
             let_go(apply_recipe(self.model, recipe, output=saved, **self.calibration))
@@ -251,12 +255,12 @@ class _Bench:
     def _measured(
         self, model: Any, plan: Plan | None = None, scope: Scope = EVERY
     ) -> dict[str, Any]:
-        """Perplexity, accuracy and achieved sparsity; the model cannot be used afterwards."""
+        """Measure perplexity, accuracy and achieved sparsity; this frees the model."""
         plain: Any = remove_dispatch(model)  # after oneshot(), weights move to the GPU at every use
-        achieved = _achieved(plain, plan, scope)  # before weights may be moved to the meta device
+        achieved = _achieved(plain, plan, scope)  # must come first: placed() may offload weights
         model = placed(plain)
         value = self.yardstick.perplexity(model)
-        tasks = self.tasks if math.isfinite(value) else ()  # no finite scores otherwise
+        tasks = self.tasks if math.isfinite(value) else ()  # else the scores would not be finite
         accuracy = self.yardstick.accuracy(model, self.calibration["tokenizer"], tasks)
         accuracy |= dict.fromkeys(set(self.tasks) - set(tasks), math.nan)
         let_go(model)
@@ -264,7 +268,7 @@ class _Bench:
 
 
 def _targets(sparsities: Iterable[float | str]) -> list[str]:
-    """The targets asked for, each once, lowest sparsity first."""
+    """Return the names of the targets without duplicates, lowest sparsity first."""
 
     def rank(target: str) -> tuple[float, str]:
         sparsity, structure = target_of(target)
@@ -274,7 +278,7 @@ def _targets(sparsities: Iterable[float | str]) -> list[str]:
 
 
 def _achieved(model: Any, plan: Plan | None, scope: Scope) -> float:
-    """Sparsity of the Linears that a plan prunes."""
+    """Return the sparsity of the Linears that a plan prunes."""
     blocks = [] if plan is None else [block.name for block in plan.blocks]
     dense = {*unnamed_routers(model, scope.targets), *([] if plan is None else plan.unseen)}
     pruned = [
@@ -289,7 +293,7 @@ def _achieved(model: Any, plan: Plan | None, scope: Scope) -> float:
 def _subject(
     model: str, calibration: Mapping[str, Any], windows: Sequence[torch.Tensor]
 ) -> dict[str, str]:
-    """What a figure depends on besides method, target and pruner."""
+    """Describe what results depend on besides method, target and pruner."""
     config = load_config(model)
     folder = Path(model)
     safe = any(folder.glob("*.safetensors"))
@@ -309,21 +313,21 @@ def _subject(
 
 
 def _named(device: torch.device) -> str:
-    """A device's name; figures hold for one kind of device only."""
+    """Return a device's name; results of different kinds of devices must not be mixed."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _taken_up(
     path: Path, subject: dict[str, str], scope: Scope, yardstick: Yardstick
 ) -> Comparison:
-    """Results of an earlier run on the same subject."""
+    """Read the results of an earlier run on the same subject, or start new ones."""
     if not path.exists():
         return Comparison(subject=subject, scope=scope, questions=yardstick.questions)
     try:
         found = Comparison.model_validate_json(path.read_text())
     except ValueError:
         raise ValueError(
-            f"{path} holds no comparison, or one of another version; name another folder"
+            f"{path} does not hold a comparison of this version; name another folder"
         ) from None
     differing = [key for key in subject if found.subject.get(key) != subject[key]]
     differing += ["targets and ignore"] if found.scope != scope else []
@@ -334,6 +338,6 @@ def _taken_up(
     if differing:
         raise ValueError(
             f"{path.parent} holds a comparison that differs in: {', '.join(differing)}; name "
-            f"another folder, or delete {path} to measure all anew"
+            f"another folder, or delete {path} to measure everything again"
         )
     return found

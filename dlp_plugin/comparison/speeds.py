@@ -1,7 +1,7 @@
-"""A pruned checkpoint dense and sparse, side by side: seconds, memory, tokens per second.
+"""Measures a pruned checkpoint as a dense and as a packed model: load time, memory and speed.
 
-Each is measured in a process of its own, so that neither holds the other's memory, and they take
-turns, so that what else the machine does meets both.
+Each measurement runs in its own process, so that memory is measured from a clean start. The two
+models take turns, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of a model in memory.
+    """Load time, memory and speed of a model.
 
-    :param load: seconds to load it
+    :param load: seconds to load the model
     :param weights: bytes of its parameters and buffers
-    :param peak: bytes that the process held at most until it was loaded, less what it held
-        before; None where the system does not tell
-    :param prefill: tokens of a prompt read per second
-    :param decode: texts at a time to tokens written per second, all texts together
+    :param peak: peak memory of the process while it loaded the model, in bytes, minus the
+        memory that it held before; None if the system does not report it
+    :param prefill: tokens per second of prefill
+    :param decode: batch size to tokens per second of decoding, summed over the batch
     """
 
     load: float
@@ -55,7 +55,7 @@ class Speed:
     decode: dict[int, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """Return the values as plain JSON types."""
         return asdict(self)
 
 
@@ -68,17 +68,18 @@ def speeds(
     threads: int | None = None,
     rounds: int = 2,
 ) -> dict[str, Speed]:
-    """Measure a pruned checkpoint on the CPU, as a dense model and as it is stored.
+    """Measure a pruned checkpoint on the CPU, as a dense and as a packed model.
 
-    :param folder: a packed checkpoint, or one that can be packed, which is done in a temporary
-        folder
-    :param prompt: tokens of the prompt that is read
-    :param tokens: how many are written
-    :param batches: texts that are written at a time
-    :param threads: of torch; None for its default
-    :param rounds: how often each is loaded and measured, in turn; medians are told
-    :return: ``dense`` and ``sparse``
-    :raises ValueError: if it cannot be packed, or is no causal language model
+    :param folder: a packed checkpoint, or one that can be packed; the latter is packed into a
+        temporary folder
+    :param prompt: number of tokens of the prompt for prefill
+    :param tokens: number of decoding steps
+    :param batches: batch sizes to measure decoding with
+    :param threads: number of torch's threads; None for torch's default
+    :param rounds: how often each model is loaded and measured
+    :return: ``dense`` and ``sparse`` to the medians over the rounds
+    :raises ValueError: if the checkpoint cannot be packed, or is not a causal language model
+    :raises RuntimeError: if a measuring process ends without a result
     """
     with TemporaryDirectory() as place:
         packed = Path(folder)
@@ -95,9 +96,11 @@ def speeds(
 
 
 def cache_bytes() -> int | None:
-    """Size of the processor's last cache; None where the system does not tell.
+    """Return the size of the processor's L3 cache.
 
-    Weights that lie in it are read about as fast dense as sparse.
+    If the weights fit in it, a sparse model is hardly faster than the dense one.
+
+    :return: bytes; None if the system does not report it
     """
     found = re.fullmatch(r"(\d+)K\s*", _L3.read_text()) if _L3.exists() else None
     return int(found[1]) * 1024 if found else None
@@ -114,8 +117,8 @@ def _in_a_process(folder: str, dense: bool, settings: tuple[Any, ...]) -> Speed:
     except EOFError:
         worker.join()
         raise RuntimeError(
-            f"the process that measured {folder} ended with {worker.exitcode}: it may have taken "
-            "more memory than there is"
+            f"the process that measured {folder} ended with exit code {worker.exitcode}: there may "
+            "not have been enough memory"
         ) from None
     finally:
         worker.join()
@@ -134,10 +137,10 @@ def _measure(
     threads: int | None,
     trusted: bool,
 ) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is measured is the processor
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # measure the CPU only
     logger.remove()
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    from dlp_plugin.checkpoints.loading import load_dense, load_stored  # silent from here on
+    from dlp_plugin.checkpoints.loading import load_dense, load_stored  # after logging is off
 
     if threads is not None:
         torch.set_num_threads(threads)

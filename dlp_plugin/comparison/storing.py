@@ -1,4 +1,4 @@
-"""How compared models are stored: their quantization group size, and the smaller of two forms."""
+"""How compared models are stored: their group size for quantization, and whether to pack them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ _GROUPS = (128, 64, 32)
 
 
 def group_size_of(model: str, ignore: Sequence[str] = ()) -> int:
-    """The most columns up to 128 that may share a scale in every Linear of a model.
+    """Find the largest group size, 128, 64 or 32, that divides the columns of all Linears.
 
+    :param model: a local folder, or an id on the hub
     :param ignore: names or ``re:`` patterns of modules that are not quantized
-    :raises ValueError: naming a Linear that no such group divides
+    :return: columns that share a scale
+    :raises ValueError: naming a Linear whose columns no group size divides
     """
     bare = built(model)
     columns: list[tuple[str, Any]] = [
         (name, module.in_features)
         for name, module in match_named_modules(bare, ["Linear"], [*ignore, "re:.*lm_head"])
     ]
-    for name, fused in bare.named_parameters():  # experts, which may lie either way
+    for name, fused in bare.named_parameters():  # fused experts may be transposed: check both dims
         if fused.ndim == 3 and "experts" in name.split("."):
             columns += [(name, size) for size in fused.shape[1:]]
     for group in _GROUPS:
@@ -37,13 +39,17 @@ def group_size_of(model: str, ignore: Sequence[str] = ()) -> int:
             return group
     name, width = next((name, each) for name, each in columns if each % _GROUPS[-1])
     raise ValueError(
-        f"bits: weights are quantized in groups of 128, 64 or 32 columns, and none divides the "
-        f"{width} of {name}: leave it at 16 bits"
+        "bits: weights are quantized in groups of 128, 64 or 32 columns, but none of these divides "
+        f"the {width} columns of {name}: leave it at 16 bits"
     )
 
 
 def smaller(saved: Path) -> Path:
-    """A checkpoint's folder, or a packed one made beside it, whichever takes fewer bytes."""
+    """Pack a checkpoint, and choose the smaller of the two.
+
+    :param saved: folder of the checkpoint; the packed one is written beside it
+    :return: folder of the checkpoint with fewer bytes; ``saved`` if it cannot be packed
+    """
     packed = saved.with_name("packed")
     try:
         pack(saved, packed)

@@ -1,4 +1,4 @@
-"""A comparison as a table for the terminal, as Markdown and in sentences."""
+"""Shows the results of a comparison: as a table for the terminal, as Markdown, in sentences."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ __all__ = ["markdown", "table", "verdicts"]
 
 
 def table(found: Comparison) -> Table:
-    """Perplexity and its ratio to dense for the terminal (rich), the best in bold.
+    """Make a table of perplexities and their ratios to the dense model's, the best ones in bold.
 
-    With tasks, the mean of their accuracies too.
+    If accuracies were measured, the table shows their mean too.
+
+    :param found: the results
+    :return: a table for the terminal (rich)
     """
     model = escape(found.subject["model"])
     caption = [f"in brackets: ratio to the dense model's, {found.dense:.4f}", *verdicts(found)]
@@ -57,7 +60,7 @@ def _is_best(found: Comparison, cell: Cell) -> bool:
 
 
 def _hidden(found: Comparison) -> list[str]:
-    """Columns to leave out, as they would hold one value or none."""
+    """Return the columns to leave out: those without values, and bits if they are always 16."""
     hidden = ["bits"] if found.values("bits") == [16] else []
     hidden += ["MB"] if found.values("bytes") == [None] else []
     return hidden + ([] if found.accuracy else ["acc"])
@@ -68,7 +71,7 @@ def _mean(accuracy: Mapping[str, float]) -> str:
 
 
 def _accuracies(found: Comparison, accuracy: Mapping[str, float]) -> dict[str, str]:
-    """Columns of tasks and of their mean."""
+    """Return the columns of the tasks and of their mean."""
     if not accuracy:
         return {}
     tasks = {task: accuracy[task] for task in found.accuracy if task in accuracy}
@@ -81,7 +84,11 @@ def _megabytes(measured: Cell | Plain | None) -> str:
 
 
 def markdown(found: Comparison) -> str:
-    """All figures as a table in Markdown, the best at each sparsity in bold."""
+    """Write all results as a Markdown table; the best of each target, pruner and bits is bold.
+
+    :param found: the results
+    :return: Markdown
+    """
     names = ["pruner", "target", "bits", "method"]
     figures = ["strength", "perplexity", "ratio", *found.accuracy, "acc", "MB", "zeros"]
     figures += ["seconds to plan", "seconds", "peak MB"]
@@ -128,7 +135,11 @@ def markdown(found: Comparison) -> str:
 
 
 def verdicts(found: Comparison) -> list[str]:
-    """Whether pruning pays per byte: a sentence for every quantized dense model."""
+    """Compare pruned models with the quantized dense models by size and perplexity.
+
+    :param found: the results
+    :return: a few sentences for every quantized dense model
+    """
     cells = [cell for cell in found.cells if cell.bytes is not None]
     sentences = []
     for bits, plain in found.plain.items():
@@ -146,7 +157,9 @@ def verdicts(found: Comparison) -> list[str]:
             )
         else:
             text += f"No pruned model {'of finite perplexity ' if fits else ''}is as small. "
-        sentences.append(f"{text}Larger and no better are {len(worse)} of {len(cells)} pruned.")
+        sentences.append(
+            f"{text}Of {len(cells)} pruned models {len(worse)} are larger and not better."
+        )
     return sentences
 
 

@@ -1,4 +1,4 @@
-"""What compared models are measured by: perplexity on a text, and accuracy on tasks."""
+"""Measures compared models: perplexity on a text, and accuracy on tasks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Yardstick"]
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What is measured of every model.
+    """The measurements that every model gets.
 
     :param windows: test text, int64 ``[tokens]`` each, as
         :func:`dlp_plugin.evaluation.text.token_windows` cuts it
-    :param tasks: names of tasks or sets, as :func:`dlp_plugin.evaluation.zeroshot.zero_shot`
-        takes them, to measure accuracy on too
-    :param questions: per task, the first ones; all by default
+    :param tasks: tasks or sets to measure accuracy on, as
+        :func:`dlp_plugin.evaluation.zeroshot.zero_shot` takes them
+    :param questions: number of questions per task, counted from the first; all by default
     :param task_folder: folder with YAML files of tasks
     """
 
@@ -34,17 +34,23 @@ class Yardstick:
     task_folder: str | Path | None = None
 
     def names(self) -> list[str]:
-        """The tasks, sets spelled out.
+        """Return the names of the tasks; sets are replaced by their tasks.
 
-        :raises ImportError: if there are any, and lm-evaluation-harness is not installed
-        :raises ValueError: if one is unknown, has no accuracy or no questions at hand
+        :raises ImportError: if there are tasks, but lm-evaluation-harness is not installed
+        :raises ValueError: if a task is unknown, has no accuracy, or its questions cannot be read
         """
         return list(load_tasks(self.tasks, self.task_folder)) if self.tasks else []
 
     def accuracy(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str]
     ) -> dict[str, float]:
-        """Share of a task's questions that a model answers rightly, for each of some tasks."""
+        """Measure the accuracy on some tasks.
+
+        :param model: to measure
+        :param tokenizer: of the model
+        :param tasks: names of the tasks
+        :return: task to the fraction of its questions that the model answers correctly
+        """
         if not tasks:
             return {}
         found = zero_shot(
@@ -53,5 +59,5 @@ class Yardstick:
         return {task: found[task]["acc"] for task in tasks}
 
     def perplexity(self, model: Any) -> float:
-        """On the test text."""
+        """Return a model's perplexity on the test text."""
         return perplexity(model, self.windows)

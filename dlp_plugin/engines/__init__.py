@@ -1,1 +1,1 @@
-"""What makes packed checkpoints known to what runs models: transformers, and vLLM."""
+"""Support for packed checkpoints in transformers and vLLM."""

@@ -1,8 +1,8 @@
-"""Packed experts on their way into transformers, which makes one weight of a layer's.
+"""Loads packed experts into transformers, which merges the experts of a layer into fused weights.
 
-A checkpoint holds them one by one (``experts.0.w1``), or fused in a tensor. Where a model only
-stacks what the files hold they stay packed: its module of them gives way to a
-:class:`~.mixture.SparseExperts`. Elsewhere they are decoded, and done with as transformers does.
+A checkpoint holds experts one by one (``experts.0.w1``), or fused in one tensor. If transformers
+only stacks and concatenates them, they stay packed: a :class:`~.mixture.SparseExperts` replaces
+the model's module of experts. Otherwise they are decoded and then merged by transformers.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ _LOCALS = "|".join(part.removeprefix("weight_") for part in PARTS)
 
 
 def with_experts(conversions: Iterable[Any], fused: Iterable[str]) -> Iterator[Any]:
-    """A model's conversions, of which those that make experts take packed ones too.
+    """Extend the conversions that transformers applies to experts, so that they take packed ones.
 
-    :param conversions: the model's own
-    :param fused: full names, in the files, of tensors whose experts are packed
+    :param conversions: the model's conversions
+    :param fused: full names, in the files, of the fused tensors that are packed
+    :return: the conversions to use instead
     """
     known = []
     for each in conversions:
@@ -59,10 +60,13 @@ def with_experts(conversions: Iterable[Any], fused: Iterable[str]) -> Iterator[A
 def staying_packed(
     model: Any, names: SourceNames, keys: Iterable[str], linears: Mapping[str, Stored]
 ) -> set[str]:
-    """Full names of a model's modules of experts that can multiply by what the files hold.
+    """Find the modules of experts that can compute with packed weights.
 
-    :param keys: names in the files of experts' weights, dense or not
-    :param linears: what is packed, by its name in the files
+    :param model: on the meta device or with weights
+    :param names: of the model
+    :param keys: names in the files of all experts' weights, dense or packed
+    :param linears: name in the files of every packed Linear to how it is stored
+    :return: full names of the modules in the model
     """
     found: dict[str, bool] = {}
     for key in keys:
@@ -78,11 +82,15 @@ def staying_packed(
 
 
 def files_names(model: Any, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """What Linears that stay packed are called in files, and in a state that is to be saved.
+    """Find the names under which packed Linears are saved.
 
-    transformers reads its conversions backwards for every name of such a state.
+    transformers applies its conversions backwards to every name of a state that it saves. So the
+    state needs a name that this turns into the name in the file.
 
-    :param linears: full names in the model, those within a :class:`~.mixture.SparseExperts` too
+    :param model: with packed Linears
+    :param linears: full names in the model, including those inside a
+        :class:`~.mixture.SparseExperts`
+    :return: full name in the model to the name in the file and the name in the state
     """
     numbers = {name: number for number, name in enumerate(linears)}
     names, alone = list(numbers), dict(numbers)
@@ -104,7 +112,13 @@ def files_names(model: Any, linears: Iterable[str]) -> dict[str, tuple[str, str]
 
 
 def read_parts(stored: Stored, name: str, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The parts of a Linear from the files, in memory of their own."""
+    """Read the parts of a packed Linear into their own memory, not a memory map of the file.
+
+    :param stored: how the Linear is stored
+    :param name: full name of the Linear in the files
+    :param places: full name of every tensor to its file
+    :return: local names to tensors
+    """
     parts = {}
     for part in stored.part_shapes():
         key = f"{name}.{part}"
@@ -114,10 +128,12 @@ def read_parts(stored: Stored, name: str, places: Mapping[str, str]) -> dict[str
 
 
 def whole_parameter(model: Any, name: str) -> torch.nn.Parameter:
-    """The parameter that what is packed is decoded for.
+    """Return the parameter that a packed weight is decoded into.
 
-    :param name: its full name in the model
-    :raises ValueError: if it is a part of it, as several processes have
+    :param model: that has the parameter
+    :param name: full name in the model
+    :return: the parameter
+    :raises ValueError: if the parameter is divided among processes
     """
     parameter: torch.nn.Parameter = model.get_parameter(name)
     if is_dtensor(parameter):
@@ -129,13 +145,13 @@ def whole_parameter(model: Any, name: str) -> torch.nn.Parameter:
 
 
 def _packed_too(pattern: str) -> str:
-    """What matches what a pattern does, and the parts of it packed."""
+    """Extend a pattern for a weight so that it matches the parts of the packed weight too."""
     packed = rf"_(?:{_LOCALS})" if pattern.endswith(".weight") else rf"\.\d+\.weight_(?:{_LOCALS})"
     return f"{pattern.removesuffix('$')}(?:{packed})?$"
 
 
 class _AsItIs(ConversionOps):
-    """For tensors that transformers does not convert."""
+    """A conversion that changes nothing, for tensors that transformers does not convert."""
 
     def convert(
         self,
@@ -144,21 +160,21 @@ class _AsItIs(ConversionOps):
         target_patterns: Sequence[str],
         **context: Any,
     ) -> dict[str, Any]:
-        """Give what there is the name that it has in the model."""
+        """Return the only tensor under its name in the model."""
         (found,) = input_dict.values()
         return {target_patterns[0]: found[0] if isinstance(found, list) else found}
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """The same again."""
+        """Return this conversion: it is its own inverse."""
         return self
 
 
 class _Experts(WeightConverter):
-    """One of a model's conversions, behind the decoding of what it converts.
+    """A conversion of transformers that decodes packed experts first, or keeps them packed.
 
-    :param plain: it
-    :param sources: its patterns, that match packed experts too
+    :param plain: transformers' own conversion
+    :param sources: patterns of tensor names in the files, which match packed experts too
     """
 
     __slots__ = ("keys", "plain")
@@ -172,12 +188,12 @@ class _Experts(WeightConverter):
     def add_tensor(
         self, target_key: str, source_key: str, source_pattern: str, future: Any
     ) -> None:
-        """Take a tensor, and remember its name in the files."""
+        """Collect a tensor, and remember its name in the files."""
         super().add_tensor(target_key, source_key, source_pattern, future)
         self.keys.setdefault(source_pattern, []).append(source_key)
 
     def reverse_transform(self) -> WeightTransform:
-        """What saving does: dense experts are saved."""
+        """Return the inverse for saving, which is that of dense experts."""
         return self.plain.reverse_transform()
 
     def convert(
@@ -188,10 +204,10 @@ class _Experts(WeightConverter):
         hf_quantizer: Any = None,
         loading_info: Any = None,
     ) -> dict[str, torch.Tensor]:
-        """A layer's experts by their full name in the model; none if they stay packed."""
+        """Return a layer's fused weight by its full name; nothing if the experts stay packed."""
         path, _, local = layer_name.rpartition(".")
         if path in hf_quantizer.experts:
-            self.materialize_tensors()  # which would keep all that was read of their files
+            self.materialize_tensors()  # frees what transformers has read; read_parts reads again
             if not isinstance(model.get_submodule(path), SparseExperts):
                 model.set_submodule(path, SparseExperts(model.get_submodule(path)))
             model.get_submodule(path).hold(local, self._linears(hf_quantizer, layer_name))
@@ -208,7 +224,7 @@ class _Experts(WeightConverter):
         return made
 
     def _linears(self, quantizer: Any, layer_name: str) -> list[list[SparseLinear]]:
-        """For every expert the Linears of all patterns, in their order."""
+        """Make the Linears of every expert, in the order of the patterns."""
         columns = []
         for pattern in self.source_patterns:
             made = []
@@ -223,9 +239,9 @@ class _Experts(WeightConverter):
 def _decoded(
     tensors: Iterable[tuple[str, torch.Tensor]], quantizer: Any, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """The dense weights of experts, or the tensor of them all.
+    """Decode the experts' weights that match one pattern, and stack those of a fused tensor.
 
-    :param tensors: of one pattern by their names in the files, in the order of the experts
+    :param tensors: names in the files and tensors, in the order of the experts
     """
     linears: Mapping[str, Stored] = quantizer.linears
     held: dict[str, dict[str, torch.Tensor]] = {}

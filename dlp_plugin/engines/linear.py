@@ -1,9 +1,9 @@
-"""A Linear of transformers that keeps its weight as it is packed, and multiplies by it.
+"""A Linear for transformers whose weight stays packed, and is multiplied without decoding it all.
 
-What it holds are the tensors of an execution layout (:mod:`dlp_plugin.kernels.layout`), floats
-among them by their bits, as integers: whoever converts a model to another dtype converts
-activations and what is dense, and leaves these alone. Its state are the parts of a packed
-checkpoint, floats as ``values``; they are looked at again when a state is loaded.
+Its buffers are the tensors of an execution layout (:mod:`dlp_plugin.kernels.layout`). Floats among
+them are held as integers with the same bits, so that ``model.to(dtype)`` does not convert them.
+Its state dict holds the parts of a packed checkpoint instead, with floats as kind ``values``.
+Loading a state dict checks these parts again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dlp_plugin.kernels.products import linear
 __all__ = ["DTYPES", "REMEDY", "PackedWeight", "SparseLinear"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What is multiplied, and what stored weights may be of."""
+"""The dtypes of inputs and of stored weights that can be multiplied."""
 REMEDY = "load the model with quantization_config=dlp_plugin.SparseConfig(dequantize=True)"
-"""What to do where a dense weight is wanted."""
+"""What errors advise if a dense weight is needed."""
 _TOLD = {
     Tensor.dim,
     Tensor.is_floating_point,
@@ -34,14 +34,14 @@ _TOLD = {
         for name in ("device", "dtype", "ndim", "requires_grad", "shape")
     ),
 }
-"""What a tensor tells without its values."""
-_BITS = {2: torch.int16, 4: torch.int32}  # by bytes of a float
+"""Functions of a tensor that do not need its values."""
+_BITS = {2: torch.int16, 4: torch.int32}  # bytes of a float to integer dtype
 
 
 class PackedWeight(Tensor):
-    """What stands for the weight: its shape, dtype and device, and an error for its values.
+    """Stand-in for a packed weight: has shape, dtype and device, but raises if its values are used.
 
-    peft and models ask a Linear's weight for these.
+    peft and models read these attributes from a Linear's weight.
     """
 
     _name: str
@@ -49,9 +49,11 @@ class PackedWeight(Tensor):
 
     @staticmethod
     def of(spec: Stored, name: str) -> PackedWeight:
-        """A weight whose values are asked for in vain.
+        """Make the stand-in for a packed weight.
 
+        :param spec: how the weight is stored
         :param name: the Linear's full name, for the error
+        :return: the stand-in
         """
         self = (
             torch.zeros((), dtype=spec.dtype, device="cpu")
@@ -59,7 +61,7 @@ class PackedWeight(Tensor):
             .as_subclass(PackedWeight)
         )
         self._name = name
-        self._is_hf_initialized = True  # transformers would draw random values
+        self._is_hf_initialized = True  # otherwise transformers would initialize it
         return self
 
     @classmethod
@@ -70,21 +72,21 @@ class PackedWeight(Tensor):
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         names = [one._name for one in args if isinstance(one, PackedWeight)]
         raise ValueError(
-            f"{names[0] if names else 'a Linear'} is multiplied as it is packed: to read, train "
-            f"or prune its weight, {REMEDY}"
+            f"{names[0] if names else 'a Linear'} is packed: to read, train or prune its weight, "
+            f"{REMEDY}"
         )
 
 
 class SparseLinear(torch.nn.Linear):
-    """``x W^T + bias`` with W as it is packed; W is frozen.
+    """Computes ``x W^T + bias`` with a packed and frozen W.
 
-    :param layout: of W
-    :param bias: the Linear's own, which trains as ever
+    :param layout: execution layout of W
+    :param bias: of the Linear that this one replaces; it can be trained
     :param name: full name in the model, for errors
     """
 
     def __init__(self, layout: Layout, bias: torch.nn.Parameter | None, name: str) -> None:
-        torch.nn.Module.__init__(self)  # the Linear's own would make a dense weight
+        torch.nn.Module.__init__(self)  # Linear.__init__ would allocate a dense weight
         self.name = name
         self.register_parameter("bias", bias)
         self._hold(layout)
@@ -102,7 +104,7 @@ class SparseLinear(torch.nn.Linear):
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Have the layout made of the buffers, and what it says: compiled code only reads it."""
+        """Make the layout from the buffers, and ``said`` in advance, for compiled code."""
         expected = tensors_of(self.spec)
         held = {name: getattr(self, name).view(dtype) for name, (_, dtype) in expected.items()}
         self.layout = Layout(self.spec, held)
@@ -110,15 +112,19 @@ class SparseLinear(torch.nn.Linear):
 
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]
-        """What stands for W, without its values."""
+        """A stand-in for W without values."""
         return PackedWeight.of(self.spec, self.name)
 
     def decoded(self) -> Tensor:
-        """The dense weight ``[out, in]``, a copy."""
+        """Return the dense weight ``[out, in]``, a copy."""
         return dense(self.layout)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The product, summed in float32, in the dtype of the input."""
+        """Compute the product, summed in float32.
+
+        :param input: ``[..., in]``
+        :return: ``[..., out]`` in the dtype of the input
+        """
         return linear(input, self.layout, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,9 +138,9 @@ class SparseLinear(torch.nn.Linear):
         device = fn(torch.empty(0)).device
         if device.type != "cpu":
             raise ValueError(
-                f"{self.name} is multiplied as it is packed, on the CPU only, and cannot move to "
-                f"{device}, where modules before it may be now: load the model again to run it on "
-                f"the CPU; to run it elsewhere, {REMEDY}"
+                f"{self.name} is packed, runs on the CPU only and cannot move to {device}; modules "
+                f"before it may have moved already: load the model again to run it on the CPU; to "
+                f"run it elsewhere, {REMEDY}"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._lay_out()
@@ -142,7 +148,7 @@ class SparseLinear(torch.nn.Linear):
 
 
 def _add_parts(module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Put what a packed file may hold into a state, in place of the layout's tensors."""
+    """Replace the layout's tensors in a state dict by the parts of a packed checkpoint."""
     for held, _ in module.named_buffers():
         del state[f"{prefix}{held}"]
     parts = parts_of(module.layout, smallest=False)[1]
@@ -159,7 +165,7 @@ def _take_parts(
     _unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Take it out of one, and leave the layout's tensors there."""
+    """Load the parts of a packed checkpoint from a state dict, and replace them by the layout's."""
     given = {part: state.pop(f"{prefix}{part}") for part in PARTS if f"{prefix}{part}" in state}
     if not given:
         missing.extend(f"{prefix}{part}" for part in module.spec.part_shapes())

@@ -1,7 +1,8 @@
-"""A layer's experts that multiply by what they hold, in the place of transformers' own module.
+"""Packed experts of a layer, in place of transformers' module of experts.
 
-What it relies on inside transformers, held by ``tests/engines/test_mixtures.py``: what its
-decorator ``use_experts_implementation`` gives to a class of experts, and how these are called.
+The code relies on two details of transformers, which ``tests/engines/test_mixtures.py`` checks:
+the attributes that its decorator ``use_experts_implementation`` adds to a class of experts, and
+the arguments that such a class is called with.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from dlp_plugin.engines.linear import SparseLinear
 
 __all__ = ["SparseExperts"]
 
-_GATE = "_apply_gate"  # what transformers calls it, for classes of its own and for others
+_GATE = "_apply_gate"  # method that applies the gate in all of transformers' classes of experts
 
 
 class SparseExperts(torch.nn.Module):
     """Experts whose Linears stay packed.
 
-    A tensor of transformers' module is a list here: for every expert the Linears that it is made
-    of, one behind the other, such as those of gate and up.
+    Each fused tensor of transformers' module is a list here. It holds, for every expert, the
+    Linears whose rows are concatenated in the tensor, such as gate and up.
 
-    :param experts: transformers' own module, of which the weights are of no use after that
+    :param experts: transformers' module; its weights are not used any more
     """
 
     def __init__(self, experts: Any) -> None:
@@ -34,7 +35,10 @@ class SparseExperts(torch.nn.Module):
 
     @staticmethod
     def can_stand_for(experts: Any) -> bool:
-        """Whether transformers' module computes what this one does."""
+        """Whether this class computes the same as transformers' module.
+
+        :param experts: transformers' module
+        """
         shapes = {name for name, each in experts.named_parameters() if each.ndim == 3}
         return (
             getattr(experts, "is_transposed", None) is False
@@ -43,13 +47,18 @@ class SparseExperts(torch.nn.Module):
         )
 
     def hold(self, local: str, linears: list[list[SparseLinear]]) -> None:
-        """Take the Linears that a tensor of transformers' module is made of, expert by expert."""
+        """Set the Linears that replace a fused tensor of transformers' module.
+
+        :param local: local name of the tensor
+        :param linears: for every expert the Linears whose rows the tensor concatenates
+        """
         self.add_module(local, torch.nn.ModuleList(map(torch.nn.ModuleList, linears)))
 
     def names(self, path: str) -> dict[str, list[list[str]]]:
-        """Full name of every tensor of transformers' module to those of the Linears, by expert.
+        """Map the fused tensors of transformers' module to the Linears that replace them.
 
-        :param path: its own
+        :param path: full name of this module
+        :return: full name of every tensor to the full names of its Linears, one list per expert
         """
         found: dict[str, list[list[str]]] = {}
         for name, module in self.named_modules(prefix=path):
@@ -63,10 +72,12 @@ class SparseExperts(torch.nn.Module):
         return found
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What the chosen experts make of tokens ``[tokens, in]``, summed in float32.
+        """Add up the outputs of the chosen experts by their weights, in float32.
 
-        :param top_k_index: numbers of the experts chosen for each token ``[tokens, chosen]``
-        :param top_k_weights: what theirs counts for, likewise
+        :param hidden_states: ``[tokens, in]``
+        :param top_k_index: ``[tokens, chosen]``, indices of the experts chosen for each token
+        :param top_k_weights: ``[tokens, chosen]``, weights of these experts' outputs
+        :return: ``[tokens, in]`` in the dtype of ``hidden_states``
         """
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():

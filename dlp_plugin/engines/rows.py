@@ -1,7 +1,7 @@
-"""The product of a Linear of which some rows are packed and others dense.
+"""Multiplies by a weight of which some rows are packed and others dense.
 
-Engines join Linears that take the same inputs, such as q, k and v; not all of them need be packed,
-or be packed alike. This module needs torch alone.
+Engines join Linears that take the same inputs, such as q, k and v. Some of these may be dense, and
+the packed ones may be of different kinds. This module imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from dlp_plugin.kernels.products import linear
 __all__ = ["Product", "pieces_of", "product_of"]
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
-"""Of inputs and a bias: ``x W^T + bias``."""
+"""A function of inputs and bias that returns ``x W^T + bias``."""
 
 
 def pieces_of(weight: Tensor, taken: Mapping[int, LazyWeight]) -> list[Layout | Tensor]:
-    """The rows of a weight from the first to the last, as few pieces as there can be.
+    """Split a weight into packed and dense pieces, as few as possible.
 
-    :param weight: its dense rows, and what has never been written to in place of the others
-    :param taken: the others, by their first row
+    :param weight: ``[out, in]``; only its dense rows are read, the others were never written
+    :param taken: first row of every packed piece to that piece
+    :return: pieces in the order of the rows, a layout for packed rows and a tensor for dense ones
     :raises ValueError: as :func:`~.layout.layout_of` does
     """
     found: list[Layout | Tensor] = []
@@ -54,16 +55,18 @@ def _joined(pieces: list[Layout | Tensor]) -> Iterator[Layout | Tensor]:
 
 
 def _kind(piece: Layout | Tensor) -> tuple[torch.dtype, int] | None:
-    """What layouts that can be joined have in common."""
+    """Return a key that is equal for layouts that can be joined; None for dense rows."""
     return (piece.spec.dtype, piece.spec.bits) if isinstance(piece, Layout) else None
 
 
 def product_of(
     pieces: list[Layout | Tensor], product_of_dense: Callable[[Tensor], Product]
 ) -> Product:
-    """What multiplies by all pieces.
+    """Make the function that multiplies by all pieces and concatenates the outputs.
 
-    :param product_of_dense: what multiplies by dense rows
+    :param pieces: in the order of the rows
+    :param product_of_dense: makes the function that multiplies by dense rows
+    :return: the function
     """
     products = [
         _product_of_packed(piece) if isinstance(piece, Layout) else product_of_dense(piece)

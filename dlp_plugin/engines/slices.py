@@ -1,8 +1,8 @@
-"""A stored Linear in the place of the decoded weight, of which loaders take their slice.
+"""A packed weight that weight loaders can slice before it is decoded.
 
-Tensor-parallel engines give every process a slice of a weight; decoding all of it in each would
-cost as many times what it has to. Where kernels run the slice is not decoded at all. This module
-needs torch alone.
+Tensor-parallel engines give every process a slice of each weight. Without this module every
+process would decode the whole weight. If kernels run, the slice is not decoded at all. This module
+imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _METADATA = {
     Tensor.size,
     *(getattr(Tensor, name).__get__ for name in ("dtype", "ndim", "shape")),
 }
-"""What a tensor tells without its values."""
+"""Functions of a tensor that do not need its values."""
 
 
 class LazyWeight(Tensor):
-    """A stored weight in the place of the decoded one: decoded when its values are asked for.
+    """A packed weight that acts as the dense one, and is decoded when its values are used.
 
-    Narrowing it gives another such weight, so that a loader which narrows before it copies
-    decodes its slice alone. What it tells without its values is true but for its device.
+    ``narrow`` returns a packed slice. So a loader that narrows before it copies decodes its slice
+    only. Shape and dtype are those of the decoded weight; the device is ``meta``.
     """
 
     _stored: Stored
@@ -49,34 +49,44 @@ class LazyWeight(Tensor):
         name: str,
         taken: dict[int, LazyWeight] | None = None,
     ) -> LazyWeight:
-        """A weight that is not decoded yet.
+        """Make a packed weight.
 
+        :param stored: how the weight is stored
         :param parts: local names to tensors, as :func:`~.sparse_format.decode` takes them
-        :param dtype: what to decode to
+        :param dtype: of the decoded weight
         :param name: the Linear's full name, for errors
-        :param taken: where what is copied to whole rows goes, by the first of them, in place of
-            being decoded into them; without it everything is decoded
+        :param taken: if given, copying this weight into whole rows of another does not decode it,
+            but puts it into this mapping under the index of the first row
+        :return: the weight
         """
         self = torch.empty(stored.shape, dtype=dtype, device="meta").as_subclass(LazyWeight)
         self._stored, self._parts, self._name, self._taken = stored, parts, name, taken
         return self
 
     def decoded(self) -> Tensor:
-        """The weight ``[out, in]``.
+        """Decode the weight.
 
+        :return: ``[out, in]``
         :raises ValueError: as :func:`~.sparse_format.decode` does
         """
         return decode(self._stored, self._parts, self.dtype, self._name)
 
     def as_layout(self) -> Layout:
-        """What kernels run.
+        """Make the execution layout that the kernels multiply by.
 
+        :return: the layout
         :raises ValueError: as :func:`~.layout.layout_of` does
         """
         return layout_of(self._stored, self._parts, self._name)
 
     def narrow(self, dim: int, start: int, length: int) -> LazyWeight:  # type: ignore[override]
-        """Rows or columns, not decoded yet."""
+        """Take rows or columns out without decoding them.
+
+        :param dim: 0 for rows, 1 for columns
+        :param start: index of the first row or column
+        :param length: number of rows or columns
+        :return: the packed slice
+        """
         if length == self.shape[dim]:
             return self
         stored, parts = narrow(self._stored, self._parts, dim, start, length, self._name)
@@ -90,7 +100,7 @@ class LazyWeight(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run a function of torch on the decoded weight."""
+        """Run a torch function on the decoded weight, except for metadata and noted copies."""
         kwargs = kwargs or {}
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]

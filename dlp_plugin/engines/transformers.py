@@ -1,11 +1,10 @@
-"""transformers loads a packed folder and multiplies by its weights as they are stored.
+"""Lets transformers load a packed folder, and compute with the packed weights on a CPU.
 
-Importing this module registers the quantizer; ``import dlp_plugin`` sees to that. A Linear's
-parts are gathered while the files are read. On a CPU that has kernels the Linear gives way to a
-:class:`~.linear.SparseLinear`, made where the dense weight would have been copied; so the dense
-weight is never in memory, and of packed ones beside their layouts that of one Linear. Everywhere
-else, and with ``SparseConfig(dequantize=True)``, its weight is decoded, bit for bit: then the
-loaded model is an ordinary one, and is saved as such.
+Importing this module registers the quantizer; ``import dlp_plugin`` does so. The parts of a Linear
+are collected while the files are read. On a CPU with kernels the Linear is then replaced by a
+:class:`~.linear.SparseLinear`, so its dense weight is never in memory. Otherwise, and with
+``SparseConfig(dequantize=True)``, the weight is decoded without loss. Then the loaded model is an
+ordinary one, and is saved dense.
 """
 
 from __future__ import annotations
@@ -55,12 +54,13 @@ _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 class SparseConfig(Mxfp4Config):
     """The ``quantization_config`` of a packed folder.
 
-    transformers heeds what a caller passes besides the folder's own configuration for classes
-    that it knows, hence the base.
+    It is derived from ``Mxfp4Config`` because transformers accepts a configuration from the caller
+    of ``from_pretrained()`` for a few classes only.
 
-    :param dequantize: whether the model is made dense as it is loaded
-    :param fields: what ``config.json`` holds; of what is passed to ``from_pretrained()`` none
-    :raises ValueError: if these are damaged or of a newer version
+    :param dequantize: whether to decode the model to dense weights when it is loaded
+    :param fields: the ``quantization_config`` of ``config.json``; leave it out when you pass this
+        object to ``from_pretrained()``
+    :raises ValueError: if ``fields`` are damaged or of a newer version
     """
 
     def __init__(self, dequantize: bool = False, **fields: Any) -> None:
@@ -71,12 +71,16 @@ class SparseConfig(Mxfp4Config):
         self.__dict__.update(fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds."""
+        """Return the ``quantization_config`` for ``config.json``."""
         return deepcopy({key: each for key, each in vars(self).items() if key != "dequantize"})
 
 
 class SparseQuantizer(HfQuantizer):
-    """Has packed Linears multiply by what they hold, or decodes them on their way."""
+    """Loads packed Linears into a model: they stay packed, or are decoded.
+
+    :param quantization_config: of the folder, with the caller's ``dequantize``
+    :param arguments: of transformers' own quantizers
+    """
 
     quantization_config: Any  # a SparseConfig
 
@@ -84,7 +88,7 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **arguments)
         if not self.pre_quantized:
             raise ValueError(
-                "quantization_config is a SparseConfig, and the model is not packed: leave it out, "
+                "quantization_config is a SparseConfig, but the model is not packed: leave it out, "
                 "or give a folder that `dlp-plugin pack` wrote"
             )
         said = quantization_config.to_dict()
@@ -95,28 +99,36 @@ class SparseQuantizer(HfQuantizer):
         self._dtypes: dict[str, torch.dtype] = {}
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """The model's own conversions, and what becomes of packed Linears."""
+        """Return the model's conversions, extended for packed Linears and experts.
+
+        :param weight_conversions: the model's own
+        """
         return [*with_experts(weight_conversions, self.fused), _Gatherer()]
 
     def update_device_map(self, device_map: Any) -> Any:
-        """All on the CPU where there is nothing else; a map would count dense weights."""
+        """Put the whole model on the CPU if there is no accelerator.
+
+        An automatic map would count the weights as dense, and could offload some to disk.
+
+        :param device_map: as passed to ``from_pretrained()``
+        """
         automatic = isinstance(device_map, str) and device_map in _AUTOMATIC
         packed = not self.quantization_config.dequantize and available() is None
         alone = torch.accelerator.current_accelerator() is None
         return {"": "cpu"} if automatic and packed and alone else device_map
 
     def is_serializable(self) -> bool:
-        """Whether what is loaded can be saved: dense, or as it is packed."""
+        """Whether the model can be saved; it can, dense or packed."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether it can be trained: dense, or by adapters on packed weights."""
+        """Whether the model can be trained; it can, adapters on packed weights included."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Whether it compiles: the product is an operator of torch."""
+        """Whether the model can be compiled; it can, because the product is a torch operator."""
         return True
 
     def _process_model_before_weight_loading(
@@ -134,7 +146,7 @@ class SparseQuantizer(HfQuantizer):
         self._see_to_experts(model)
 
     def _see_to_experts(self, model: Any) -> None:
-        """Find those that stay packed, once all are there and of one shape."""
+        """Check that experts are complete and of one shape, and find those that stay packed."""
         shapes: dict[str, Sequence[int]] = {
             f"{name}.weight": stored.shape for name, stored in self.linears.items()
         }
@@ -150,15 +162,17 @@ class SparseQuantizer(HfQuantizer):
             self.experts = staying_packed(model, names, shapes, self.linears)
 
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> None:
-        # Where there is a quantizer, transformers leaves what it renames in the file's dtype.
+        # With a quantizer, transformers leaves renamed tensors in the file's dtype.
         for name, parameter in model.named_parameters():
             if name not in self.places and name in self._dtypes:
                 parameter.data = parameter.data.to(self._dtypes[name])
 
     def stays_packed(self, stored: Stored, model: Any, path: str) -> bool:
-        """Whether a Linear multiplies by what it holds, and its weight is not decoded.
+        """Whether a Linear stays packed, instead of being decoded.
 
-        :param path: its full name in the model
+        :param stored: how the Linear is stored
+        :param model: that it is part of
+        :param path: full name of the Linear in the model
         """
         tied = model.all_tied_weights_keys
         return (
@@ -172,9 +186,11 @@ class SparseQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: Any
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """What ``save_pretrained()`` writes, of which the configuration is made to tell.
+        """Return the state that ``save_pretrained()`` writes, and update the configuration for it.
 
-        :raises ValueError: if it would hold dense weights where its source has quantized ones
+        :param model: to save
+        :return: the state, None if only adapters are saved; and no metadata
+        :raises ValueError: if weights that are quantized in the source are dense in the model
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only adapters are written
@@ -182,8 +198,8 @@ class SparseQuantizer(HfQuantizer):
         if getattr(self.quantization_config, "source", None) and len(modules) < len(self.linears):
             raise ValueError(
                 f"{len(self.linears) - len(modules)} quantized Linears of "
-                f"{model.config.name_or_path} were made dense as it was loaded, and cannot be "
-                "saved as they were: copy the folder instead"
+                f"{model.config.name_or_path} were made dense when it was loaded, and cannot be "
+                "saved as quantized ones: copy the folder instead"
             )
         state, linears = model.state_dict(), {}
         names = files_names(model, modules)
@@ -195,17 +211,18 @@ class SparseQuantizer(HfQuantizer):
             state.update((f"{saved}.{part}", tensor) for part, tensor in parts.items())
             linears[file] = stored.to_config()
         self.quantization_config.linears = linears
-        vars(self.quantization_config).pop("fused", None)  # they are dense, if there were some
+        # Fused tensors were decoded, or are saved expert by expert.
+        vars(self.quantization_config).pop("fused", None)
         return state, {}
 
 
 class _Gatherer(WeightConverter):
-    """Gathers the parts of a Linear under the name of its weight, and makes of them what runs."""
+    """Collects the parts of a packed Linear, and makes a SparseLinear or dense weight of them."""
 
     __slots__ = ()
 
     def __init__(self) -> None:
-        # WeightConverter's own wants operations, which are not told whose the tensors are.
+        # WeightConverter.__init__ requires operations, and these do not get the Linear's name.
         WeightTransform.__init__(self, [rf"\.{part}$" for part in PARTS], [".weight"])
         self.operations = []
         self.force_cpu = False
@@ -218,14 +235,14 @@ class _Gatherer(WeightConverter):
         hf_quantizer: Any = None,
         loading_info: Any = None,
     ) -> dict[str, torch.Tensor]:
-        """The weight of one Linear by its full name in the model; none if it stays packed."""
+        """Return a Linear's dense weight by its full name; nothing if the Linear stays packed."""
         source = next(iter(self.layer_targets[layer_name]))
-        name = source.rpartition(".")[0]  # its full name in the file
+        name = source.rpartition(".")[0]  # full name of the Linear in the file
         stored, where = hf_quantizer.linears[name], f"{hf_quantizer.places[source]}: {name}"
         gathered = self.materialize_tensors()
         path = layer_name.removesuffix(".weight")
         if hf_quantizer.stays_packed(stored, model, path):
-            # Those that are gathered would keep all that was read of their file in memory.
+            # The collected tensors would keep their whole file in memory: read them once more.
             layout = layout_of(stored, read_parts(stored, name, hf_quantizer.places), where)
             bias = model.get_submodule(path).bias
             model.set_submodule(path, SparseLinear(layout, bias, path))
@@ -236,29 +253,27 @@ class _Gatherer(WeightConverter):
         return {layer_name: decode(stored, parts, dtype, where)}
 
     def was_used(self) -> bool:
-        """Whether saving has something to turn back: the state has the file's own names."""
+        """Whether saving must undo this conversion; no, because the state has the file's names."""
         return False
 
 
 def _why_dense(model: Any, device_map: Any) -> str | None:
-    """Why a model cannot multiply by packed weights; None if it can."""
+    """Return why a model cannot compute with packed weights; None if it can."""
     places = device_map.values() if isinstance(device_map, Mapping) else [device_map or "cpu"]
     others = [str(place) for place in places if str(place).partition(":")[0] != "cpu"]
     if others:
-        return f"packed weights are multiplied on the CPU, and device_map says {others[0]}"
+        return f"packed weights run on the CPU only, and device_map names {others[0]}"
     if getattr(model.config, "distributed_config", None):
         return "packed weights cannot be divided among processes"
     if model.dtype not in DTYPES:
-        return (
-            f"packed weights are multiplied in bfloat16, float16 and float32, not in {model.dtype}"
-        )
+        return f"packed weights run in bfloat16, float16 and float32, not in {model.dtype}"
     return available()
 
 
 def _reads_weight(model: Any, path: str) -> bool:
-    """Whether a model's code uses the weight of a Linear for more than to call it.
+    """Whether a model's source code reads the weight of a Linear instead of calling the Linear.
 
-    :param path: the Linear's full name
+    :param path: full name of the Linear
     """
     above, _, name = path.rpartition(".")
     code = _code(type(model.get_submodule(above)).__module__)
@@ -267,7 +282,7 @@ def _reads_weight(model: Any, path: str) -> bool:
 
 @cache
 def _code(module: str) -> str:
-    """What a module consists of; nothing where that is not known."""
+    """Return the source code of a module; empty if it is not available."""
     with suppress(OSError, TypeError):
         return inspect.getsource(sys.modules[module])
     return ""

@@ -1,14 +1,14 @@
-"""vLLM runs packed checkpoints: its entry point ``vllm.general_plugins`` calls :func:`register`.
+"""Lets vLLM run packed checkpoints.
 
-A Linear's parts are gathered as vLLM reads them. What a process needs of a weight is chosen by
-vLLM's own loaders, which narrow what is stored and copy it into the dense weight that vLLM has
-made: rows of column-parallel layers, columns of row-parallel ones, heads that several processes
-share.
+vLLM's entry point ``vllm.general_plugins`` calls :func:`register`. The parts of a Linear are
+collected while vLLM reads them. Then vLLM's own weight loaders take the slice that this process
+needs, and copy it into the dense weight that vLLM has allocated. They slice the packed weight: rows
+for column-parallel layers, columns for row-parallel layers.
 
-On a processor with kernels that copy is only noted, and the Linear is multiplied as it is
-stored: the system gives a dense weight no memory before something is written to it. Elsewhere
-the copy decodes, and the Linear is an ordinary one from then on. Experts are decoded everywhere
-(:mod:`~.vllm_experts`).
+On a CPU with kernels the copy is only recorded, and the Linear stays packed. The dense weight
+costs no memory there, because the operating system assigns memory when it is first written.
+Elsewhere the copy decodes the slice, and the Linear is an ordinary one from then on. Experts are
+always decoded (:mod:`~.vllm_experts`).
 """
 
 from __future__ import annotations
@@ -50,25 +50,28 @@ __all__ = ["SparseConfig", "SparseLinearMethod", "register"]
 _PACK = "fetch it or pack the checkpoint again"
 _UNPACK = "unpack the checkpoint first (dlp-plugin unpack)"
 _REARRANGED = ("bloom", "falcon", "k2_horizon", "llama4", "llama4_text")
-"""Types of models whose rows vLLM moves about as it reads them, whatever they are the rows of."""
+"""Model types for which vLLM permutes rows of tensors as it reads them, packed parts included."""
 _SHARDS = ("q", "k", "v", "index_q", "index_k")
 """vLLM's names of the shards of a fused attention projection, in order."""
 
 Loader = Callable[..., None]
 ShardId = str | int | tuple[int, ...] | None
 Shard = tuple[str, Stored | None]
-"""A Linear of the checkpoint: its full name, and how it is stored if it is packed."""
+"""A Linear of the checkpoint: its full name, and how it is stored; None if it is dense."""
 
-_logger = init_logger(f"vllm.{__name__}")  # a name that vLLM's settings of logging cover
+_logger = init_logger(f"vllm.{__name__}")  # a name under which vLLM's logging settings apply
 
 
 def register() -> None:
-    """Make the format known to vLLM; calling it again changes nothing."""
+    """Register the format with vLLM; calling it again changes nothing."""
     register_quantization_config(QUANT_METHOD)(SparseConfig)
 
 
 class SparseConfig(QuantizationConfig):  # type: ignore[misc]
-    """What ``quantization_config`` of a packed checkpoint says."""
+    """The ``quantization_config`` of a packed checkpoint in vLLM.
+
+    :param linears: full name of every packed Linear to how it is stored
+    """
 
     def __init__(self, linears: dict[str, Stored]) -> None:
         super().__init__()
@@ -84,29 +87,29 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_name(cls) -> str:
-        """What ``quant_method`` is."""
+        """Return the ``quant_method`` of the format."""
         return QUANT_METHOD
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """What weights can be decoded to."""
+        """Return the dtypes that weights can be decoded to."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Any GPU: weights are decoded there."""
+        """Return 0: every GPU will do, because weights are decoded there."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None besides ``config.json``."""
+        """Return no file names: ``config.json`` holds everything."""
         return []
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> None:
-        """Refuse another ``--quantization`` over a packed checkpoint.
+        """Refuse a ``--quantization`` other than the checkpoint's.
 
         :raises ValueError: naming both
         """
@@ -114,7 +117,7 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
             raise _twice(f"--quantization {user_quant}")
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Call the Linears as the model in vLLM does."""
+        """Rename the Linears as the model in vLLM names them."""
         ending = f".{PARTS[0]}"  # mappers are for names of tensors
         renamed = {
             hf_to_vllm_mapper.map_name(name + ending): shard for name, shard in self._shards.items()
@@ -124,22 +127,22 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Refuse models whose weights are not loaded as they are.
+        """Refuse models whose weights vLLM permutes as it reads them.
 
         :raises ValueError: for such a model
         """
         kind = getattr(hf_config, "model_type", None)
         if kind in _REARRANGED:
             raise ValueError(
-                f"{model_name} is packed, and vLLM moves the rows of a {kind} model's weights "
-                f"about as it reads them, which it cannot do with packed ones: {_UNPACK}"
+                f"{model_name} is packed, and vLLM permutes the rows of a {kind} model's weights "
+                f"as it reads them, which is not possible with packed weights: {_UNPACK}"
             )
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
-        """How a layer's weights are loaded and applied.
+        """Return the method that loads and applies a layer's weights; None for vLLM's default.
 
-        :raises ValueError: if there are packed weights in a layer that takes none, such as an
-            output layer, or in one that vLLM is told to quantize as it loads
+        :raises ValueError: if the layer's weights are packed and it only takes dense ones, as an
+            output layer does, or if vLLM is told to quantize the layer as it loads
         """
         if isinstance(layer, LinearBase):
             shards = self._shards_of(prefix)
@@ -160,20 +163,20 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
         for name, (of_checkpoint, _) in self._shards.items():
             if f"{name}.".startswith(f"{prefix}."):
                 raise ValueError(
-                    f"{of_checkpoint} is packed, and vLLM's {type(layer).__name__} takes dense "
+                    f"{of_checkpoint} is packed, but vLLM's {type(layer).__name__} takes dense "
                     f"weights only: {_UNPACK}"
                 )
         return None
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> Any:
-        """What becomes of the checkpoint's names besides."""
+        """Return the mapper that renames packed parts of fused experts."""
         return FUSED_EXPERTS
 
     def _check_online(self, layer: Module, prefix: str) -> None:
-        """Refuse quantization of a packed layer as it is loaded.
+        """Refuse online quantization of a packed layer.
 
-        vLLM would take it for a dense one, and its own method for ours.
+        vLLM would replace our method by its own, which expects a dense weight.
         """
         online = self.online_quantization_config
         if online:
@@ -182,7 +185,7 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
                 raise _twice(f"quantization_config of {prefix}")
 
     def _shards_of(self, prefix: str) -> list[Shard]:
-        """The Linears of the checkpoint that one of vLLM's consists of, in order."""
+        """Return the checkpoint's Linears that vLLM joins into one layer, in order."""
         if prefix in self._shards:
             return [self._shards[prefix]]
         above, dot, last = prefix.rpartition(".")
@@ -192,19 +195,19 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
 
 def _twice(asked: str) -> ValueError:
     return ValueError(
-        f"the checkpoint is packed ({QUANT_METHOD}) and cannot be quantized as it is loaded "
+        f"the checkpoint is packed ({QUANT_METHOD}) and cannot be quantized when it is loaded "
         f"({asked}): leave that out, or {_UNPACK}"
     )
 
 
-@register_weight_loader_v2_supported_method  # it has the dense method's weight
+@register_weight_loader_v2_supported_method  # as for the dense method, whose weight it uses
 class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    """A Linear of which at least one shard is packed; the others are dense.
+    """Loads and applies a Linear of vLLM of which at least one shard is packed.
 
-    :param shards: the Linears of the checkpoint that it consists of, in order
+    :param shards: the checkpoint's Linears that vLLM joins into this one, in order
     """
 
-    supports_pre_processed_weights = False  # they would never be seen to arrive
+    supports_pre_processed_weights = False  # such weights would bypass the loaders below
 
     def __init__(self, shards: list[Shard]) -> None:
         super().__init__()
@@ -215,7 +218,7 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self._rows = 0
 
     def create_weights(self, layer: Any, *args: Any, **attributes: Any) -> None:
-        """Make the dense weight, and an empty parameter per part, whose loader gathers."""
+        """Make the dense weight, and an empty parameter per part whose loader collects the part."""
         super().create_weights(layer, *args, **attributes)
         self._rows = len(layer.weight)
         layer.weight.weight_loader = self._dense_loader(layer.weight.weight_loader)
@@ -231,9 +234,9 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything has come, and make ready what multiplies.
+        """Check that all tensors were loaded, and prepare the product.
 
-        :raises ValueError: naming the tensors that have not, or that are damaged
+        :raises ValueError: naming the tensors that are missing or damaged
         """
         missing = [
             f"{name}.{part}"
@@ -251,13 +254,13 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             _tell_decoded(f"there are no kernels for {current_platform.device_type}")
             super().process_weights_after_loading(layer)
             return
-        # By a number in a tensor, as vLLM keeps compiled graphs from one run to the next.
+        # A tensor holds the number, because vLLM would cache a constant with its compiled graphs.
         number = next(_numbers)
         _methods[number] = self
         layer.register_buffer("packed_number", torch.tensor(number), persistent=False)
         taken, self._taken = self._taken, {}
         why = available()
-        # Of the weight that has this mark vLLM asks for the values.
+        # vLLM sets this mark on layers whose dense weight it reads itself.
         if why or getattr(layer, "_cpu_skip_gemm_dispatch", False):
             if why:
                 _tell_decoded(why)
@@ -266,14 +269,14 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             self.product = self._packed(layer, taken)
 
     def _decoded(self, layer: Any, taken: Mapping[int, LazyWeight]) -> Product:
-        """What multiplies by the dense weight, as vLLM does."""
+        """Decode the packed rows, and return vLLM's own product with the dense weight."""
         for first, lazy in taken.items():
             layer.weight.data[first : first + lazy.shape[0]] = lazy.decoded()
         super().process_weights_after_loading(layer)
         return _product_of(layer)
 
     def _packed(self, layer: Any, taken: Mapping[int, LazyWeight]) -> Product:
-        """What multiplies by what is stored; shards that are dense are multiplied as such."""
+        """Return a product with packed rows by our kernels, and with dense rows by vLLM's."""
         weight = layer.weight.data
         layer.weight = Parameter(weight.new_empty(0), requires_grad=False)
         pieces = pieces_of(weight, taken)
@@ -284,7 +287,7 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         return product_of(pieces, _product_of_dense)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + bias``."""
+        """Compute ``x W^T + bias`` of ``x`` ``[..., in]``."""
         if self._taken is None:
             found: Tensor = super().apply(layer, x, bias)
         else:
@@ -292,10 +295,11 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             found = operator(x, layer.packed_number, self._rows, bias)
         return found
 
-    # What a loader refers to lives as long as vLLM's process: it must not be the layer.
+    # vLLM keeps loaders until its process ends. They hold weak references, so that the layer's
+    # memory can be freed.
 
     def _part_loader(self, layer: Any, part: str) -> Loader:
-        """A loader that keeps a part, and has the weight loaded once it is the last."""
+        """Make a loader that collects a part, and loads the weight once all parts are there."""
         layer = ref(layer)
 
         def load(parameter: Parameter, tensor: Tensor, loaded_shard_id: ShardId = None) -> None:
@@ -304,7 +308,7 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             parts = self._parts[index]
             if stored is None or part not in stored.part_shapes():
                 raise ValueError(
-                    f"{name}.{part} is there, and config.json does not say so: {_PACK}"
+                    f"a file holds {name}.{part}, which config.json does not list: {_PACK}"
                 )
             weight = layer().weight
             parts[part] = tensor.to(weight.device)
@@ -318,14 +322,14 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         return load
 
     def _dense_loader(self, loader: Loader) -> Loader:
-        """The loader of the weight: dense shards come to it, and packed ones in the end."""
+        """Make the loader of the weight: it gets dense shards, and packed ones once complete."""
         method = WeakMethod(loader)
 
         def load(weight: Parameter, tensor: Tensor, loaded_shard_id: ShardId = None) -> None:
             index = self._index_of(loaded_shard_id)
             name, stored = self._shards[index]
             if stored and not isinstance(tensor, LazyWeight):
-                raise ValueError(f"{name}.weight is dense, and config.json says packed: {_PACK}")
+                raise ValueError(f"{name}.weight is dense, but config.json says packed: {_PACK}")
             of_vllm: Any = method()
             of_vllm(weight, tensor, *_given(loaded_shard_id))
             self._arrived.add(index)
@@ -333,10 +337,10 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         return load
 
     def _index_of(self, shard: ShardId) -> int:
-        """The Linear of the checkpoint that vLLM's name of a shard means.
+        """Return the index of the checkpoint's Linear that belongs to vLLM's name of a shard.
 
-        A number may count parts of a shard before it, of which a tuple names several at once; a
-        mistake would show as shapes that do not fit.
+        vLLM may count parts of one Linear as shards of their own; a tuple then names all of them.
+        A wrong index would show as shapes that do not fit.
         """
         if isinstance(shard, str):
             return _SHARDS.index(shard)
@@ -345,7 +349,7 @@ class SparseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
 
 def _given(shard: ShardId) -> tuple[Any, ...]:
-    """What a loader is called with besides: those of layers without shards take no name."""
+    """Return a loader's further arguments: those of layers without shards take no shard name."""
     return () if shard is None else (shard,)
 
 
@@ -360,14 +364,14 @@ def _product_of_dense(weight: Tensor) -> Product:
     product = _product_of(layer)
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        found = product(x, None)  # some of vLLM's want the bias in float32
+        found = product(x, None)  # some of vLLM's products require the bias in float32
         return found if bias is None else found + bias
 
     return run
 
 
 def _product_of(layer: Any) -> Product:
-    """What vLLM multiplies by the weight of a layer with; it does not hold the layer."""
+    """Return vLLM's product with a layer's weight, without a reference to the layer."""
     product, weight = layer.cpu_linear, layer.weight
     return lambda x, bias: product(x, weight, bias)
 
@@ -384,7 +388,7 @@ def _shape_of_linear(x: Tensor, number: Tensor, rows: int, bias: Tensor | None) 
     return x.new_empty((*x.shape[:-1], rows))
 
 
-_library = Library("dlp_plugin", "FRAGMENT")  # its operators live as long as this does
+_library = Library("dlp_plugin", "FRAGMENT")  # operators are removed when this object is freed
 direct_register_custom_op(
     "vllm_linear",
     _linear,

@@ -1,7 +1,7 @@
-"""Packed experts in vLLM, decoded as they are loaded: it multiplies all of a layer's at once.
+"""Decodes packed experts when vLLM loads them, because vLLM multiplies by all experts at once.
 
-An expert's parts are gathered as vLLM reads them, and handed decoded to the loader of its own
-layer, which takes of them what a process needs.
+The parts of an expert are collected while vLLM reads them. Then vLLM's own weight loader takes the
+slice that this process needs, and decodes it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ __all__ = ["FUSED_EXPERTS", "RoutedExperts", "SparseExpertsMethod"]
 
 _FUSED = re.compile(rf"\.experts\.([a-z]\w*)\.(\d+)\.({'|'.join(PARTS)})$")
 FUSED_EXPERTS = WeightsMapper(orig_to_new_regex={_FUSED: r".experts.routed_experts.\1_\2_\3"})
-"""Gives an expert's part of a fused tensor the name of a parameter of its layer."""
+"""Renames a part of a packed expert of a fused tensor to a parameter of vLLM's layer."""
 _FUSED_SHARDS = {"gate_up_proj": ("w13", "gpt_oss_w13"), "down_proj": ("w2", "gpt_oss_w2")}
-"""What GPT-OSS calls such tensors, to what vLLM calls them."""
+"""GPT-OSS' name of a fused tensor to the stem of vLLM's parameter and vLLM's name of the shard."""
 
 _logger = init_logger(f"vllm.{__name__}")
 
 
 class _Expert(NamedTuple):
-    """A packed tensor of one expert.
+    """A packed Linear of one expert.
 
-    :param name: its full name in the checkpoint
-    :param stem: of vLLM's parameters that it belongs to, ``w13`` or ``w2``
-    :param shard: vLLM's name of its place there
+    :param name: full name in the checkpoint
+    :param stored: how it is stored
+    :param stem: of the vLLM parameter that it belongs to, ``w13`` or ``w2``
+    :param shard: vLLM's name of its part of that parameter
+    :param expert: index of the expert in the layer
     """
 
     name: str
@@ -52,26 +54,26 @@ class _Expert(NamedTuple):
 
 
 class SparseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
-    """A layer's experts of which some are packed; they are dense once they are loaded.
+    """Loads a layer's experts of which some are packed; they are dense afterwards.
 
     :param layer: vLLM's
-    :param packed: names in it, ``3.w1`` or ``gate_up_proj.3``, to those in the checkpoint and how
-        they are stored
-    :raises ValueError: if there is no place in it for one
+    :param packed: local name in the layer, ``3.w1`` or ``gate_up_proj.3``, to the full name in the
+        checkpoint and how the Linear is stored
+    :raises ValueError: if the layer has no parameter for a packed Linear
     """
 
-    supports_eplb = False  # which has experts twice
+    supports_eplb = False  # expert-parallel load balancing loads some experts twice
 
     def __init__(self, layer: Any, packed: Mapping[str, tuple[str, Stored]]) -> None:
         super().__init__(layer.moe_config)
-        self.supports_pre_processed_weights = False  # they would never be seen to arrive
+        self.supports_pre_processed_weights = False  # such weights would bypass the loaders below
         self._experts = {local: _expert(layer, local, *one) for local, one in packed.items()}
         self._parts: dict[str, dict[str, Tensor]] = {local: {} for local in packed}
         self._arrived: set[str] = set()
         self._registered: list[str] = []
 
     def create_weights(self, layer: Any, *args: Any, **attributes: Any) -> None:
-        """Make the dense weights, and an empty parameter per part, whose loader gathers."""
+        """Make the dense weights, and an empty parameter per part whose loader collects it."""
         super().create_weights(layer, *args, **attributes)
         shards = {(one.shard, one.expert): local for local, one in self._experts.items()}
         for local, one in self._experts.items():
@@ -90,9 +92,9 @@ class SparseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
                     self._registered.append(name)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that all experts have come that this process has.
+        """Check that all experts of this process were loaded.
 
-        :raises ValueError: naming the tensors that have not
+        :raises ValueError: naming the tensors that are missing
         """
         of_process = layer.expert_map_manager.map_global_to_local
         missing = [
@@ -109,13 +111,16 @@ class SparseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         for name in self._registered:
             delattr(layer, name)
         self._registered, self._parts = [], {}
-        _logger.warning_once("Packed experts are decoded: vLLM multiplies all of a layer's at once")
+        _logger.warning_once(
+            "Packed experts are decoded to dense ones: vLLM multiplies by all experts at once"
+        )
         super().process_weights_after_loading(layer)
 
-    # What a loader refers to lives as long as vLLM's process: it must not be the layer.
+    # vLLM keeps loaders until its process ends. They hold weak references, so that the layer's
+    # memory can be freed.
 
     def _loader(self, layer: Any, part: str, local: str) -> Callable[..., bool]:
-        """A loader of one expert's part, that has the weight loaded once it is the last."""
+        """Make a loader that collects a part, and loads the weight once all parts are there."""
         layer = ref(layer)
 
         def load(parameter: Parameter, tensor: Tensor, **_: Any) -> bool:
@@ -138,7 +143,7 @@ class SparseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
     def _loader_of_all(
         self, layer: Any, part: str, shards: Mapping[tuple[str, int], str]
     ) -> Callable[..., bool]:
-        """A loader of the same part of every expert."""
+        """Make a loader for one part of all experts."""
         layer = ref(layer)
 
         def load(
@@ -152,8 +157,9 @@ class SparseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             local = shards.get((shard_id, expert_id))
             if local is None or part not in self._experts[local].stored.part_shapes():
                 raise ValueError(
-                    f"{part} of {shard_id} of expert {expert_id} of {layer().layer_name} is there, "
-                    "and config.json does not say so: fetch it or pack the checkpoint again"
+                    f"a file holds {part} of {shard_id} of expert {expert_id} of "
+                    f"{layer().layer_name}, which config.json does not list: fetch it or pack the "
+                    "checkpoint again"
                 )
             return self._loader(layer(), part, local)(param, loaded_weight)
 
@@ -172,6 +178,6 @@ def _expert(layer: Any, local: str, name: str, stored: Stored) -> _Expert:
     if type(layer).__name__ == "GptOssRoutedExperts" and first in _FUSED_SHARDS:
         return _Expert(name, stored, *_FUSED_SHARDS[first], int(last))
     raise ValueError(
-        f"{name} is packed, and vLLM's {type(layer).__name__} has no place for it: unpack the "
+        f"{name} is packed, but vLLM's {type(layer).__name__} has no parameter for it: unpack the "
         "checkpoint first (dlp-plugin unpack)"
     )

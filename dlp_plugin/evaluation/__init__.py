@@ -1,1 +1,1 @@
-"""Text and tasks, and what a model makes of them."""
+"""Evaluation of models: perplexity, zero-shot accuracy and speed; reading of text."""

@@ -1,4 +1,4 @@
-"""Whether a model predicts every token from those before it alone."""
+"""Checks that a model predicts every token only from the tokens before it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dlp_plugin.precision import wide_enough
 
 __all__ = ["check_causal"]
 
-# Of the largest logit: what a later token may change by rounding.
+# Fraction of the largest logit by which rounding may change logits when a later token changes.
 _NOISE = 1e-3
 
 
 @torch.no_grad()
 def check_causal(model: Any, what: str) -> None:
-    """Refuse a model whose next-token loss means nothing.
+    """Refuse a model that is not causal, because its next-token loss is meaningless.
 
-    It is tried: a change of the last of a few tokens must not reach the logits before it.
-    Architectures do not tell reliably, as a masked language model can be loaded as a causal
-    one (``BertLMHeadModel``) and attends both ways all the same.
+    The model is run: a change of the last token must not change the logits before it. Its class
+    is not a reliable sign, because a masked language model can be loaded as a causal one
+    (``BertLMHeadModel``) and still attends in both directions.
 
-    :param model: a model of transformers; its mode is restored
-    :param what: what needs a causal model, for the message
-    :raises ValueError: naming the model's class and what was found
+    :param model: a transformers model; its training mode is restored
+    :param what: what needs a causal model, as a clause for the error
+    :raises ValueError: naming the model's class and the reason
     """
     kind = type(model).__name__
     found = ""
@@ -37,7 +37,7 @@ def check_causal(model: Any, what: str) -> None:
         found = "its predictions change with later tokens"
     if found:
         raise ValueError(
-            f"{what}, which takes a causal language model, and {kind} is none: {found}; give a "
+            f"{what}, which needs a causal language model, but {kind} is not one: {found}; give a "
             "model that was trained to predict the next token"
         )
 
@@ -49,7 +49,7 @@ def _sees_what_follows(model: Any) -> bool:
     was_training = model.training
     model.eval()
     try:
-        with wide_enough(model, device):  # in one batch, in which both rows round alike
+        with wide_enough(model, device):  # in one batch, so that both rows round the same way
             first, second = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     finally:
         model.train(was_training)

@@ -1,4 +1,4 @@
-"""Figures that are no numbers, and what in a model they come from."""
+"""Refuses results that are NaN or infinite, and finds their cause in the model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["check_finite"]
 
 
 def check_finite(figure: float, what: str, model: torch.nn.Module) -> float:
-    """Refuse a figure that says nothing.
+    """Refuse a result that is NaN or infinite.
 
-    :param figure: what was measured
-    :param what: what it is of which model, for the message
-    :param model: where it stands
-    :return: the figure
-    :raises ValueError: naming a weight that is not finite, or else what the model may lack
+    :param figure: the result
+    :param what: name of the result and the model, for the error
+    :param model: that the result was measured on
+    :return: the result
+    :raises ValueError: naming a weight that is not finite, or else the probable cause
     """
     if math.isfinite(figure):
         return figure
@@ -26,21 +26,21 @@ def check_finite(figure: float, what: str, model: torch.nn.Module) -> float:
     elif math.isnan(figure):
         kind = str(getattr(model, "dtype", "its dtype")).removeprefix("torch.")
         reason = (
-            f"its weights are finite, so what it computes of them overflows {kind}: set a wider "
-            "dtype in its config.json"
+            f"its weights are finite, so its activations overflow {kind}: set a wider dtype in its "
+            "config.json"
         )
     else:
         reason = (
-            "it gives a part of the text no probability at all: prune it less, or check that the "
-            "text is of a kind that it was trained on"
+            "it gives a part of the text a probability of 0: prune it less, or check that it was "
+            "trained on such text"
         )
     raise ValueError(f"{what} is {figure}; {reason}")
 
 
 def _broken(model: torch.nn.Module) -> str | None:
-    """The first parameter or buffer that is not finite, or weight that is kept packed."""
+    """Return the name of the first parameter, buffer or packed weight that is not finite."""
     for name, module in model.named_modules():
-        with align_module_device(module):  # of a model that is spread
+        with align_module_device(module):  # loads weights that accelerate has offloaded
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             for tensor_name, tensor in own:
                 if tensor.is_floating_point() and not tensor.float().isfinite().all():

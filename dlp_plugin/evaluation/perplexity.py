@@ -13,9 +13,9 @@ from dlp_plugin.precision import wide_enough
 
 __all__ = ["perplexity"]
 
-# Tokens that are run together unless windows are longer, and tokens whose logits are widened to
-# float32 together: these may be a hundred thousand times as many as the tokens.
+# Largest number of tokens in a batch, unless a single window is longer.
 TOGETHER = 2048
+# Tokens whose logits are converted to float32 at a time; each has as many as the vocabulary.
 _WIDE = 256
 
 
@@ -26,21 +26,20 @@ def perplexity(
     batch_size: int | None = None,
     advance: Callable[[int], Any] = lambda _: None,
 ) -> float:
-    """Perplexity over token windows: every token after a window's first counts once.
+    """Compute the perplexity over token windows: all tokens but a window's first are predicted.
 
-    Logits are taken to float32 and the losses summed in float64, whatever the model's
-    dtype; on a CPU without arithmetic in that dtype the model computes in float32.
+    Logits are converted to float32, and losses are summed in float64, whatever the model's dtype.
+    On a CPU without arithmetic in that dtype the model computes in float32.
 
-    :param model: a causal language model of transformers; its mode is restored
+    :param model: a causal language model of transformers; its training mode is restored
     :param windows: int64 tensors ``[tokens]``, as
         :func:`dlp_plugin.evaluation.text.token_windows` cuts them
     :param batch_size: windows of equal length evaluated together; by default as many as hold 2,048
         tokens
-    :param advance: called with the number of windows done, for a progress bar
-    :return: ``exp`` of the mean negative log-likelihood per predicted token; infinite where
-        that is beyond a float's range, as of a model that has collapsed, and NaN where the
-        model's logits are not finite
-    :raises ValueError: if a token is beyond the model's embeddings
+    :param advance: called after each batch with its number of windows, for a progress bar
+    :return: ``exp`` of the mean negative log-likelihood per predicted token. It is infinite if it
+        exceeds a float's range, as a collapsed model's may, and NaN if the logits are not finite
+    :raises ValueError: if the model has no embedding for a token
     """
     check_tokens(model, windows)
     was_training = model.training
@@ -59,7 +58,7 @@ def perplexity(
                     count += len(losses)
             advance(len(batch))
             if not math.isfinite(total):
-                break  # it will not be a number again
+                break  # more windows would not make it finite again
     finally:
         model.train(was_training)
     try:

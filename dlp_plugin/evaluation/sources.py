@@ -1,4 +1,4 @@
-"""Files and datasets as one text: what reads them, and what of a row is text."""
+"""Reads files and datasets as one text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 __all__ = ["read_pieces"]
 
-# What ``datasets`` reads rows of: ending to its reader and how.
+# Suffixes of files that ``datasets`` reads as rows, to its reader and the reader's options.
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
@@ -29,8 +29,8 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
 }
 _TEXTS = (".txt", ".md", ".text")
-_ENCODING = "utf-8-sig"  # Windows puts a mark before a text
-_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
+_ENCODING = "utf-8-sig"  # Windows puts a byte order mark in front of a text
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names to those of chat templates
 
 Rows = Dataset | IterableDataset
 
@@ -45,19 +45,25 @@ def read_pieces(
     column: str,
     streaming: bool,
 ) -> Iterator[str]:
-    """Pieces that, put together, are the text of a file or dataset.
+    """Yield pieces whose concatenation is the text of a file or dataset.
 
-    Arguments as in :func:`dlp_plugin.evaluation.text.read_tokens`.
-
-    :param streaming: whether rows of a dataset are read no further than they are asked for
+    :param source: a file, a local folder, or the name of a dataset
+    :param tokenizer: of the model
+    :param config: the dataset's configuration
+    :param split: the dataset's split
+    :param usual_split: the split to take if ``split`` is None and there are several
+    :param column: the dataset's column that holds the text
+    :param streaming: whether to read rows of a dataset only when they are needed
+    :return: pieces of text, one per row of a dataset
     :raises FileNotFoundError: if there is neither such a file nor such a dataset
-    :raises ValueError: if it cannot be read, has no such split or column, or a row has no text
+    :raises ValueError: if the source cannot be read, has no such split or column, or a row has no
+        text
     """
     path = Path(source)
     if path.is_file() and split is not None and split.partition("[")[0] != "train":
         raise ValueError(
-            f"{source} is one file, so its only split is 'train', and {split!r} was asked for: "
-            "leave the split out"
+            f"{source} is a single file, so its only split is 'train', not {split!r}: leave the "
+            "split out"
         )
     if path.is_file() and _ending(path) not in _READERS:
         yield _text_of(path)
@@ -81,7 +87,7 @@ def read_pieces(
 
 
 def _ending(path: Path) -> str:
-    """What tells the kind of a file: its ending before that of a compression, in lower case."""
+    """Return a file's suffix in lower case, without that of a compression."""
     inner = path.with_suffix("") if infer_compression(path.name.lower()) else path
     return inner.suffix.lower()
 
@@ -93,9 +99,9 @@ def _text_of(path: Path) -> str:
             text: str = opened.read()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is no UTF-8 text (byte {error.start}): convert it, e.g. with iconv"
+            f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv"
         ) from None
-    except Exception as error:  # every compression has errors of its own
+    except Exception as error:  # each compression library raises errors of its own
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path} cannot be read ({reason}): is it damaged?") from error
     return text
@@ -123,13 +129,13 @@ def _rows(
             made: Any = load_dataset_builder(**arguments).config
             if len(made.data_files or ()) == 1:
                 (usual_split,) = map(str, made.data_files)
-            if hasattr(made, "sample_by"):  # the reader of text, for which a line is a row
+            if hasattr(made, "sample_by"):  # the text reader, to which a row is a line by default
                 arguments |= {"sample_by": "document", "encoding": _ENCODING}
         elif _host_knows(source):
             return _host_rows(source, tokenizer, config, split or usual_split, streaming)
         load: Any = load_dataset  # typed for a literal ``streaming`` only
         rows: Rows = load(**arguments, split=split or usual_split, streaming=streaming)
-    except StopIteration:  # what comes of JSON without a row
+    except StopIteration:  # raised by the JSON reader if there are no rows
         return Dataset.from_dict({})
     except (OSError, ValueError, DatasetsError) as error:
         raise _told(source, error) from error
@@ -137,7 +143,7 @@ def _rows(
 
 
 def _host_knows(source: str) -> bool:
-    """Whether llm-compressor knows a dataset by such a name, as ``open_platypus``."""
+    """Whether llm-compressor has a dataset of this name, such as ``open_platypus``."""
     try:
         kind = TextGenerationDataset.get_value_from_registry(source) if ":" not in source else None
     except KeyError:
@@ -152,20 +158,20 @@ def _host_rows(
     split: str,
     streaming: bool,
 ) -> Rows:
-    """Rows of such a dataset, with the texts that ``oneshot()`` would calibrate on."""
+    """Load a dataset of llm-compressor, with the text that ``oneshot()`` would calibrate on."""
     arguments = DatasetArguments(dataset=source, dataset_config_name=config, streaming=streaming)
     known: Any = TextGenerationDataset.load_from_registry(
         source,
         dataset_args=arguments,
         split=split,
-        processor=deepcopy(tokenizer),  # which may get a padding token or a chat template
+        processor=deepcopy(tokenizer),  # the host may add a padding token or a chat template
     )
     rows: Rows = known.load_dataset()
     return rows if known.preprocess is None else rows.map(known.preprocess)
 
 
 def _reading(rows: Rows, source: str | Path) -> Iterator[Any]:
-    """Rows, as far as they can be read: streamed ones are so only now."""
+    """Yield rows, and turn errors of reading into one line; streamed rows are only read here."""
     try:
         yield from rows
     except (OSError, ValueError, DatasetsError) as error:
@@ -173,23 +179,23 @@ def _reading(rows: Rows, source: str | Path) -> Iterator[Any]:
 
 
 def _told(source: str, error: Exception) -> OSError | ValueError:
-    """An error of ``datasets`` in one line."""
+    """Turn an error of ``datasets`` into one with a single line."""
     cause = error.__cause__ if isinstance(error, DatasetsError) else None
     reason = (str(cause or error).strip() or type(error).__name__).splitlines()[0]
     if Path(source).is_file():
         return ValueError(
-            f"{source} cannot be read by its ending ({reason}): it is damaged, or of another kind"
+            f"{source} cannot be read ({reason}): it is damaged, or its suffix is wrong"
         )
-    kinds = (FileNotFoundError, OSError)  # others take more than a message
+    kinds = (FileNotFoundError, OSError)  # subclasses may require more arguments than a message
     kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
     return kind(
-        f"{source} is no file here, and as a dataset it cannot be read ({reason}): check the "
-        "path, or the dataset's name, configuration and split"
+        f"{source} is not a file, and cannot be read as a dataset ({reason}): check the path, or "
+        "the dataset's name, configuration and split"
     )
 
 
 def _is_chat(value: object) -> bool:
-    """Whether it is a conversation: messages of ``role`` or, as in ShareGPT, ``from``."""
+    """Whether a value is a conversation: messages with ``role`` or, as in ShareGPT, ``from``."""
     return (
         isinstance(value, list)
         and len(value) > 0
@@ -200,22 +206,22 @@ def _is_chat(value: object) -> bool:
 def _chat_text(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> str:
-    """A conversation as the tokenizer's template writes it."""
+    """Write a conversation as text by the tokenizer's chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{where} is a conversation, and the model's tokenizer has no chat template: give one "
-            "that has, or name a column of text"
+            f"{where} is a conversation, but the model's tokenizer has no chat template: give a "
+            "tokenizer with one, or name a column of text"
         )
     told = []
     for message in messages:
         if "from" in message:
             speaker = message["from"]
             message = {"role": _ROLES.get(speaker, speaker), "content": message.get("value")}
-        # What other messages have, and this one lacks, is None in a table.
+        # In a table, a message has None for fields that only other messages have.
         told.append({key: value for key, value in message.items() if value is not None})
     try:
         return str(tokenizer.apply_chat_template(told, tokenize=False))
-    except Exception as error:  # a template is a program
+    except Exception as error:  # a template is a program, and may raise anything
         raise ValueError(
-            f"{where} does not suit the tokenizer's chat template ({error}): leave such rows out"
+            f"{where} does not fit the tokenizer's chat template ({error}): leave such rows out"
         ) from error

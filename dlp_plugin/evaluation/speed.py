@@ -1,4 +1,4 @@
-"""How fast a causal language model reads a prompt and writes tokens."""
+"""Measures how fast a causal language model processes a prompt and generates tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["prefill_and_decode", "weight_bytes"]
 
-_SHORT = 16  # tokens of the prompt that is written on behind, so that the cache stays small
+_SHORT = 16  # prompt tokens before decoding is timed: few, so that the cache stays small
 _REPEATS = 3
 _SEED = 0
 
@@ -20,16 +20,17 @@ _SEED = 0
 def prefill_and_decode(
     model: Any, prompt: int, tokens: int, batches: Sequence[int]
 ) -> tuple[float, dict[int, float]]:
-    """Tokens per second of a prompt that is read, and of tokens that are written one by one.
+    """Measure prefill and decoding in tokens per second.
 
-    Prompts are random tokens from a seed, as time does not depend on what they say. Each figure
-    is of the median of several runs or steps, behind one that does not count.
+    Prompts are random tokens, because the time does not depend on their content. Each result comes
+    from the median time of several runs or steps; the first one is left out.
 
-    :param model: a causal language model of transformers, where it stands; its mode is restored
-    :param prompt: tokens of the prompt that is read
-    :param tokens: how many are written
-    :param batches: texts that are written at a time, each measured by itself
-    :return: of the prompt, and of every batch; tokens of all its texts count
+    :param model: a causal language model of transformers; its training mode is restored
+    :param prompt: number of tokens of the prompt for prefill
+    :param tokens: number of decoding steps
+    :param batches: batch sizes to measure decoding with
+    :return: tokens per second of prefill; and batch size to tokens per second of decoding, summed
+        over the batch
     """
     was_training = model.training
     model.eval()
@@ -43,13 +44,17 @@ def prefill_and_decode(
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """What a model's weights take in memory: its parameters and buffers, each once."""
+    """Sum the sizes of a model's parameters and buffers; shared ones count once.
+
+    :param model: to measure
+    :return: bytes
+    """
     tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
     return sum(each.nbytes for each in tensors.values())
 
 
 def _step(model: Any, batch: int, tokens: int) -> float:
-    """Seconds that one more token of a batch takes."""
+    """Return the median seconds of a decoding step."""
     found = model(input_ids=_random_ids(model, batch, _SHORT), use_cache=True)
     seconds = []
     for _ in range(tokens + 1):

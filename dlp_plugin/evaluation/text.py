@@ -1,4 +1,4 @@
-"""Files and datasets to token windows, for calibration and for measuring."""
+"""Turns files and datasets into token windows, for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ __all__ = [
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Token that a tokenizer puts in front of every text; None if it puts none.
+    """Find the token that a tokenizer puts in front of every text.
 
-    Models that were always trained with it (Gemma) make little sense of text without.
+    Models that were always trained with this token, such as Gemma, predict poorly without it.
+
+    :param tokenizer: of the model
+    :return: id of the token; None if the tokenizer adds none
     """
     bos = tokenizer.bos_token_id
     begins = [
@@ -45,32 +48,34 @@ def read_tokens(
     column: str = "text",
     limit: int | None = None,
 ) -> list[int]:
-    """Tokens of a file or of a dataset, as one stream without special tokens.
+    """Read a file or dataset as one stream of tokens, without special tokens.
 
-    JSON, CSV, Parquet and Arrow files are read as datasets, by their ending; every other file
-    is a text. Both may be compressed. Rows of a dataset are joined by a blank line, as is usual
-    for WikiText; a text file in a folder is one row. Conversations (lists of ``role`` and
-    ``content``, or ShareGPT's ``from`` and ``value``) become what the tokenizer's chat template
-    makes of them.
+    JSON, CSV, Parquet and Arrow files are recognized by their suffix and read as datasets. Every
+    other file is read as text. Both may be compressed. Rows of a dataset are joined by a blank
+    line, as is usual for WikiText. A text file in a folder is one row. Conversations (lists of
+    ``role`` and ``content``, or ShareGPT's ``from`` and ``value``) are written as text by the
+    tokenizer's chat template.
 
-    :param source: a file, a local folder, or a dataset: by its name on the hub, or one of
+    :param source: a file, a local folder, the name of a dataset on the hub, or one of
         llm-compressor's names such as ``open_platypus``
+    :param tokenizer: of the model
     :param config: the dataset's configuration, e.g. ``wikitext-2-raw-v1``
-    :param split: the dataset's split; None for ``usual_split``, or for the only one that a
+    :param split: the dataset's split; None for ``usual_split``, or for the only split that a
         file or local folder has
-    :param usual_split: the split to take where none is asked for, and there are several
-    :param column: the dataset's column that holds the text; a text file has none
-    :param limit: tokens wanted; a dataset is then streamed and read no further
+    :param usual_split: the split to take if ``split`` is None and there are several
+    :param column: the dataset's column that holds the text; not used for text files
+    :param limit: largest number of tokens; a dataset is then streamed, and not read further
+    :return: token ids
     :raises FileNotFoundError: if there is neither such a file nor such a dataset
-    :raises ValueError: if it cannot be read or holds white space only; if a text is not UTF-8;
-        if a dataset has no such split or column, or no text in one of its rows
+    :raises ValueError: if the source cannot be read or holds white space only; if a text is not
+        UTF-8; if a dataset has no such split or column, or no text in one of its rows
     """
 
     def encode(text: str) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return list(ids)
 
-    # Encoded as one text: tokenizers treat the beginning of a text in their own way.
+    # All pieces are encoded as one text, because tokenizers treat the start of a text differently.
     pieces: list[str] = []
     roughly = 0
     for piece in read_pieces(
@@ -99,18 +104,18 @@ def token_windows(
 ) -> list[torch.Tensor]:
     """Cut a token stream into consecutive windows that do not overlap.
 
-    The last window may be shorter; one that predicts nothing is dropped.
+    The last window may be shorter. It is dropped if it has only one token.
 
     :param token_ids: the tokens of the whole text, in order
-    :param length: tokens per window, at least 2, ``first`` included
-    :param first: token that every window begins with, as :func:`beginning` finds it
-    :return: int64 tensors ``[tokens]``, all of ``length`` but perhaps the last
+    :param length: tokens per window, at least 2, including ``first``
+    :param first: token that every window begins with, as :func:`beginning` returns it
+    :return: int64 tensors ``[tokens]``, all of ``length`` except perhaps the last
     :raises ValueError: if ``length`` is below 2 or the text has fewer than 2 tokens
     """
     if length < 2:
         raise ValueError(f"length must be at least 2 tokens, got {length}")
     if len(token_ids) < 2:
-        raise ValueError(f"the text has {len(token_ids)} tokens, and 2 are the least")
+        raise ValueError(f"the text must have at least 2 tokens, got {len(token_ids)}")
     begin = torch.tensor([] if first is None else [first], dtype=torch.int64)
     pieces = torch.as_tensor(token_ids, dtype=torch.int64).split(length - len(begin))
     windows = [torch.cat([begin, piece]) for piece in pieces]
@@ -118,7 +123,12 @@ def token_windows(
 
 
 def evenly_spread(windows: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
-    """Some of a text's windows, in its order; all of them if it has no more than ``count``."""
+    """Choose windows that are evenly spread over a text.
+
+    :param windows: of the text, in order
+    :param count: how many to choose
+    :return: the chosen windows, in order; all of them if there are no more than ``count``
+    """
     count = min(count, len(windows))
     return [windows[i * len(windows) // count] for i in range(count)]
 
@@ -130,13 +140,13 @@ def calibration_set(
     first: int | None = None,
     seed: int | None = None,
 ) -> Dataset:
-    """Full windows of a token stream, evenly spread over it, as ``oneshot()`` takes them.
+    """Make a calibration data set for ``oneshot()`` from full windows, evenly spread over a text.
 
     :param token_ids: the tokens of the whole text, in order
-    :param length: tokens per sample, at least 2, ``first`` included
-    :param first: token that every sample begins with, as :func:`beginning` finds it
-    :param samples: how many, at least 1; fewer (with a log line) if the text is short
-    :param seed: draws the samples at random, each once, in place of spreading them evenly
+    :param length: tokens per sample, at least 2, including ``first``
+    :param samples: number of samples, at least 1; fewer, with a warning, if the text is short
+    :param first: token that every sample begins with, as :func:`beginning` returns it
+    :param seed: if given, samples are drawn at random without replacement instead of evenly
     :return: rows of ``input_ids`` and ``attention_mask``
     :raises ValueError: if the text does not fill one window, or ``samples`` is below 1
     """
@@ -160,10 +170,12 @@ def calibration_set(
 
 
 def calibrate_on(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Arguments of ``oneshot()`` to calibrate on all of a data set, in its order.
+    """Return the arguments that make ``oneshot()`` calibrate on all of a data set, in its order.
 
     :param dataset: rows of ``input_ids`` and ``attention_mask``, as :func:`calibration_set`
         makes them
+    :param tokenizer: of the model
+    :return: keyword arguments
     """
     return {
         "tokenizer": tokenizer,

@@ -1,4 +1,4 @@
-"""Whether a model has an embedding for every token of a text."""
+"""Checks that a model has an embedding for every token of a text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["check_tokens", "check_vocabulary"]
 
 
 def check_tokens(model: Any, ids: Iterable[torch.Tensor]) -> None:
-    """Refuse token ids that a model has no embedding for, which torch tells without a name.
+    """Refuse token ids that a model has no embedding for; torch's own error does not name them.
 
-    :param model: a model of transformers
+    :param model: a transformers model
     :param ids: int64 tensors of any shape
-    :raises ValueError: if an id is beyond its embeddings
+    :raises ValueError: if the model has no embedding for an id
     """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(embeddings, "num_embeddings", None)
@@ -25,16 +25,16 @@ def check_tokens(model: Any, ids: Iterable[torch.Tensor]) -> None:
 
 
 def check_vocabulary(largest: int, rows: int, model: str) -> None:
-    """Refuse a vocabulary that is larger than a model's.
+    """Refuse token ids that are larger than a model's vocabulary.
 
-    :param largest: the largest token id of a text, or that a tokenizer gives
-    :param rows: of the model's embeddings
-    :param model: its name, for the message
-    :raises ValueError: if it has none for that id
+    :param largest: the largest token id of a text or tokenizer
+    :param rows: number of rows of the model's embeddings
+    :param model: name of the model, for the error
+    :raises ValueError: if the model has no embedding for the largest id
     """
     if largest >= rows:
         raise ValueError(
-            f"the tokenizer gives token {largest}, and the embeddings of {model} have {rows} rows: "
-            "take the tokenizer that it was trained with, or enlarge the embeddings "
+            f"the tokenizer gives token {largest}, but the embeddings of {model} have {rows} rows: "
+            "take the tokenizer that the model was trained with, or enlarge the embeddings "
             "(resize_token_embeddings) and train them"
         )

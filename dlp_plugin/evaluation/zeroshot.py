@@ -1,4 +1,4 @@
-"""Zero-shot accuracy by lm-evaluation-harness, the extra ``eval``."""
+"""Measures zero-shot accuracy with lm-evaluation-harness, which the extra ``eval`` installs."""
 
 from __future__ import annotations
 
@@ -48,28 +48,27 @@ def zero_shot(
     limit: int | None = None,
     task_folder: str | Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy of a causal language model on tasks of lm-evaluation-harness, no examples shown.
+    """Measure a causal language model's zero-shot accuracy on tasks of lm-evaluation-harness.
 
-    A choice's score is the sum of its tokens' log-probabilities, in float32 whatever the
-    model's dtype; ``acc_norm`` divides it by the choice's characters. The papers of Wanda,
-    OWL and DLP report ``acc``. Tasks fetch their data as they say: the built-in ones from
-    the hub, a task of your own from where its YAML file points. Python's, numpy's and
-    torch's global seeds are set; the model's mode is restored.
+    The score of a choice is the sum of its tokens' log-probabilities, in float32 whatever the
+    model's dtype. ``acc_norm`` divides it by the number of the choice's characters. The papers of
+    Wanda, OWL and DLP report ``acc``. Built-in tasks fetch their data from the hub; a task of your
+    own from the place that its YAML file names. The global seeds of Python, numpy and torch are
+    set. The model's training mode is restored.
 
-    :param model: a causal language model of transformers, where it stands
-    :param tokenizer: its tokenizer, which stays as it is
+    :param model: a causal language model of transformers
+    :param tokenizer: of the model; it is not changed
     :param tasks: names of tasks, groups or tags, or ``paper7``: BoolQ, RTE, HellaSwag,
         WinoGrande, ARC easy and challenge, OpenbookQA
     :param batch_size: choices evaluated together, at least 1
-    :param limit: questions per task, the first ones, at least 1; all by default
-    :param task_folder: folder with YAML files of further tasks, which win over built-in
-        ones of the same name; paths in them start at the current folder
-    :return: task to ``acc`` and ``acc_stderr``, and ``acc_norm`` and ``acc_norm_stderr`` where
-        the task has it (no error with one question only); ``mean`` to the tasks' mean ``acc``
+    :param limit: number of questions per task, counted from the first, at least 1; all by default
+    :param task_folder: folder with YAML files of further tasks, which override built-in tasks of
+        the same name; relative paths in them start at the current folder
+    :return: task to ``acc`` and ``acc_stderr``, and to ``acc_norm`` and ``acc_norm_stderr`` if the
+        task has them (no standard errors with a single question); ``mean`` to the mean ``acc``
     :raises ImportError: if lm-evaluation-harness is not installed
-    :raises ValueError: before any evaluation, if a task is unknown or has no accuracy, or
-        a number is out of bounds, or the model computes NaN; after it, if it gives a choice
-        no finite score
+    :raises ValueError: before evaluating, if a task is unknown or has no accuracy, a number is out
+        of bounds, or the model computes NaN; afterwards, if the score of a choice is not finite
     """
     for name, number in {"batch_size": batch_size, "limit": limit}.items():
         if number is not None and number < 1:
@@ -79,7 +78,7 @@ def zero_shot(
     from lm_eval.models.huggingface import HFLM
 
     class Checked(HFLM):  # type: ignore[misc]
-        """Tells of scores that no choice can be made by, of which the harness makes one."""
+        """Refuses scores that are not finite, from which the harness would still pick a choice."""
 
         def loglikelihood(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
             scores: list[tuple[float, bool]] = super().loglikelihood(*args, **kwargs)
@@ -90,14 +89,14 @@ def zero_shot(
             return scores
 
     few = perplexity(model, [torch.arange(1, 5)])
-    if math.isnan(few):  # told now, as evaluating takes long
+    if math.isnan(few):  # refused before the long evaluation
         check_finite(few, f"the perplexity of {model.name_or_path} on a few tokens", model)
     was_training = model.training
     try:
         with _hushed("lm_eval.models.huggingface"):
             wrapped = Checked(
                 pretrained=model,
-                tokenizer=deepcopy(tokenizer),  # it may be given a token to pad with
+                tokenizer=deepcopy(tokenizer),  # the harness may add a padding token
                 batch_size=batch_size,
                 softmax_dtype="float32",
             )
@@ -122,11 +121,13 @@ def zero_shot(
 
 
 def load_tasks(tasks: str | Sequence[str], task_folder: str | Path | None = None) -> dict[str, Any]:
-    """Tasks of lm-evaluation-harness by name, sets and groups spelled out, without examples.
+    """Load tasks of lm-evaluation-harness, set up for zero-shot.
 
-    Python's, numpy's and torch's global seeds are set. Arguments are those of
-    :func:`zero_shot`.
+    The global seeds of Python, numpy and torch are set.
 
+    :param tasks: as :func:`zero_shot` takes them
+    :param task_folder: as :func:`zero_shot` takes it
+    :return: name to task; sets and groups are replaced by their tasks
     :raises ImportError: if lm-evaluation-harness is not installed
     :raises ValueError: if a task is unknown, has no accuracy, or its questions cannot be read
     """
@@ -146,8 +147,8 @@ def load_tasks(tasks: str | Sequence[str], task_folder: str | Path | None = None
             loaded |= manager.load([name])["tasks"]
         except (OSError, DatasetGenerationError) as error:
             raise ValueError(
-                f"the questions of task {name} cannot be read ({error}): they are looked for where "
-                "its YAML file says, seen from the current folder"
+                f"the questions of task {name} cannot be read ({error}): check the paths in its "
+                "YAML file, which are relative to the current folder"
             ) from None
     for name, task in loaded.items():
         if "acc" not in task.aggregation():
@@ -161,7 +162,7 @@ def load_tasks(tasks: str | Sequence[str], task_folder: str | Path | None = None
 
 
 def _names(tasks: str | Sequence[str]) -> list[str]:
-    """The tasks meant, each once, sets spelled out."""
+    """Replace sets by their tasks, and remove duplicates."""
     asked = [tasks] if isinstance(tasks, str) else tasks
     names = dict.fromkeys(name for entry in asked for name in TASK_SETS.get(entry, (entry,)))
     if not names:
@@ -170,7 +171,10 @@ def _names(tasks: str | Sequence[str]) -> list[str]:
 
 
 def _manager(names: list[str], task_folder: str | Path | None) -> TaskManager:
-    """What knows all these tasks: the folder alone if it can, since the rest takes seconds."""
+    """Return a task manager for these tasks, without the built-in ones if the folder has all.
+
+    The built-in tasks take seconds to load.
+    """
     from lm_eval.tasks import TaskManager
 
     if task_folder is not None:
@@ -195,7 +199,7 @@ def _manager(names: list[str], task_folder: str | Path | None) -> TaskManager:
 
 @contextmanager
 def _hushed(name: str) -> Iterator[None]:
-    """Keep back a logger's warnings, here that a model is handed over in memory."""
+    """Suppress a logger's warnings; the harness warns about a model that is passed in memory."""
     log = logging.getLogger(name)
     level = log.level
     log.setLevel(logging.ERROR)

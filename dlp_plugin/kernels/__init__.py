@@ -1,1 +1,1 @@
-"""Products with pruned weights as they are stored, on a processor."""
+"""CPU kernels that multiply by packed weights without decoding them first."""

@@ -1,8 +1,8 @@
-/* Processors with AVX2 and FMA: most since 2013.
+/* Kernels for processors with AVX2 and FMA, which most x86 processors since 2013 have.
 
-   There is no instruction that expands under a mask. Of 8 columns, the mask's byte says which
-   shuffle brings the values that follow to their places: one of 256, from a table that is made
-   when the library is loaded. Instructions are what limits it, not memory. */
+   AVX2 has no instruction that expands values under a mask. Instead, each byte of the mask selects
+   one of 256 shuffles, which moves the next values to their 8 columns. The table of shuffles is
+   made when the library is loaded. The speed is limited by instructions, not by memory. */
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -10,7 +10,8 @@
 
 #define TARGET __attribute__((target("avx2,fma,popcnt,f16c,bmi,bmi2")))
 
-/* For vpshufb; 0x80 gives zero. `upper` puts bfloat16 into the upper halves of float32. */
+/* Shuffles for vpshufb, to which 0x80 means zero. `upper` moves bfloat16 values to the upper halves
+   of float32. */
 static _Alignas(32) uint8_t upper[256][32];
 static _Alignas(16) uint8_t words_at[256][16];
 static _Alignas(8) uint8_t floats_at[256][8];
@@ -32,8 +33,8 @@ fill(void)
             }
 }
 
-/* A byte of a mask times 32, which is its place in `upper` and has as many bits set: by a rotation,
-   as that takes one instruction to another register. */
+/* A byte of the mask times 32: its offset in `upper`, with the same number of bits set. Rotating
+   takes a single instruction that writes to another register. */
 INLINE uint64_t
 byte_of(uint64_t bits, int part)
 {
@@ -41,7 +42,7 @@ byte_of(uint64_t bits, int part)
     return (bits >> by | bits << (64 - by)) & 0x1fe0;
 }
 
-/* The next 8 columns as float32, and the pointer moved past their values. */
+/* Returns the next 8 columns as float32, and moves the pointer past their values. */
 TARGET INLINE __m256
 eight(int dtype, int masked, uint64_t byte, const uint8_t **at)
 {
@@ -64,7 +65,7 @@ eight(int dtype, int masked, uint64_t byte, const uint8_t **at)
     }
     if (!masked)
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(found), 16));
-    /* Both halves get all eight values, as a shuffle does not cross them. */
+    /* Both halves get all eight values, because the shuffle cannot move bytes between halves. */
     __m256i places = _mm256_load_si256((const void *)(*upper + byte));
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(found), places));
 }
@@ -77,7 +78,7 @@ sum_of(__m256 sums)
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-/* The sums of four vectors. */
+/* Returns the sums of the entries of four vectors. */
 TARGET INLINE __m128
 sums_of(const __m256 all[4])
 {
@@ -86,8 +87,8 @@ sums_of(const __m256 all[4])
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
-/* Four rows at a time share what they load of x, and their chains of additions overlap; two where
-   the sums of four would leave no registers. */
+/* Multiplies four rows at a time: they share the loads of x, and their dependent additions overlap.
+   With FEW rows of x it takes two, because the sums of four would need all registers. */
 TARGET INLINE void
 dots_of(int count, int dtype, int masked, const uint64_t *const mask[4],
         const void *const values[4], int64_t words, const float *x, float *out)
@@ -179,7 +180,7 @@ dense(int dtype, const uint64_t *mask, const void *values, int64_t words, void *
     }
 }
 
-/* Four rows of W times three of x: twelve sums of the sixteen registers. */
+/* Four rows of W times three rows of x: their twelve sums fit in the sixteen registers. */
 TARGET INLINE void
 tile_of(int count, const float *rows, const float *x, int64_t columns, float *out)
 {
@@ -213,7 +214,7 @@ tile(const float *rows, const float *x, int64_t count, int64_t words, float *out
         tile_of(1, rows, x, columns, out);
 }
 
-/* Eight values of 16 bits, rounded to the nearest, of two equally near to the even one. */
+/* Rounds eight values to 16 bits: to nearest, ties to even. */
 TARGET INLINE __m128i
 rounded(int dtype, __m256 value)
 {
@@ -228,7 +229,7 @@ rounded(int dtype, __m256 value)
     return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
 
-/* Eight integers of four bits from a place on, as words of 32 bits. */
+/* Unpacks eight 4-bit integers, the first of which has index place, to 32-bit words. */
 TARGET INLINE __m256i
 nibbles(const uint8_t *packed, int64_t place)
 {

@@ -1,8 +1,8 @@
-/* Processors with AVX-512 that expand words under a mask (VBMI2): Intel since Ice Lake, AMD since
-   Zen 4.
+/* Kernels for processors with AVX-512 and VBMI2, which expands 16-bit words under a mask: Intel
+   since Ice Lake, AMD since Zen 4.
 
-   Expanded bfloat16 rows hold, of every 32 columns, first the even ones and then the odd ones:
-   so 32 words become two vectors of float32 by one shift and one mask. */
+   Expanded bfloat16 rows have their own order: of every 32 columns, first the even and then the odd
+   ones. So one shift and one mask turn 32 words into two vectors of float32. */
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -12,8 +12,8 @@
 #define FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,popcnt,fma,f16c"
 #define TARGET __attribute__((target(FEATURES)))
 
-/* The form of expand that reads memory is microcode on AMD, and compilers would make it of a load:
-   hence an empty instruction between them. */
+/* The expand instruction with a memory operand is slow microcode on AMD. The empty asm statement
+   keeps compilers from merging the load into it. */
 #define EXPANDED(name, vector, bits, load, expand)         \
     TARGET INLINE vector name(bits mask, const void *from) \
     {                                                      \
@@ -26,7 +26,7 @@ EXPANDED(expanded, __m512i, __mmask32, _mm512_loadu_si512, _mm512_maskz_expand_e
 EXPANDED(expanded_half, __m256i, __mmask16, _mm256_loadu_si256, _mm256_maskz_expand_epi16)
 EXPANDED(expanded_floats, __m512, __mmask16, _mm512_loadu_ps, _mm512_maskz_expand_ps)
 
-/* Two vectors of float32 of the next 32 columns, and the pointer moved past their values. */
+/* Makes two vectors of float32 of the next 32 columns, and moves the pointer past their values. */
 TARGET INLINE void
 two(int dtype, int masked, uint32_t mask, const uint8_t **at, __m512 *a, __m512 *b)
 {
@@ -36,7 +36,7 @@ two(int dtype, int masked, uint32_t mask, const uint8_t **at, __m512 *a, __m512 
         *a = expanded_floats((__mmask16)mask, *at);
         *b = expanded_floats((__mmask16)(mask >> 16), second);
     } else if (dtype == FP16) {
-        /* Halves, as of an expanded vector the upper half is brought down slowly. */
+        /* Expand each half by itself: extracting the upper half of a vector would be slower. */
         *a = _mm512_cvtph_ps(expanded_half((__mmask16)mask, *at));
         *b = _mm512_cvtph_ps(expanded_half((__mmask16)(mask >> 16), second));
     } else {
@@ -48,7 +48,7 @@ two(int dtype, int masked, uint32_t mask, const uint8_t **at, __m512 *a, __m512 
     *at += size_of(dtype) * _mm_popcnt_u32(mask);
 }
 
-/* The sums of four vectors. */
+/* Returns the sums of the entries of four vectors. */
 TARGET INLINE __m128
 sums_of(const __m512 all[4])
 {
@@ -61,8 +61,9 @@ sums_of(const __m512 all[4])
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* Four rows at a time share what they load of x, and their chains of additions overlap. The chain
-   that a row waits for is one addition to a pointer: popcounts run ahead of it. */
+/* Multiplies four rows at a time: they share the loads of x, and their dependent additions overlap.
+   Within a row each step depends on the one before only by an addition to a pointer; popcounts are
+   computed ahead. */
 TARGET INLINE void
 dots_of(int count, int dtype, int masked, const uint64_t *const mask[4],
         const void *const values[4], int64_t words, const float *x, float *out)
@@ -167,7 +168,7 @@ dense(int dtype, const uint64_t *mask, const void *values, int64_t words, void *
     default: return function(SOME, __VA_ARGS__);  \
     }
 
-/* Four rows of W times six of x: 24 sums in registers, ten loads for 24 products. */
+/* Four rows of W times six rows of x: 24 sums in registers, ten loads for 24 products. */
 #define TILE(target, name, number, vector, load, product)                                   \
     target INLINE void name##_of(int count, const number *rows, const number *x,            \
                                  int64_t columns, float *out)                               \
@@ -200,8 +201,8 @@ dense(int dtype, const uint64_t *mask, const void *values, int64_t words, void *
 
 TILE(TARGET, tile, float, __m512, _mm512_loadu_ps, _mm512_fmadd_ps)
 
-/* To the nearest, of two that are equally near to the even one. Where all upper bits of a NaN are
-   set it would become zero, which products with scales of 16 bits cannot be. */
+/* Rounds to bfloat16: to nearest, ties to even. A NaN whose upper bits are all set would become
+   zero, but products with 16-bit scales are never such a NaN. */
 TARGET INLINE __m256i
 rounded(__m512 value)
 {
@@ -226,13 +227,13 @@ put(int dtype, __m512 value, __mmask16 some, void *out)
         _mm256_mask_storeu_epi16(out, some, narrowed(dtype, value));
 }
 
-/* Where an integer of four bits is, counted in bytes and bits from one at an even place. */
+/* Byte and bit offset of each 4-bit integer, counted from an integer with an even index. */
 static const uint16_t byte_of[33] = {0, 0, 1,  1,  2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7, 8,
                                      8, 9, 9,  10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 16};
 static const uint16_t bit_of[33] = {0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0,
                                     4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0};
 
-/* 32 integers of four bits, in the lower bits of words. */
+/* Unpacks 32 4-bit integers to 16-bit words; the upper bits of these are not cleared. */
 TARGET INLINE __m512i
 nibbles(const uint8_t *packed, int64_t place)
 {
@@ -249,7 +250,7 @@ scaled_of(__m512i integers, int zero, float scale)
     return _mm512_mul_ps(_mm512_cvtepi32_ps(integers), _mm512_set1_ps(scale));
 }
 
-/* Of four bits there are sixteen values, which integers choose from. */
+/* 4-bit integers have only sixteen values per group: they are looked up in a vector. */
 TARGET INLINE void
 scaled(int dtype, int bits, const uint8_t *packed, int64_t place, int64_t count, int zero,
        float scale, void *out)
@@ -273,7 +274,7 @@ scaled(int dtype, int bits, const uint8_t *packed, int64_t place, int64_t count,
         }
         return;
     }
-    /* Twice, as the fifth bit of a word is the next integer's. */
+    /* The table holds the values twice: an index's fifth bit belongs to the next integer. */
     __m512i table = _mm512_broadcast_i64x4(narrowed(dtype, values));
     for (int64_t i = 0; i < count; i += 64)
         for (int half = 0; half < 64; half += 32) {
@@ -330,9 +331,9 @@ order(int dtype, float *x, int64_t words)
     }
 }
 
-/* With products of pairs of bfloat16 (BF16: Intel since Cooper Lake, AMD since Zen 4), two
-   bfloat16 rows need not become float32: a product and a sum of 32 columns are one instruction.
-   Rows and x are in the order of columns. It takes what is less than 2 ** -126 as zero. */
+/* With the BF16 extension (Intel since Cooper Lake, AMD since Zen 4) two bfloat16 rows need not be
+   converted to float32: one instruction multiplies and adds 32 columns. Rows and x have the normal
+   order of columns. The instruction treats numbers below 2 ** -126 as zero. */
 #define BF16_TARGET __attribute__((target(FEATURES ",avx512bf16")))
 
 BF16_TARGET INLINE __m512
@@ -358,7 +359,7 @@ pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *c
         UNROLL for (int half = 0; half < 2; half++) {
             __m512i w[4];
             UNROLL for (int row = 0; row < 4; row++) {
-                uint32_t some = 0; /* from memory, as there are not enough registers */
+                uint32_t some = 0; /* read from memory each time: there are too few registers */
                 if (masked)
                     memcpy(&some, (const uint8_t *)(mask[row] + word) + 4 * half, 4);
                 w[row] = masked ? expanded(some, at[row]) : _mm512_loadu_si512(at[row]);
@@ -375,8 +376,9 @@ pair_dots_of(int count, int masked, const uint64_t *const mask[4], const void *c
         _mm_storeu_ps(out + 4 * i, sums_of(sums[i]));
 }
 
-/* More streams of values than two are read more slowly, which one row of x waits for. All products
-   add columns in the same order, so that a row of x gives the same bits whatever is beside it. */
+/* With one row of x the speed is limited by memory, and two streams of values are read faster than
+   four. All products add the columns in the same order, so that the result for a row of x has the
+   same bits whichever rows are multiplied with it. */
 BF16_TARGET INLINE void
 pair_dot_of(int masked, const uint64_t *const mask[2], const void *const values[2], int64_t words,
             const uint16_t *x, float *out)

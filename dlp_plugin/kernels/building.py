@@ -1,4 +1,7 @@
-"""Compiles the kernels: when a wheel is built, or once at first use. Standard library alone."""
+"""Compiles the kernels when a wheel is built, or once at first use.
+
+It imports nothing but the standard library, because it runs during the build too.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +17,32 @@ from pathlib import Path
 __all__ = ["FLAGS", "cached_name", "compile_to", "digest", "sources"]
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden")
-"""Any processor of the machine's family runs the result: functions are chosen at run time."""
+"""Compiler flags. They name no instruction set: the kernels for the CPU are chosen at run time."""
 _PATIENCE = 120  # seconds for a compiler
 
 
 def sources() -> list[Path]:
-    """The files in C, without their headers."""
+    """List the C files, without their headers."""
     return sorted(Path(__file__).parent.glob("*.c"))
 
 
 def digest() -> str:
-    """What tells a library of these sources from one of others."""
+    """Hash the C sources and compiler flags, to recognize a library that was built from them."""
     files = sorted(Path(__file__).parent.glob("*.[ch]"))
     text = b"".join(path.name.encode() + path.read_bytes() for path in files)
     return sha256(text + " ".join(FLAGS).encode()).hexdigest()[:16]
 
 
 def cached_name() -> str:
-    """The library's file in a cache that machines and versions may share."""
+    """Return the library's file name in the cache, unique per version, system and architecture."""
     return f"kernels-{digest()}-{platform.system()}-{platform.machine()}.so"
 
 
 def compile_to(target: Path) -> str | None:
-    """Write the library with the first compiler that can.
+    """Compile the library with the first compiler that succeeds.
 
-    :param target: to be written
-    :return: None, or what went wrong in a few words
+    :param target: file to write
+    :return: None on success, otherwise what went wrong in a few words
     """
     said = "there is no C compiler"
     for compiler in _compilers():
@@ -58,7 +61,7 @@ def compile_to(target: Path) -> str | None:
 
 
 def _compilers() -> Iterator[list[str]]:
-    """The system's, and the one that comes as a package."""
+    """Yield the commands of the system's compilers, then that of the package ``ziglang``."""
     for name in ("cc", "gcc", "clang"):
         path = shutil.which(name)
         if path:

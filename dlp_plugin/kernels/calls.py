@@ -1,4 +1,4 @@
-"""Calls of the library with tensors that are looked at before."""
+"""Calls the C library, after checking the tensors that it gets."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from dlp_plugin.kernels.library import Weight, chosen, library, parallel
 __all__ = ["run_expand", "run_multiply"]
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-# A layout to where its tensors lay when they were looked at, and what the library is told.
+# Layout to the addresses and dtypes of its tensors when they were checked, and the C struct.
 _known: WeakKeyDictionary[Layout, tuple[list[tuple[int, torch.dtype]], Weight]] = (
     WeakKeyDictionary()
 )
 
 
 def run_multiply(layout: Layout, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write ``x W^T + bias``.
+    """Compute ``x W^T + bias``.
 
+    :param layout: of W
     :param x: contiguous ``[rows, in]``, of few rows
     :param bias: contiguous float32 ``[out]``
-    :param out: contiguous ``[rows, out]``, of the dtype of ``x``
-    :raises ValueError: if the layout's tensors are not what they were
-    :raises MemoryError: if there is none for what is in between
+    :param out: contiguous ``[rows, out]``, of the dtype of ``x``; it gets the result
+    :raises ValueError: if the layout's tensors have changed shape, dtype or device
+    :raises MemoryError: if there is no memory for intermediate results
     """
     done = library().dlp_multiply(
         ctypes.byref(_weight(layout)),
@@ -44,11 +45,15 @@ def run_multiply(layout: Layout, x: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 def run_expand(layout: Layout, first: int, last: int, out: Tensor) -> None:
-    """Write rows of the weight with their zeros.
+    """Expand rows of the weight to dense rows.
 
-    :param out: contiguous ``[last - first, in]``, of the weight's dtype or float32
-    :raises ValueError: if the layout's tensors are not what they were
-    :raises MemoryError: if there is none for what is in between
+    :param layout: of the weight
+    :param first: index of the first row
+    :param last: index after the last row
+    :param out: contiguous ``[last - first, in]``, of the weight's dtype or float32; it gets the
+        result
+    :raises ValueError: if the layout's tensors have changed shape, dtype or device
+    :raises MemoryError: if there is no memory for intermediate results
     """
     done = library().dlp_expand(
         ctypes.byref(_weight(layout)),
@@ -64,7 +69,7 @@ def run_expand(layout: Layout, first: int, last: int, out: Tensor) -> None:
 
 
 def _weight(layout: Layout) -> Weight:
-    """What the library is told of a weight: made when its tensors are new, or lie elsewhere."""
+    """Return the C struct of a weight; it is made anew if its tensors are new or have moved."""
     places = [(one.data_ptr(), one.dtype) for one in layout.tensors.values()]
     known = _known.get(layout)
     if known is None or known[0] != places:
@@ -80,7 +85,7 @@ def _described(layout: Layout) -> Weight:
     whole = all(one.is_contiguous() for one in tensors.values())
     if found != tensors_of(spec) or where != {"cpu"} or not whole:
         raise ValueError(
-            f"the tensors of packed weights are {found} in place of {tensors_of(spec)}: keep them "
+            f"the tensors of packed weights are {found} instead of {tensors_of(spec)}: keep them "
             "as they were loaded"
         )
     rows, columns = spec.shape

@@ -1,4 +1,4 @@
-"""Stored Linears one below the other are a stored Linear. This module needs torch alone."""
+"""Joins packed Linears by rows into one packed Linear. This module imports nothing but torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ Filed = tuple[Stored, Mapping[str, Tensor]]
 
 
 def joined_parts(linears: Sequence[Filed]) -> tuple[Stored, dict[str, Tensor]]:
-    """Linears one below the other, as they are stored.
+    """Concatenate packed Linears by rows.
 
-    :param linears: of the same columns, dtype and bits, none of them planes, whose parts are what
-        they should be
+    :param linears: how each Linear is stored, and its checked parts. All have the same number of
+        columns, dtype and bits; kind ``planes`` is not allowed
+    :return: how the result is stored, and its parts by local names
     """
     first = linears[0][0]
     shape = sum(stored.shape[0] for stored, _ in linears), first.shape[1]
@@ -56,8 +57,8 @@ def _mask(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
 def _integers(linears: Sequence[Filed], parts: dict[str, Tensor]) -> tuple[int, bool]:
     """Put integers, scales and zero points into ``parts``.
 
-    :return: the size of their groups, which are as small as the smallest, and whether they are
-        symmetric
+    :return: the common group size, which divides the group sizes of all Linears, and whether the
+        result is symmetric
     """
     bits, columns = linears[0][0].bits, linears[0][0].shape[1]
     held = [found for _, found in linears]
@@ -82,7 +83,7 @@ def _integers(linears: Sequence[Filed], parts: dict[str, Tensor]) -> tuple[int, 
 
 
 def _zero(stored: Stored, parts: Mapping[str, Tensor]) -> Tensor:
-    """Unsigned zero points, uint8 ``[out, groups]``."""
+    """Return the unsigned zero points, uint8 ``[out, groups]``."""
     if stored.symmetric:
         middle = 1 << (stored.bits - 1)
         return torch.full_like(parts["weight_scale"], middle, dtype=torch.uint8)

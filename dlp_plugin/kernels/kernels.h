@@ -1,9 +1,9 @@
-/* What the kernels work on, and what each processor's file provides.
+/* The data that the kernels work on, and the functions that each processor's file provides.
 
-   A row of a weight is its mask, 64 columns a word, and the values that the mask marks, one after
-   another. A row of integers is first unpacked to such values, in a buffer that stays in the
-   cache; so every kind is multiplied by the same loops. Values may be read up to one vector past
-   their end: the tensors are padded, and so are the buffers. */
+   A row of a weight consists of its mask, 64 columns per word, and of the values that the mask
+   marks, one after the other. A row of integers is first unpacked to such values, in a buffer that
+   stays in the cache. So all kinds are multiplied by the same loops. Loads may read up to one
+   vector past the end of the values: tensors and buffers are padded for that. */
 #ifndef DLP_KERNELS_H
 #define DLP_KERNELS_H
 
@@ -15,61 +15,62 @@
 #error "packed weights are read as little-endian words"
 #endif
 
-/* Sums stay in registers only where the loops over them are unrolled. */
+/* Compilers keep sums in registers only if the loops over them are unrolled. */
 #define UNROLL _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
 
-/* Software prefetch runs this many bytes ahead of what is read. The processor's own prefetchers
-   end at a page of 4 kB and see no pattern in steps that depend on the mask: without it a core
-   waits for memory most of its time. */
+/* Software prefetch runs this many bytes ahead of the reads. The hardware prefetchers stop at the
+   end of a 4 kB page, and cannot predict steps that depend on the mask. Without software prefetch
+   a core mostly waits for memory. */
 #define AHEAD 2048
 
-#define SPARE 64 /* entries past the end of a buffer that vectors may touch */
-#define FEW 4  /* rows of x for which values are expanded in registers */
-#define SOME 6 /* the same where bfloat16 is multiplied by bfloat16 */
+#define SPARE 64 /* padding of buffers, in entries, because vectors may reach past the end */
+#define FEW 4  /* largest number of rows of x for which values are expanded in registers */
+#define SOME 6 /* the same for products of bfloat16 with bfloat16 */
 
 enum { BF16, FP16, FP32 }; /* dtypes */
 
 typedef struct {
     int64_t rows, columns;
-    int64_t words;          /* of 64 columns, a row */
-    const uint64_t *mask;   /* [rows][words], or NULL where all are stored */
-    const int64_t *starts;  /* [rows + 1], of each row's first value; NULL with mask */
-    const uint8_t *packed;  /* values, or integers */
-    const void *scale;      /* of integers, [rows][groups] */
-    const uint8_t *zero;    /* of integers, [rows][groups], or NULL: in the middle */
+    int64_t words;          /* per row of the mask, 64 columns each */
+    const uint64_t *mask;   /* [rows][words]; NULL if all columns are stored */
+    const int64_t *starts;  /* [rows + 1], index of each row's first value; NULL if mask is */
+    const uint8_t *packed;  /* values or integers */
+    const void *scale;      /* of integers: [rows][groups] */
+    const uint8_t *zero;    /* of integers: [rows][groups]; NULL for 2 ** (bits - 1) */
     int64_t groups;
-    int32_t bits;           /* of integers, 4 or 8; 0 for values */
-    int32_t dtype;          /* of the values, or of the scales */
+    int32_t bits;           /* of integers: 4 or 8; 0 for values */
+    int32_t dtype;          /* of the values or scales */
 } Weight;
 
-/* One processor's functions. Expanded rows and x are float32 of 64 * words columns, zero where
-   nothing is stored and past the last column, in an order that is the processor's own. */
+/* The functions of one processor. Expanded rows and x are float32 with 64 * words columns. They are
+   zero where nothing is stored, and past the last column. Each processor has its own order of
+   columns in them. */
 typedef struct {
     void (*widen)(int dtype, const void *in, int64_t count, float *out);
     void (*narrow)(int dtype, const float *in, int64_t count, void *out);
-    /* Brings x from the order of columns to that of expanded rows. */
+    /* Reorders x from the normal order of columns to the order of expanded rows. */
     void (*order)(int dtype, float *x, int64_t words);
-    /* A row's values (integer - zero) * scale, rounded to the dtype. */
+    /* Writes a row's values (integer - zero) * scale, rounded to the dtype. */
     void (*unpack)(const Weight *weight, int64_t row, const float *scales, void *out);
-    /* Products of four rows with count rows of x, at most FEW, of which every word of the first
-       comes before that of the second: out[4 * row of x + row]. Without masks all columns are
-       stored. */
+    /* Writes the products of four rows with count <= FEW rows of x to out[4 * row of x + row].
+       The rows of x are interleaved: each word's 64 columns of all rows, then the next word's. If
+       the masks are NULL, all columns are stored. */
     void (*dots)(int dtype, const uint64_t *const mask[4], const void *const values[4],
                  int64_t words, const float *x, int64_t count, float *out);
     void (*expand)(int dtype, const uint64_t *mask, const void *values, int64_t words, float *out);
-    /* Products of four expanded rows with count rows of x: out[4 * row of x + row]. */
+    /* Writes the products of four expanded rows with count rows of x to out[4 * row of x + row]. */
     void (*tile)(const float *rows, const float *x, int64_t count, int64_t words, float *out);
-    /* A row with its zeros, of the dtype of its values, in the order of columns. */
+    /* Writes a row with its zeros, in the dtype of its values and the normal order of columns. */
     void (*dense)(int dtype, const uint64_t *mask, const void *values, int64_t words, void *out);
-    /* As dots, of bfloat16 with bfloat16, both in the order of columns: of two rows with one of x;
-       or NULL. */
+    /* Like dots, for two bfloat16 rows with one bfloat16 row of x, both in the normal order of
+       columns. This function and the next two are NULL if the processor has no such products. */
     void (*pair_dot)(const uint64_t *const mask[2], const void *const values[2], int64_t words,
                      const uint16_t *x, float *out);
-    /* The same of four rows with at most SOME of x. */
+    /* Like pair_dot, for four rows with count <= SOME rows of x. */
     void (*pair_dots)(const uint64_t *const mask[4], const void *const values[4], int64_t words,
                       const uint16_t *x, int64_t count, float *out);
-    /* As tile, of the same. */
+    /* Like tile, for bfloat16 rows and x in the normal order of columns. */
     void (*pair_tile)(const uint16_t *rows, const uint16_t *x, int64_t count, int64_t words,
                       float *out);
 } Kernels;
@@ -81,7 +82,7 @@ extern const Kernels avx512_kernels;
 extern const Kernels avx512bf16_kernels;
 #endif
 
-/* Call a function whose first arguments are constants, so that it is compiled for each. */
+/* Calls a function with constants as first arguments, so that it is compiled for each of them. */
 #define FOR_EACH(function, dtype, masked, ...)                           \
     switch (2 * (dtype) + !!(masked)) {                                  \
     case 2 * BF16: return function(BF16, 0, __VA_ARGS__);                \
@@ -106,14 +107,14 @@ mask_of(const Weight *weight, int64_t row)
     return weight->mask ? weight->mask + row * weight->words : NULL;
 }
 
-/* The place of a row's first value among those that are stored. */
+/* The index of a row's first value among all stored values. */
 INLINE int64_t
 start_of(const Weight *weight, int64_t row)
 {
     return weight->mask ? weight->starts[row] : row * weight->columns;
 }
 
-/* How many columns from first to last, not included, are stored. */
+/* The number of stored columns from first to last, last not included. */
 INLINE int64_t
 ones(const uint64_t *mask, int64_t first, int64_t last)
 {
@@ -134,7 +135,7 @@ ones(const uint64_t *mask, int64_t first, int64_t last)
     return count;
 }
 
-/* The order of processors that expand in that of columns. */
+/* The order function of processors whose expanded rows have the normal order of columns. */
 INLINE void as_it_is(int dtype, float *x, int64_t words) { (void)dtype, (void)x, (void)words; }
 
 INLINE int size_of(int dtype) { return dtype == FP32 ? 4 : 2; }

@@ -1,21 +1,21 @@
-"""A packed Linear as the kernels run it: checked, padded, with the start of every row.
+"""The execution layout: a packed Linear in the form that the kernels read.
 
-A :class:`Layout` is plain tensors and what they mean, so that an engine may keep the tensors as
-buffers of a module and build the layout again from them. The tensors are those of the file
-(:mod:`dlp_plugin.checkpoints.sparse_format`) under shorter names:
+A :class:`Layout` consists of tensors and a description of them. So an engine can keep the tensors
+as buffers of a module, and make the layout from them again. The tensors are those of the file
+(:mod:`dlp_plugin.checkpoints.sparse_format`) with these changes:
 
-- ``mask`` uint8 ``[out, bytes]``, a row of whole words of 64 bits, and ``starts`` int64
-  ``[out + 1]``, the place of each row's first weight among those that are stored, and their end;
-- ``values``, or ``integers``, with 64 entries more than there are, as the kernels load whole
-  vectors;
-- ``scale`` and, of integers that are not symmetric, ``zero`` uint8 ``[out, groups]``.
+- ``mask`` uint8 ``[out, bytes]``: rows are padded to whole words of 64 bits;
+- ``starts`` int64 ``[out + 1]``: index of each row's first kept weight, and the number of all
+  kept weights at the end;
+- ``values`` or ``integers``: padded by 64 entries, because the kernels load whole vectors;
+- ``scale`` and, for integers that are not symmetric, ``zero`` uint8 ``[out, groups]``.
 
-There are no planes: they are made values here. At 70 % that is 0.36 of bfloat16's bytes for 0.29,
-and a product takes 0.75 of the time, as planes ask for more instructions: 0.96 ms for 1.27, of
-4096 x 4096 beyond the caches, one row, with one thread of AVX-512 (EPYC Zen 4), and 0.57 for 0.76
-with both cores of that machine.
+Kind ``planes`` is converted to ``values``, because planes need more instructions. At 70 % sparsity
+this takes 0.36 of bfloat16's bytes instead of 0.29, but a product takes 0.75 of the time: 0.96
+instead of 1.27 ms with one thread, 0.57 instead of 0.76 ms with two (4096 x 4096, larger than the
+caches, one row of inputs, AVX-512 on a 2-core EPYC Zen 4).
 
-The dense weight is never whole in memory but in :func:`dense`. This module needs torch alone.
+Only :func:`dense` makes the whole dense weight. This module imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ __all__ = [
     "tensors_of",
 ]
 
-_PAD = 64  # entries past the end: what the widest vector may load of them
+_PAD = 64  # entries that the widest vector load may read past the end
 _WORD = 8  # bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A Linear's weight ``[out, in]`` as the kernels run it.
+    """A Linear's weight ``[out, in]`` in the form that the kernels read.
 
-    :param spec: what the tensors mean: hashable, and JSON by ``spec.to_config()``
-    :param tensors: local names to contiguous tensors, of the shapes that :func:`tensors_of` tells;
-        they come from this module's functions, which look at every value that is followed
+    Make it with the functions of this module: they check every value that kernels use as an index.
+
+    :param spec: how the weight is stored; hashable, and JSON by ``spec.to_config()``
+    :param tensors: local names to contiguous tensors, of the shapes that :func:`tensors_of` returns
     """
 
     spec: Stored
@@ -64,12 +65,16 @@ class Layout:
 
     @cached_property
     def said(self) -> str:
-        """The ``spec`` as text, for operators that take nothing but tensors and text."""
+        """The ``spec`` as JSON, because torch operators take tensors and strings only."""
         return dumps(self.spec.to_config())
 
 
 def tensors_of(spec: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Local name of every tensor of a layout to its shape and dtype."""
+    """Return the shapes and dtypes of a layout's tensors.
+
+    :param spec: how the weight is stored, not as ``planes``
+    :return: local name of every tensor to its shape and dtype
+    """
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     count, width = spec.shape
     if spec.masked:
@@ -87,17 +92,15 @@ def tensors_of(spec: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def layout_of(stored: Stored, parts: Mapping[str, Tensor], name: str = "") -> Layout:
-    """What the kernels run, of the parts of a packed Linear.
+    """Make the layout of a packed Linear.
 
-    Every part is looked at first, so that no file, however made, has a kernel read outside its
-    tensors.
+    Every part is checked first, so that no file can make a kernel read outside its tensors.
 
-    :param stored: as :meth:`Stored.from_config` gives it
+    :param stored: as :meth:`Stored.from_config` returns it
     :param parts: local names to tensors, as the file has them
     :param name: the Linear's full name, for errors
-    :raises ValueError: in one line that names the Linear and the part, if one is missing or has
-        another shape or dtype than ``stored`` says, the mask marks another number of weights, an
-        index is outside the table, or bits that are nobody's are not zero
+    :return: the layout
+    :raises ValueError: as :func:`dlp_plugin.checkpoints.sparse_format.decode` does
     """
     checked(stored, parts, name)
     tensors: dict[str, Tensor] = {}
@@ -105,7 +108,7 @@ def layout_of(stored: Stored, parts: Mapping[str, Tensor], name: str = "") -> La
         mask = parts["weight_packed"]
         counts = ones(mask)
         if int(counts.sum()) != stored.kept:
-            said = f"marks another number of weights than the {stored.kept} that are stored"
+            said = f"marks {int(counts.sum())} weights, but {stored.kept} are stored"
             raise broken(name, "weight_packed", said)
         tensors["mask"] = pad(mask, (0, -mask.shape[1] % _WORD))
         tensors["starts"] = pad(counts.cumsum(0), (1, 0))
@@ -123,18 +126,22 @@ def layout_of(stored: Stored, parts: Mapping[str, Tensor], name: str = "") -> La
 
 
 def dense(layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight ``[out, in]`` again, to the bits that decoding the file gives.
+    """Decode a layout to the same bits as decoding the file.
 
-    :param dtype: what to convert to at the end; by default it is ``layout.spec.dtype``
+    :param layout: of the weight
+    :param dtype: of the result; ``layout.spec.dtype`` by default
+    :return: ``[out, in]``
     """
     return decode(layout.spec, _filed(layout), dtype)
 
 
 def parts_of(layout: Layout, smallest: bool = True) -> tuple[Stored, dict[str, Tensor]]:
-    """What a packed file holds of the Linear: :func:`layout_of` turned back.
+    """Convert a layout back to the parts of a packed file; the inverse of :func:`layout_of`.
 
-    :param smallest: whether what can be planes is, as :func:`~.sparse_format.encode` has it;
-        otherwise parts are the layout's own memory, but for zero points
+    :param layout: of the weight
+    :param smallest: whether to use kind ``planes`` if possible, as :func:`~.sparse_format.encode`
+        does. Otherwise the parts share the layout's memory, except for zero points
+    :return: how the Linear is stored, and its parts by local names
     """
     stored, parts = layout.spec, _filed(layout)
     if smallest and stored.kind == "values" and stored.dtype == torch.bfloat16:
@@ -147,27 +154,37 @@ def parts_of(layout: Layout, smallest: bool = True) -> tuple[Stored, dict[str, T
 
 
 def rows(layout: Layout, first: int, last: int) -> Layout:
-    """Rows of a weight: ``weight[first:last]``.
+    """Take rows out of a weight, as ``weight[first:last]`` does.
 
-    :raises ValueError: if there are no such rows
+    :param layout: of the weight
+    :param first: index of the first row
+    :param last: index after the last row
+    :return: layout of the rows
+    :raises ValueError: if the weight does not have these rows
     """
     return _cut(layout, 0, first, last)
 
 
 def columns(layout: Layout, first: int, last: int) -> Layout:
-    """Columns of a weight, packed anew: ``weight[:, first:last]``.
+    """Take columns out of a weight, as ``weight[:, first:last]`` does.
 
-    Columns may begin or end inside a group of integers: groups become as small as that needs.
+    If the columns begin or end inside a group of integers, groups are split into smaller ones.
 
-    :raises ValueError: if there are no such columns
+    :param layout: of the weight
+    :param first: index of the first column
+    :param last: index after the last column
+    :return: layout of the columns
+    :raises ValueError: if the weight does not have these columns
     """
     return _cut(layout, 1, first, last)
 
 
 def joined(layouts: Sequence[Layout]) -> Layout:
-    """Weights one below the other, such as q, k and v: ``torch.cat(weights)``.
+    """Concatenate weights by rows, as ``torch.cat(weights)`` does, for instance q, k and v.
 
-    :raises ValueError: if there is none, or they differ in columns, in dtype, or in bits
+    :param layouts: of the weights, at least one
+    :return: layout of the result
+    :raises ValueError: if there are none, or they differ in number of columns, dtype or bits
     """
     alike = {(one.spec.shape[1], one.spec.dtype, one.spec.bits) for one in layouts}
     if len(alike) != 1:
@@ -177,7 +194,8 @@ def joined(layouts: Sequence[Layout]) -> Layout:
             for one in layouts
         )
         raise ValueError(
-            f"weights that are joined have the same columns, dtype and bits, not {said or 'none'}"
+            "weights can be joined only if they have the same number of columns, dtype and bits; "
+            f"got {said or 'none'}"
         )
     return layout_of(*joined_parts([(one.spec, _filed(one)) for one in layouts]))
 
@@ -191,7 +209,7 @@ def _cut(layout: Layout, dim: int, first: int, last: int) -> Layout:
 
 
 def _filed(layout: Layout) -> dict[str, Tensor]:
-    """The parts of the file, of one whose kind is that of the layout; most of them are views."""
+    """Return the parts of a packed file of the layout's own kind; most of them are views."""
     spec, tensors = layout.spec, layout.tensors
     parts: dict[str, Tensor] = {}
     for part, shape in spec.part_shapes().items():

@@ -1,8 +1,9 @@
-"""The kernels' library in C: packaged, or built once, or missing.
+"""Finds and loads the kernels' C library: from the wheel, or built at first use.
 
-It is loaded by ctypes and knows neither Python nor torch, so that one serves every version of
-both. It has no threads of its own: it is given ``GOMP_parallel`` of the OpenMP that torch has
-loaded. The variable ``DLP_KERNELS`` holds it to less than the processor has.
+It is loaded by ctypes and does not link against Python or torch, so that one library works with
+all versions of both. It starts no threads of its own, but uses those of torch: it is passed the
+address of ``GOMP_parallel`` in the OpenMP library that torch uses. The environment variable
+``DLP_KERNELS`` selects older instruction sets than the processor has, or turns the kernels off.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ __all__ = ["VARIABLE", "Weight", "chosen", "library", "missing", "parallel"]
 VARIABLE = "DLP_KERNELS"
 _OFF = "off"
 _PORTABLE = "portable"
-_LEVELS = (_PORTABLE, "avx2", "avx512", "avx512bf16")  # as the library counts them
+_LEVELS = (_PORTABLE, "avx2", "avx512", "avx512bf16")  # indices as in kernels_of() of products.c
 _PACKAGED = "_products.so"
 
 
 class Weight(ctypes.Structure):
-    """``Weight`` of ``kernels.h``."""
+    """The C struct ``Weight`` of ``kernels.h``."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "columns", "words")),
@@ -41,9 +42,10 @@ class Weight(ctypes.Structure):
 
 
 def missing() -> str | None:
-    """None where there is a library; otherwise, in one sentence, why not and what to do.
+    """Say why the kernels cannot be used.
 
-    :raises ValueError: if ``DLP_KERNELS`` is none of what it may be
+    :return: None if they can; otherwise the reason and what to do, in one sentence
+    :raises ValueError: if ``DLP_KERNELS`` has an invalid value
     """
     if os.environ.get(VARIABLE) == _OFF:
         return f"the kernels are turned off by {VARIABLE}={_OFF}: unset it"
@@ -60,17 +62,18 @@ def missing() -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """The library, once :func:`missing` says that there is one."""
+    """Return the library; call it only if :func:`missing` returns None."""
     found = _found()
     assert not isinstance(found, str)
     return found
 
 
 def chosen() -> int | None:
-    """The number by which the library knows the processor's kernels, or those it is held to.
+    """Return the number of the kernels to use: those of ``DLP_KERNELS``, or the processor's best.
 
-    :return: None where there is no library, or it is turned off
-    :raises ValueError: if ``DLP_KERNELS`` names none, or one that the processor cannot run
+    :return: index as in ``kernels_of()`` of products.c; None if there is no library or it is
+        turned off
+    :raises ValueError: if ``DLP_KERNELS`` is unknown, or the processor cannot run these kernels
     """
     return _level(os.environ.get(VARIABLE, ""))
 
@@ -84,7 +87,7 @@ def _level(name: str) -> int | None:
         return best
     if name not in _LEVELS[: best + 1]:
         allowed = ", ".join((*_LEVELS[: best + 1], _OFF))
-        raise ValueError(f"{VARIABLE} is {name}, and here it may be one of {allowed}")
+        raise ValueError(f"{VARIABLE} is {name}, but on this processor it may be one of {allowed}")
     return _LEVELS.index(name)
 
 
@@ -96,7 +99,7 @@ def _found() -> ctypes.CDLL | str:
 
 
 def _built(wanted: str) -> ctypes.CDLL | str:
-    """The library of the cache, put there by the first process that wants it."""
+    """Load the library from the cache; the first process that needs it builds it there."""
     hint = "set XDG_CACHE_HOME to a folder that can be written, or reinstall with a C compiler"
     try:
         cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -107,10 +110,10 @@ def _built(wanted: str) -> ctypes.CDLL | str:
             with FileLock(target.with_suffix(".lock")):
                 said = None if target.exists() else _build(target)
             if said:
-                return f"no kernels are built, as {said}: install a C compiler or ziglang"
+                return f"the kernels cannot be built: {said}; install a C compiler or ziglang"
     except (OSError, RuntimeError) as error:
-        return f"no kernels are built, as their folder cannot be written ({error}): {hint}"
-    return _load(target, wanted) or f"{target} cannot be loaded: delete it, and it is built again"
+        return f"the kernels' folder cannot be written ({error}): {hint}"
+    return _load(target, wanted) or f"{target} cannot be loaded: delete it to have it built again"
 
 
 def _build(target: Path) -> str | None:
@@ -123,7 +126,7 @@ def _build(target: Path) -> str | None:
 
 
 def _load(path: Path, wanted: str) -> ctypes.CDLL | None:
-    """A library, if it is there, runs here, and is of these sources."""
+    """Load a library; None if it is missing, does not run here, or has other sources."""
     if not path.exists():
         return None
     try:
@@ -148,10 +151,13 @@ def _load(path: Path, wanted: str) -> ctypes.CDLL | None:
 
 @cache
 def parallel() -> int | None:
-    """The address of ``GOMP_parallel`` that torch calls; None where it has none: one thread."""
+    """Return the address of the ``GOMP_parallel`` that torch calls.
+
+    :return: None if there is none; then the kernels use one thread
+    """
     suffix = "dylib" if sys.platform == "darwin" else "so"
-    # In the order of the system's linker: what was loaded for all, then what torch names. So it is
-    # what torch calls, also where an engine has brought a second OpenMP, or one is preloaded.
+    # Search as the dynamic linker does: global symbols first, then torch's own libraries. So the
+    # result is the one that torch calls, even if a second OpenMP is loaded or preloaded.
     for path in (None, Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"):
         try:
             found = ctypes.CDLL(None if path is None else str(path)).GOMP_parallel

@@ -1,4 +1,4 @@
-/* Any processor with a C compiler: a loop over the bits that are set. */
+/* Kernels for any processor with a C compiler: loops over the bits that are set in the mask. */
 #include "kernels.h"
 
 static float
@@ -6,7 +6,7 @@ of_half(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, bits = half & 0x7fff;
     float found;
-    if (bits < 0x400) { /* zero, or less than the smallest with a leading one */
+    if (bits < 0x400) { /* zero or subnormal */
         found = (float)bits * 0x1p-24f;
         memcpy(&bits, &found, 4);
     } else {
@@ -28,7 +28,7 @@ to_half(float value)
         return sign | 0x7e00;
     if (bits >= 0x47800000) /* 65536 and more */
         return sign | 0x7c00;
-    if (bits < 0x38800000) { /* the sum's last bits are multiples of 2 ** -24 */
+    if (bits < 0x38800000) { /* subnormal: adding 0.5 rounds to multiples of 2 ** -24 */
         float sum;
         memcpy(&sum, &bits, 4);
         sum += 0.5f;
@@ -84,7 +84,7 @@ sum_of(const float sums[8])
     return first + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-/* One row of x at a time: a sum for each place of four, so that additions do not wait for one
+/* Multiplies one row of x at a time, with four sums, so that additions need not wait for one
    another. */
 INLINE void
 dots_of(int dtype, int masked, const uint64_t *const mask[4], const void *const values[4],
@@ -144,7 +144,7 @@ dense(int dtype, const uint64_t *mask, const void *values, int64_t words, void *
             memcpy((uint8_t *)out + (64 * word + __builtin_ctzll(bits)) * size, from, (size_t)size);
 }
 
-/* Eight sums a product, which compilers make vectors of. */
+/* Eight sums per product, which compilers turn into vectors. */
 static void
 tile(const float *rows, const float *x, int64_t count, int64_t words, float *out)
 {

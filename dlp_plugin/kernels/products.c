@@ -1,36 +1,36 @@
-/* Entry points: rows are dealt to threads, and every row is summed by one of them, always in the
-   same order. So a product is the same to the bit for any number of threads. */
+/* The entry points of the library. Rows are divided among threads. One thread sums a row, always in
+   the same order, so that the bits of a product do not depend on the number of threads. */
 #include <stdlib.h>
 
 #include "kernels.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define CHUNK 256 /* the most rows that a thread takes at a time */
+#define CHUNK 256 /* largest number of rows that a thread takes at a time */
 
-/* GOMP_parallel of the OpenMP that torch has brought, so that its threads are used. */
+/* GOMP_parallel of the OpenMP that torch uses, to share its threads. */
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 typedef struct {
     const Weight *weight;
     const Kernels *kernels;
-    int64_t first, last; /* rows */
+    int64_t first, last; /* rows of the weight */
     const void *x;       /* float32 in the kernels' order, or bfloat16 if pairs */
     int pairs;           /* whether bfloat16 is multiplied by bfloat16 */
-    int64_t block;       /* of how many rows of x words lie beside one another */
-    int64_t count;       /* rows of x; 0: rows of the weight are written with their zeros */
+    int64_t block;       /* number of rows of x that are interleaved by words */
+    int64_t count;       /* rows of x; 0: expand rows of the weight instead of multiplying */
     const float *bias;   /* or NULL */
     void *out;
     int dtype;           /* of out */
     int64_t chunk;       /* rows that a thread takes at a time, a multiple of four */
-    int64_t next;        /* the first that nobody has taken */
+    int64_t next;        /* first row that no thread has taken yet */
     int failed;
 } Job;
 
-/* A thread's own memory. */
+/* The buffers of one thread. */
 typedef struct {
-    void *values[4]; /* of rows of integers */
+    void *values[4]; /* unpacked rows of integers */
     float *scales;
-    float *rows; /* four, expanded */
+    float *rows; /* four expanded rows */
     float *products;
 } Scratch;
 
@@ -49,7 +49,7 @@ kernels_of(int which)
     return &portable_kernels;
 }
 
-/* The best that the processor has, by the numbers of kernels_of. */
+/* The number, as in kernels_of, of the best kernels that the processor can run. */
 EXPORT int
 dlp_best(void)
 {
@@ -67,7 +67,7 @@ dlp_best(void)
     return 0;
 }
 
-/* A row's values, in buffer if they are unpacked. */
+/* Returns a row's values; integers are unpacked into a buffer first. */
 static const void *
 values_of(const Kernels *kernels, const Weight *weight, int64_t row, Scratch *scratch, int buffer)
 {
@@ -80,7 +80,8 @@ values_of(const Kernels *kernels, const Weight *weight, int64_t row, Scratch *sc
     return scratch->values[buffer];
 }
 
-/* Writes sums[rows of x][stride] of rows from first on. */
+/* Adds the bias to sums[rows of x][stride], and writes them as columns first, first + 1, ... of
+   out. */
 static void
 finish(Job *job, const Kernels *kernels, float *sums, int64_t stride, int64_t first, int64_t rows)
 {
@@ -92,8 +93,9 @@ finish(Job *job, const Kernels *kernels, float *sums, int64_t stride, int64_t fi
     }
 }
 
-/* Values are expanded in registers: four rows of the weight at a time, or two, each the next of a
-   run of rows, as software prefetch looks into the rows that follow. */
+/* For few rows of x: expands values in registers, for four or two rows of the weight at a time.
+   Each of these goes through its own run of consecutive rows, so that software prefetch reaches
+   into the row that comes next. */
 static void
 register_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
 {
@@ -130,7 +132,7 @@ register_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
     finish(job, kernels, scratch->products, CHUNK, first, last - first);
 }
 
-/* Several rows of x: four rows of the weight are expanded once and used for all. */
+/* For more rows of x: expands four rows of the weight at a time, and uses them for all of x. */
 static void
 matrix_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
 {
@@ -158,7 +160,7 @@ matrix_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
     }
 }
 
-/* No row of x: rows of the weight with their zeros. */
+/* Writes rows of the weight with their zeros. */
 static void
 dense_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
 {
@@ -180,7 +182,7 @@ dense_chunk(Job *job, Scratch *scratch, int64_t first, int64_t last)
     }
 }
 
-/* Zeros, from the beginning of a line of the cache on. */
+/* Allocates zeros, aligned to a cache line. */
 static void *
 room_for(int64_t entries, int64_t size)
 {
@@ -239,7 +241,8 @@ run(Job *job, int threads, Parallel parallel)
     return job->failed;
 }
 
-/* out[count][rows] = x[count][columns] W^T + bias, of x's dtype. Other than 0: out of memory. */
+/* Computes out[count][rows] = x[count][columns] W^T + bias, in x's dtype. Returns 0, or 1 if there
+   is not enough memory. */
 EXPORT int
 dlp_multiply(const Weight *weight, int which, const void *x, int64_t count, int dtype,
              const float *bias, void *out, int threads, Parallel parallel)
@@ -263,7 +266,7 @@ dlp_multiply(const Weight *weight, int which, const void *x, int64_t count, int 
         if (pairs) {
             memcpy(row, from, (size_t)bytes);
         } else {
-            /* The row before, in another order, has left something there. */
+            /* The reordered row before has left values in the padding. */
             memset((float *)row + weight->columns, 0, (size_t)(columns - weight->columns) * 4);
             kernels->widen(dtype, from, weight->columns, (float *)row);
             kernels->order(weight->dtype, (float *)row, weight->words);
@@ -280,7 +283,8 @@ dlp_multiply(const Weight *weight, int which, const void *x, int64_t count, int 
     return failed;
 }
 
-/* out[last - first][columns]: rows with their zeros, of the weight's dtype or float32. */
+/* Writes rows with their zeros to out[last - first][columns], in the weight's dtype or float32.
+   Returns 0, or 1 if there is not enough memory. */
 EXPORT int
 dlp_expand(const Weight *weight, int which, int64_t first, int64_t last, int dtype, void *out,
            int threads, Parallel parallel)
@@ -290,7 +294,7 @@ dlp_expand(const Weight *weight, int which, int64_t first, int64_t last, int dty
     return run(&job, threads, parallel);
 }
 
-/* Tells the sources that the library was built of. */
+/* Identifies the sources that the library was built from. */
 #ifndef DLP_DIGEST
 #define DLP_DIGEST ""
 #endif

@@ -1,7 +1,7 @@
-"""``x W^T`` with W as it is stored, as an operator that torch knows.
+"""The product ``x W^T`` with a packed W, as a torch operator.
 
-The operator compiles, and has a gradient with respect to ``x`` and the bias; the weight is
-frozen. This module needs torch alone.
+The operator works with ``torch.compile``, and has a gradient with respect to ``x`` and the bias;
+the weight is frozen. This module imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ from dlp_plugin.precision import is_native
 __all__ = ["available", "linear"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_FEW = 64  # rows of x that our own kernels take: torch gains from more of them
-_BLOCK = 1 << 21  # bytes of W that are expanded at a time for more: they stay in the cache
+_FEW = 64  # largest number of rows of x for our own kernels: with more rows torch is faster
+_BLOCK = 1 << 21  # bytes of W that are expanded at a time for torch, so that they fit in the cache
 
 
 def available() -> str | None:
-    """None where kernels run; otherwise, in one sentence, why none does and what to do.
+    """Say why the kernels cannot be used.
 
-    :raises ValueError: if the variable ``DLP_KERNELS`` is none of what it may be
+    :return: None if they can; otherwise the reason and what to do, in one sentence
+    :raises ValueError: if the environment variable ``DLP_KERNELS`` has an invalid value
     """
     return missing()
 
 
 def linear(x: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias``, summed in float32, in the dtype of ``x``.
+    """Compute ``x W^T + bias``, summed in float32.
 
     :param x: ``[..., in]`` on the CPU, in bfloat16, float16 or float32
+    :param layout: of W
     :param bias: ``[out]``
-    :return: ``[..., out]``
-    :raises ValueError: if a tensor is on another device, or of a dtype or shape that cannot be
+    :return: ``[..., out]`` in the dtype of ``x``
+    :raises ValueError: if a tensor is on another device, or has a wrong dtype or shape
     """
     tensors = list(layout.tensors.values())
     devices = {one.device.type for one in (x, *tensors)}
     if devices != {"cpu"}:
         raise ValueError(
-            "packed weights are multiplied on the CPU, and here are tensors on "
+            "packed weights run on the CPU only, but these tensors are on "
             f"{' and '.join(sorted(devices))}: load the dense model for other devices"
         )
     if not _is_plain(x, bias):
@@ -58,9 +60,9 @@ def linear(x: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nobody but the kernel need know of a product.
+    """Whether the kernel can be called directly: no gradient, compilation or tensor subclass.
 
-    By way of the operator it takes a fourth longer, once it has filled the caches with weights.
+    A call through the torch operator takes a quarter longer.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
@@ -72,8 +74,8 @@ def _multiply(x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
     count, width = layout.spec.shape
     if x.shape[-1:] != (width,) or x.dtype not in _FLOATS:
         raise ValueError(
-            f"a product with {[count, width]} packed weights takes [..., {width}] in bfloat16, "
-            f"float16 or float32, and not {list(x.shape)} in {x.dtype}"
+            f"packed weights {[count, width]} take inputs [..., {width}] in bfloat16, float16 or "
+            f"float32, not {list(x.shape)} in {x.dtype}"
         )
     if bias is not None and (bias.shape != (count,) or bias.device.type != "cpu"):
         raise ValueError(f"the bias is {list(bias.shape)} on {bias.device}, not [{count}] on cpu")
@@ -134,7 +136,7 @@ _linear.register_autograd(_gradients, setup_context=_setup)
 
 
 def _by_blocks(layout: Layout, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Many rows of x: torch multiplies rows of the weight that were expanded into the cache."""
+    """Multiply many rows of x: expand the weight block by block, and let torch multiply."""
     wide = x.to(_dtype_for(x, layout))
     bias = None if bias is None else bias.to(wide.dtype)
     for rows, weight in _blocks(layout, wide.dtype):
@@ -143,7 +145,7 @@ def _by_blocks(layout: Layout, x: Tensor, bias: Tensor | None, out: Tensor) -> N
 
 
 def _blocks(layout: Layout, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows by rows of the weight, in memory that the next ones take."""
+    """Yield blocks of dense rows of the weight; each block overwrites the one before."""
     count, width = layout.spec.shape
     step = max(1, min(count, _BLOCK // max(1, width * dtype.itemsize)))
     block = torch.empty(step, width, dtype=dtype)
@@ -154,14 +156,14 @@ def _blocks(layout: Layout, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 
 
 def _dtype_for(x: Tensor, layout: Layout) -> torch.dtype:
-    """The dtype that torch multiplies in: the weight's, or float32 where that is faster."""
+    """Return the dtype in which torch multiplies: the weight's, or float32 if that is faster."""
     if x.dtype == layout.spec.dtype and _is_native(x.dtype):
         return x.dtype
     return torch.float32
 
 
 def _flat(x: Tensor) -> Tensor:
-    """As a matrix, whose rows are of the last dimension."""
+    """Flatten all dimensions but the last."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 

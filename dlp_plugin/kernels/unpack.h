@@ -1,8 +1,8 @@
-/* Included by each processor's file, once it has TARGET and scaled: a row's integers as values.
-   scaled makes values of count integers of some bits, the first of which is at a place.
+/* Unpacks a row's integers to values. Each processor's file includes it after defining TARGET and
+   scaled(), which converts count integers, the first of which has index place.
 
-   Of a group of columns the integers that are stored are as many as its mask has bits; what a
-   vector writes beyond them is written again by the next group, or is not looked at. */
+   A group has as many stored integers as its mask has bits set. Vectors write past the group's
+   end; the next group overwrites that, or nobody reads it. */
 TARGET INLINE void
 unpack_of(int dtype, int bits, const Weight *weight, int64_t row, const float *scales,
           uint8_t *out)
@@ -18,7 +18,7 @@ unpack_of(int dtype, int bits, const Weight *weight, int64_t row, const float *s
         place += count;
         out += count * size_of(dtype);
     }
-    memset(out, 0, (size_t)(SPARE * size_of(dtype))); /* what is loaded beyond is finite */
+    memset(out, 0, (size_t)(SPARE * size_of(dtype))); /* loads past the end find finite values */
 }
 
 #define UNPACK(dtype)                                                 \

@@ -1,1 +1,1 @@
-"""What a recipe names: score, allocate, feed."""
+"""The allocation modifiers: they score blocks, make a plan, and set the stages' sparsities."""

@@ -1,4 +1,4 @@
-"""Pruning stages that get their sparsities from a plan, and the blocks that they prune in."""
+"""Sets the sparsities of pruning stages from a plan, and finds the blocks that they prune."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def fed_blocks(
 ) -> tuple[list[Block], list[FedStage]]:
     """Find what stages will prune in the blocks of a model.
 
+    :param model: to be pruned
+    :param stages: that prune it
     :param sequential_targets: names or classes of the blocks, where the user states them
     :return: the blocks with the Linears to prune, and the stages
     :raises ValueError: naming the module or field
@@ -45,7 +47,7 @@ def fed_blocks(
     for stage in stages:
         routers = unnamed_routers(model, stage.targets)
         fed.append(FedStage(stage, stage_targets(model, stage), names, routers))
-        if not isinstance(stage, PruningStage):  # which does so itself
+        if not isinstance(stage, PruningStage):  # our own stages call it themselves
             heed_ignore(model, stage)
     found = {name: module for each in fed for name, module in each.inside.items()}
     return _blocks(model, found, names), fed
@@ -57,10 +59,13 @@ def all_blocks(
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = (),
 ) -> list[Block]:
-    """The blocks of a model with the Linears that a stage would prune, where no stage follows.
+    """Find the blocks and the Linears to plan for if the recipe has no pruning stage.
 
+    :param model: to be pruned
+    :param sequential_targets: names or classes of the blocks, if the user states them
     :param targets: as in a stage; routers are included only if they are named
     :param ignore: as in a stage
+    :return: the blocks
     :raises ValueError: as :func:`fed_blocks` does
     """
     names = block_names(model, sequential_targets)
@@ -90,7 +95,13 @@ def _blocks(
 
 
 class FedStage:
-    """A pruning stage, its Linears, and its fields as they were written."""
+    """A pruning stage, its Linears, and its fields as they were written.
+
+    :param stage: as the host runs it
+    :param targets: as :func:`dlp_plugin.host.stage_targets` returns them
+    :param block_names: full names of the model's blocks
+    :param routers: full name to router that the stage leaves dense
+    """
 
     def __init__(
         self,
@@ -172,7 +183,11 @@ class FedStage:
 
 
 def offset_of(stage: StockStage) -> float:
-    """How much lower than the target the sparsity is while a plan for a stage is refined."""
+    """Return how far below the target the sparsity is while a plan for a stage is refined.
+
+    :param stage: that will prune by the plan
+    :return: difference of the sparsities, at least 0
+    """
     if isinstance(stage, PruningStage):
         return search_offset(stage.compensates, stage.repairs)
     return search_offset(isinstance(stage, SparseGPTModifier), False)
@@ -181,6 +196,7 @@ def offset_of(stage: StockStage) -> float:
 def check_stage(stage: StockStage, decider: str) -> None:
     """Refuse a stage whose sparsities a plan cannot set.
 
+    :param stage: to check
     :param decider: name of the modifier that would set them
     :raises ValueError: naming the stage, the field and the remedy
     """

@@ -1,4 +1,4 @@
-"""A plan that is given, made sure to be that of the model, its stages and the modifier."""
+"""Checks that a given plan fits the model, its pruning stages and the modifier."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def check_fits(
     blocks: Sequence[Block],
     stages: Sequence[FedStage],
 ) -> None:
-    """Make sure that a plan can be pruned from.
+    """Check that a plan fits the model, its pruning stages and the modifier.
 
+    :param plan: to check
     :param method: name of the modifier's method
-    :param settings: those of its settings that the user has stated
-    :param structure: the stages'
+    :param settings: the method's settings that the user has stated
+    :param structure: mask structure of the stages
     :param blocks: the model's blocks with the Linears that the stages prune
-    :raises ValueError: naming what does not fit, and the remedy
+    :param stages: that will prune by the plan
+    :raises ValueError: naming the part that does not fit, and the remedy
     """
     _check_method(plan, method, settings)
     _check_structure(plan, structure)
@@ -47,8 +49,8 @@ def check_fits(
 def _check_method(plan: Plan, method: str, settings: Mapping[str, object]) -> None:
     if plan.method != method:
         raise ValueError(
-            f"from_plan holds a plan of method {plan.method}, and {METHODS[method].modifier} "
-            f"makes {method}: use the modifier it was made with"
+            f"from_plan holds a plan of method {plan.method}, but {METHODS[method].modifier} "
+            f"makes plans of {method}: use the modifier that made the plan"
         )
     planned = plan.scored_by.settings
     for name, value in settings.items():
@@ -76,14 +78,14 @@ def _check_structure(plan: Plan, structure: MaskStructure) -> None:
 
 
 def _check_routers(plan: Plan, blocks: Sequence[Block], stages: Sequence[FedStage]) -> None:
-    """Tell of a plan that counts routers, which stages used to prune by a class of targets."""
+    """Refuse a plan of an older version that counts routers, which stages now leave dense."""
     routers = {name: linear for fed in stages for name, linear in fed.routers.items()}
     ours = {block.name: block.without(plan.unseen) for block in blocks}
     counted: dict[str, torch.nn.Linear] = {}
     for row in plan.blocks:
         own = Block(row.name, {n: m for n, m in routers.items() if outer_block(n, [row.name])})
         if row.name not in ours or row.weights != ours[row.name].weights + own.weights:
-            return  # which is told otherwise
+            return  # _check_blocks refuses such a plan
         counted |= own.linears
     if counted:
         entries = sorted({router_pattern(name) for name in counted})

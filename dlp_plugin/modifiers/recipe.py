@@ -11,7 +11,7 @@ __all__ = ["check_recipe", "with_sparsity"]
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML as usual, but for a key that stands twice, of which only the last would count."""
+    """Loads YAML, but refuses duplicate keys, of which YAML would keep only the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -26,15 +26,16 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def check_recipe(path: str | Path) -> None:
-    """Make sure that a file holds a recipe: stages of groups of modifiers.
+    """Check that a file holds a recipe: stages of groups of modifiers.
 
-    :raises ValueError: naming the file, and the line if it is no YAML, if it is anything else,
-        or holds a key twice
+    :param path: of the file
+    :raises ValueError: naming the file, if it is not a recipe; naming the line too, if it is not
+        YAML or has a duplicate key
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no UTF-8 text: give a recipe in YAML") from None
+        raise ValueError(f"{path} is not UTF-8 text: give a recipe in YAML") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
@@ -54,11 +55,12 @@ def check_recipe(path: str | Path) -> None:
 
 
 def with_sparsity(path: str | Path, sparsity: float) -> str:
-    """A recipe with another sparsity in every modifier that states one.
+    """Replace the sparsity of every modifier in a recipe that states one.
 
     :param path: of a file that :func:`check_recipe` has passed
+    :param sparsity: to write instead
     :return: the recipe as YAML
-    :raises ValueError: if none states one
+    :raises ValueError: if no modifier states a sparsity
     """
     content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     stated = [

@@ -20,6 +20,8 @@ _STRONGEST = 1e6
 def check_sparsity(value: float, field: str = "sparsity") -> float:
     """Return ``value`` if it is a valid target sparsity.
 
+    :param value: to check
+    :param field: its name, for the error
     :raises ValueError: if it is not strictly between 0 and 1
     """
     if isinstance(value, bool) or not 0 < value < 1:
@@ -33,6 +35,8 @@ def check_sparsity(value: float, field: str = "sparsity") -> float:
 def check_strength(value: float, field: str) -> float:
     """Return ``value`` if it is a usable strength.
 
+    :param value: to check
+    :param field: its name, for the error
     :raises ValueError: if it is negative or not finite
     """
     if isinstance(value, bool) or not 0 <= value < math.inf:

@@ -54,7 +54,7 @@ def package_versions() -> dict[str, str]:
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError(f"{value} is no number")
+        raise ValueError(f"{value} is not a number")
     return value
 
 
@@ -151,6 +151,7 @@ class SearchStep(BaseModel):
 class Plan(BaseModel):
     """The sparsities that a method chose for a model, with all that is needed to choose again.
 
+    :param schema_version: of the JSON
     :param method: a name out of :data:`dlp_plugin.planning.methods.METHODS`
     :param settings: what the scores depend on besides the model: DLP's ``statistic``, OWL's
         ``owl_m``, AlphaPruning's ``tail``
@@ -382,7 +383,7 @@ class Plan(BaseModel):
             field = ".".join(str(part) for part in first["loc"]) or "plan"
             problem = f"{field}: {first['msg']}"
         except UnicodeDecodeError:
-            problem = "it is no UTF-8 text"
+            problem = "it is not UTF-8 text"
         except (ValueError, OSError) as error:
             problem = str(error)
         problem = " ".join(problem.split())

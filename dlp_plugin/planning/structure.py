@@ -142,6 +142,7 @@ def balanced(numbers: Sequence[int], weights: Sequence[int], structure: MaskStru
 
     :param numbers: N per unit, as :func:`whole_numbers` returns them
     :param weights: number of prunable weights per unit
+    :param structure: N:M; M is the largest N per unit
     :return: N per unit, from 0 to M, each at most one from the given
     """
     found = list(numbers)

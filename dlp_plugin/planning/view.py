@@ -17,9 +17,12 @@ __all__ = ["check_drawable", "plot", "table", "text"]
 
 
 def table(plan: Plan) -> Table:
-    """The plan as a table for the terminal (rich).
+    """Make a table of a plan.
 
-    A refined plan shows the range of each block's Linears in place of the scores.
+    For a refined plan it shows the range of each block's Linears instead of the scores.
+
+    :param plan: to show
+    :return: a table for the terminal (rich)
     """
     rows = Table(
         title=f"{plan.scored_by.title} plan for {escape(plan.model)}", caption=_caption(plan)
@@ -81,16 +84,20 @@ def _strength(plan: Plan) -> str:
 
 
 def text(plan: Plan) -> str:
-    """The table in characters."""
+    """Write the table of a plan as plain text.
+
+    :param plan: to show
+    :return: the text
+    """
     written = StringIO()
     Console(file=written, width=100).print(table(plan))
     return written.getvalue().rstrip()
 
 
 def check_drawable(what: str) -> None:
-    """Make sure that there is something to draw with.
+    """Check that matplotlib is installed.
 
-    :param what: is drawn, for the message
+    :param what: to be drawn, for the error
     :raises ImportError: if matplotlib is not installed
     """
     if find_spec("matplotlib") is None:
@@ -100,6 +107,7 @@ def check_drawable(what: str) -> None:
 def plot(plan: Plan, path: str | Path) -> None:
     """Draw sparsity and score over depth.
 
+    :param plan: to draw
     :param path: file to write; its suffix chooses the format, e.g. ``plan.png``
     :raises ValueError: if ``path`` has no suffix
     :raises ImportError: if matplotlib is not installed

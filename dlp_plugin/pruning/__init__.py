@@ -1,1 +1,1 @@
-"""The pruning stages, and 4 bits that keep zeros."""
+"""The pruning stages, and quantization to 4 or 8 bits that keeps zeros."""

@@ -37,10 +37,10 @@ class ADMMPruningModifier(PruningStage):
     ```
 
     The fields are those of the host's pruning stages: ``sparsity`` (one, or one per match of
-    ``targets``), ``mask_structure``, ``targets``, ``ignore``;
-    :class:`~dlp_plugin.pruning.base.PruningStage`'s ``polish``, here on by default, and
-    ``reconstruct``; and
+    ``targets``), ``mask_structure``, ``targets``, ``ignore``; ``reconstruct`` of
+    :class:`~dlp_plugin.pruning.base.PruningStage`; and
 
+    :param polish: as in ``PruningStage``, but on by default
     :param dampening_frac: added to the diagonal of the Gram matrix of inputs that are scaled to
         norm 1
     :param offload_hessians: keep Gram matrices on the CPU between samples: less memory, more time

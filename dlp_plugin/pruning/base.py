@@ -68,7 +68,7 @@ class PruningStage(StockStage):
     def _check_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
         given = fields.get("sparsity")
         if any(isinstance(one, bool) for one in (given if isinstance(given, list) else [given])):
-            raise ValueError(f"sparsity is {given}, which is no number: state it, e.g. 0.7")
+            raise ValueError(f"sparsity is {given}, which is not a number: state it, e.g. 0.7")
         structure = fields.get("mask_structure", "0:0")
         if not isinstance(structure, str):
             raise ValueError(
@@ -287,7 +287,7 @@ class PruningStage(StockStage):
 
 
 def declared() -> dict[str, type[PruningStage]]:
-    """The stages there are, by the names that they declare, in their order."""
+    """Return all pruning stages by the names that they declare, sorted by name."""
     found: dict[str, type[PruningStage]] = {}
     waiting: list[Any] = [PruningStage]
     while waiting:

@@ -22,12 +22,12 @@ def gather(
     names: Mapping[Module, str],
     empty: Callable[..., torch.Tensor],
 ) -> dict[Module, int]:
-    """Bring each module's mean over all processes' samples to one process.
+    """Compute each module's mean over all processes' samples, on one process per module.
 
     Afterwards both dictionaries hold the modules that fall to this process only.
 
     :param statistics: each module's mean over the samples of this process
-    :param samples: how many those are
+    :param samples: each module's number of samples on this process
     :param names: of all modules that a process may have calibrated
     :param empty: makes a statistic of zeros for a module on a device
     :return: every module that some process has calibrated, and the process it fell to
@@ -58,6 +58,9 @@ def gather(
 
 
 def spread(ranks: dict[Module, int]) -> None:
-    """Give every process the weights that the others have pruned."""
+    """Give every process the weights that the others have pruned.
+
+    :param ranks: each pruned module to the process that pruned it
+    """
     broadcast_qparams_and_cleanup(list(ranks), ranks, ["weight"])
-    dist.barrier()  # weights in memory that the processes share are written in place
+    dist.barrier()  # processes may share a weight's memory: wait until it is written

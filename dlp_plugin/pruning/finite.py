@@ -1,4 +1,4 @@
-"""Refusing to prune or quantize by numbers that are none."""
+"""Refuses to prune or quantize with weights or statistics that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ Module = torch.nn.Module
 
 
 def check_weights(modules: Iterable[Module], names: Mapping[Module, str]) -> None:
-    """Make sure that what is about to change is sound.
+    """Check that the weights of modules are finite.
 
+    :param modules: about to be pruned
     :param names: of the modules, as the host keeps them
     :raises ValueError: naming the first module whose weight is not finite
     """
@@ -23,16 +24,17 @@ def check_weights(modules: Iterable[Module], names: Mapping[Module, str]) -> Non
             if not module.get_parameter("weight").isfinite().all():
                 raise ValueError(
                     f"weight of {names[module].strip('.')} holds infinite or undefined values: "
-                    "the checkpoint is damaged; load a sound one"
+                    "the checkpoint is damaged; load an intact one"
                 )
 
 
 def check_inputs(statistics: Mapping[Module, torch.Tensor], names: Mapping[Module, str]) -> None:
-    """Make sure that what was summed of modules' inputs can be pruned by.
+    """Check that statistics of modules' inputs are finite.
 
+    :param statistics: each module's statistic
     :param names: of the modules, as the host keeps them
-    :raises ValueError: naming the first module whose statistic, or whose weight, is not finite;
-        a weight makes the inputs of others so, and comes first
+    :raises ValueError: naming the first module whose weight or statistic is not finite. Weights
+        are checked first, because they make the inputs of later modules not finite
     """
     check_weights(statistics, names)
     for module, statistic in statistics.items():

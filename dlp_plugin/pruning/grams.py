@@ -1,4 +1,4 @@
-"""Gram matrices of what a stage prunes, and the polish that they allow."""
+"""Gram matrices of the inputs of the Linears that a stage prunes, and polishing by them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,12 @@ class Grams:
 
 
 def least_squares(module: Module, gram: torch.Tensor, dampening: float = DAMPENING) -> LeastSquares:
-    """A module's problem, on the device that it computes on."""
+    """Make a module's least-squares problem, on the device that the module computes on.
+
+    :param module: whose device is used
+    :param gram: ``[in, in]``
+    :param dampening: as in :class:`~dlp_plugin.pruning.least_squares.LeastSquares`
+    """
     return LeastSquares(gram.to(get_execution_device(module)), dampening)
 
 

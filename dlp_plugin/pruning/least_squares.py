@@ -1,12 +1,12 @@
-"""What weights a Linear should keep, and what they should be: least squares on its inputs.
+"""Finds the mask and the remaining weights of a Linear by least squares on its outputs.
 
     W  [out, in]   the dense weight
     G  [in, in]    Gram matrix X^T X of the inputs X [tokens, in], or any multiple of it
-    M  [out, in]   which weights are kept
-    Z  [out, in]   what they become:  min trace((Z - W) G (Z - W)^T),  Z = 0 where M is 0
+    M  [out, in]   the mask: 1 for weights that are kept
+    Z  [out, in]   the pruned weight:  min trace((Z - W) G (Z - W)^T),  Z = 0 where M is 0
 
-Inputs are brought to norm 1 first, with n = sqrt(diag G): G becomes G / (n n^T) + dampening * I,
-and W becomes W * n.
+Input channels are scaled to norm 1 first, with n = sqrt(diag G): G becomes
+G / (n n^T) + dampening * I, and W becomes W * n.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from dlp_plugin.pruning.smallest import smallest, smallest_of_groups
 
 __all__ = ["LeastSquares"]
 
-# Weights that are polished at a time (rows are independent of each other), in six copies.
+# Number of weights that are polished at a time, in six copies; rows are independent of each other.
 _WEIGHTS = 1 << 24
-# ADMM (Boyd et al. 2011): so many steps with each of these penalties on what differs from the mask
-# (section 3.4.1), over-relaxation (3.4.3), and how early weights go, as a power of the steps that
-# are left. Less than the last penalty, and masks swing to and fro on some Linears.
+# ADMM (Boyd et al. 2011): number of steps with each of the penalties rho (section 3.4.1). With a
+# smaller last penalty the masks of some Linears oscillate.
 STEPS, PENALTIES = 5, (0.1, 0.2, 0.4, 0.8)
+# Over-relaxation (section 3.4.3), and the exponent of the schedule that prunes most weights early.
 RELAXATION = 1.6
 EARLY = 8
-# Conjugate gradients: at most so many steps, and none after one that took less than this part of
-# the error.
+# Conjugate gradients: largest number of steps, and the relative decrease of the squared error
+# below which no further step follows.
 POLISHING, TOLERANCE = 20, 3e-4
 
 
 class LeastSquares:
-    """The problem of one Linear, in inputs of norm 1.
+    """The least-squares problem of one Linear, with input channels scaled to norm 1.
 
     :param gram: float32 ``[in, in]``
     :param dampening: added to the diagonal, as a fraction of it
@@ -53,16 +53,16 @@ class LeastSquares:
         steps: int = POLISHING,
         tolerance: float = TOLERANCE,
     ) -> torch.Tensor:
-        """The kept weights moved towards the optimum for their mask, by conjugate gradients.
+        """Refit the kept weights for their mask, by conjugate gradients.
 
-        All rows at once take steps of the method (Hestenes and Stiefel, 1952; for this problem
-        ALPS, arXiv 2406.07831, section 3.3); with as many as a row keeps weights it is exact but
-        for rounding.
+        The steps are taken for all rows at once (Hestenes and Stiefel, 1952; for this problem
+        ALPS, arXiv 2406.07831, section 3.3). With as many steps as a row has kept weights the
+        result would be exact except for rounding.
 
         :param dense: ``[out, in]``, any dtype
-        :param pruned: ``[out, in]``; what is zero in it stays so
-        :param steps: at most
-        :param tolerance: none follows a step that took less than this part of the squared error
+        :param pruned: ``[out, in]``; zeros in it stay zero
+        :param steps: largest number of steps
+        :param tolerance: stop after a step that lowers the squared error by less than this fraction
         :return: float32 ``[out, in]``
         """
         return torch.cat(
@@ -86,7 +86,7 @@ class LeastSquares:
         for _ in range(steps):
             image = (direction @ self.gram).mul_(mask)
             along = (direction * image).sum(1, keepdim=True)
-            length = torch.where(along > 0, square / along, 0)  # 0 for a row that is there
+            length = torch.where(along > 0, square / along, 0)  # 0 if the row has converged
             z = z + length * direction
             taken = (length * square).sum()
             if taken <= tolerance * error:
@@ -100,20 +100,20 @@ class LeastSquares:
     def pruned(
         self, dense: torch.Tensor, sparsity: float, structure: MaskStructure
     ) -> torch.Tensor:
-        """Weights and mask at once, by the alternating direction method of multipliers.
+        """Find mask and weights together, by the alternating direction method of multipliers.
 
-        ArXiv 2401.02938, algorithm 1, with the mask found gradually (there in section 3.3), a
-        penalty rho that rises, as in ALPS (arXiv 2406.07831), and over-relaxation a: with ``t`` of
-        20 steps taken, ``1 - (1 - t / 20)^8`` of what is to go has gone.
+        This is algorithm 1 of arXiv 2401.02938 with gradual pruning (its section 3.3), a rising
+        penalty rho as in ALPS (arXiv 2406.07831), and over-relaxation a. After ``t`` of 20 steps
+        the fraction ``1 - (1 - t / 20)^8`` of the weights to prune is pruned.
 
             V = a V + (1 - a) Z;   M is 0 for the least |V + U|
             Z = (V + U) M;   U = U + V - Z;   V = W + rho (Z - U - W) (G + rho I)^-1
 
-        Some seven copies of the weight in float32 are in memory, and three of the Gram matrix.
+        It needs about seven float32 copies of the weight, and three of the Gram matrix.
 
         :param dense: ``[out, in]``, any dtype
-        :param sparsity: ``int(out * in * sparsity)`` weights go
-        :param structure: with an N:M as many of every M, as ``sparsity`` says
+        :param sparsity: ``int(out * in * sparsity)`` weights are pruned
+        :param structure: with N:M, the fraction ``sparsity`` of every M weights is pruned
         :return: float32 ``[out, in]``, zero where pruned
         :raises torch.linalg.LinAlgError: if the Gram matrix is not finite
         """
@@ -124,7 +124,7 @@ class LeastSquares:
             inverse = self._inverse(penalty).mul_(penalty)
             u.mul_(before / penalty)
             for _ in range(STEPS):
-                if taken:  # before, it is the weight itself
+                if taken:  # in the first step V is the dense weight
                     v = torch.addmm(dense, z.sub(u).sub_(dense), inverse)
                 taken += 1
                 u.add_(v, alpha=RELAXATION).add_(z, alpha=1 - RELAXATION)
@@ -147,11 +147,15 @@ class LeastSquares:
 def least(
     scores: torch.Tensor, sparsity: float, structure: MaskStructure, share: float = 1.0
 ) -> torch.Tensor:
-    """Which weights go, a share of those that will in the end; of equal ones the first.
+    """Mark the smallest scores; of equal ones the first.
+
+    With N:M the smallest N of every M consecutive scores of a row are candidates; otherwise the
+    smallest of all scores.
 
     :param scores: at least 0, ``[out, in]``
-    :param structure: without one the least of all go; with one the least of those that are
-        among the least of their group
+    :param sparsity: fraction of the scores that are candidates
+    :param structure: N:M or unstructured
+    :param share: fraction of the candidates to mark, the smallest ones
     :return: bool ``[out, in]``
     """
     if not structure:

@@ -222,6 +222,11 @@ def masked_gptq_block_update(
     :param Q1: where the quantized weights go, ``[batch, rows, width]``
     :param Err1: where each column's error over its diagonal goes, likewise
     :param losses1: where the squares of those go, likewise
+    :param scale: as llm-compressor passes it
+    :param zero_point: as llm-compressor passes it
+    :param global_scale: as llm-compressor passes it
+    :param g_idx: group of each column, as llm-compressor passes it
+    :param quant_args: scheme of the weights
     :param i1: the block's first column in the order of quantization
     """
     mask = _ALIVE.get()

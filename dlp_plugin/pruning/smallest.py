@@ -1,4 +1,4 @@
-"""Which weights of a matrix are the smallest: exactly so many, and of equal ones the first."""
+"""Marks an exact number of the smallest weights of a matrix; of equal weights the first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def smallest(weight: torch.Tensor, count: int, name: str = "the matrix") -> torc
     """Mark exactly ``count`` weights of the smallest magnitude; of equal ones the first.
 
     :param weight: ``[out, ...]``, any float type; magnitudes are compared in float32
-    :param name: what an error calls it
+    :param count: how many weights to mark
+    :param name: of the matrix, for the error
     :raises ValueError: if a weight is not finite
     """
     if not count:
@@ -25,7 +26,7 @@ def smallest(weight: torch.Tensor, count: int, name: str = "the matrix") -> torc
     if weight.device.type == "cpu":
         ones = torch.ones(matrix.shape[1])
         threshold = smallest_score({name: (matrix, ones)}, count)
-    else:  # which sorts faster than it makes many passes
+    else:  # a GPU sorts faster than it makes several passes
         check_finite(name, weight.dtype, [chunk.amax() for chunk in magnitudes_of(matrix)])
         threshold = magnitudes.sort().values[count - 1]
     marked = magnitudes < threshold
@@ -38,7 +39,8 @@ def smallest_of_groups(scores: torch.Tensor, number: int, m: int) -> torch.Tenso
     """Mark the smallest of every M consecutive scores of a row; of equal ones the first.
 
     :param scores: ``[out, in]``
-    :param number: how many of every M
+    :param number: how many of every M scores to mark
+    :param m: M
     :return: bool ``[out, in]``
     """
     groups = scores.unflatten(1, (-1, m))

@@ -117,6 +117,7 @@ def _unfit(folder: str | Path, base: str, reason: str) -> str:
 def adapted_base(peft_model: PeftModel) -> torch.nn.Module:
     """Return the model that adapters are around.
 
+    :param peft_model: with adapters
     :raises ImportError: if peft is not installed
     :raises ValueError: if it is no ``PeftModel`` or one inside another, or its adapters do not
         change weights
@@ -144,6 +145,8 @@ def adapted_base(peft_model: PeftModel) -> torch.nn.Module:
 def chosen_adapters(peft_model: PeftModel, adapter_names: list[str] | None) -> list[str]:
     """Return the adapters that are named, the active ones for None.
 
+    :param peft_model: with adapters
+    :param adapter_names: names of adapters; None for the active ones
     :raises ValueError: if the model has no such adapter, or it is no list
     """
     if adapter_names is None:
@@ -160,6 +163,9 @@ def chosen_adapters(peft_model: PeftModel, adapter_names: list[str] | None) -> l
 def check_inits(peft_model: PeftModel, adapter_names: list[str], remedy: str) -> None:
     """Check that no adapter's initialisation changed the base weights.
 
+    :param peft_model: with adapters
+    :param adapter_names: names of the adapters to check
+    :param remedy: what the error advises
     :raises ValueError: with the remedy, if one did; an adapter that was loaded says so too
     """
     for name in adapter_names:
@@ -178,6 +184,7 @@ def check_unmerged(name: str, layer: AdapterLayer) -> None:
     """Check that a layer's weight is still the base model's.
 
     :param name: of the module that the layer adapts
+    :param layer: to check
     :raises ValueError: if an adapter is merged into it
     """
     if layer.merged:
@@ -190,7 +197,9 @@ def check_unmerged(name: str, layer: AdapterLayer) -> None:
 def check_values(name: str, owner: torch.nn.Module, values: torch.Tensor) -> None:
     """Check that weights can be read, and that peft can change them.
 
+    :param name: full name of the module, for the error
     :param owner: the module, called ``name``, that they are a parameter of
+    :param values: the weights
     :raises ValueError: if they are on the meta device, quantized or offloaded
     """
     if values.is_meta:

@@ -49,16 +49,26 @@ class AdapterLayer(Protocol):
 
 
 class LoraLinear(AdapterLayer, Protocol):
-    """LoRA of a Linear, or of a Conv1D (``peft.tuners.lora.layer.Linear``)."""
+    """LoRA of a Linear, or of a Conv1D (``peft.tuners.lora.layer.Linear``).
 
-    lora_A: Mapping[str, torch.nn.Linear]  # noqa: N815 ([rank, in])
-    lora_B: Mapping[str, torch.nn.Linear]  # noqa: N815 ([out, rank]; its bias is the update's)
+    All fields but the last map an adapter's name to what it has.
+
+    :param lora_A: weight ``[rank, in]``
+    :param lora_B: weight ``[out, rank]``; its bias is the update's
+    :param lora_dropout: of the inputs
+    :param lora_magnitude_vector: of DoRA
+    :param lora_variant: what computes an adapter that is not plain LoRA
+    :param scaling: factor of the update
+    :param fan_in_fan_out: whether the weight is ``[in, out]``, as in a Conv1D
+    """
+
+    lora_A: Mapping[str, torch.nn.Linear]  # noqa: N815
+    lora_B: Mapping[str, torch.nn.Linear]  # noqa: N815
     lora_dropout: Mapping[str, torch.nn.Module]
-    lora_magnitude_vector: Mapping[str, Magnitude]  # of DoRA
+    lora_magnitude_vector: Mapping[str, Magnitude]
     lora_variant: MutableMapping[str, Variant]
     scaling: Mapping[str, float]
     fan_in_fan_out: bool
-    """Whether the weight is ``[in, out]``, a Conv1D's."""
 
 
 class Magnitude(Protocol):
@@ -108,13 +118,17 @@ class Variant(Protocol):
 
 
 def base_of(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model that a ``PeftModel`` is around, any other model as it is."""
+    """Return the model that a ``PeftModel`` is around, any other model as it is.
+
+    :param model: any model
+    """
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unwrapped(module: torch.nn.Module) -> tuple[torch.nn.Module, list[AdapterLayer], bool]:
     """Take what peft has around a module off it.
 
+    :param module: of a model with adapters
     :return: the model's own module, the adapter layers around it from the outermost, and
         whether ``modules_to_save`` trains a copy of it
     """
@@ -131,7 +145,10 @@ def unwrapped(module: torch.nn.Module) -> tuple[torch.nn.Module, list[AdapterLay
 
 
 def adapter_layers(base: torch.nn.Module) -> list[tuple[str, AdapterLayer]]:
-    """List all adapter layers of a model by the names of the modules that they are around."""
+    """List all adapter layers of a model by the names of the modules that they are around.
+
+    :param base: the model that adapters are around
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [
@@ -144,6 +161,7 @@ def adapter_layers(base: torch.nn.Module) -> list[tuple[str, AdapterLayer]]:
 def adapters_in(layer: AdapterLayer, adapter_names: list[str] | None) -> list[str]:
     """List those adapters that a layer has.
 
+    :param layer: with adapters
     :param adapter_names: out of these; None for the active ones
     """
     wanted = layer.active_adapters if adapter_names is None else adapter_names
@@ -152,7 +170,12 @@ def adapters_in(layer: AdapterLayer, adapter_names: list[str] | None) -> list[st
 
 
 def is_tied_to(layer: AdapterLayer, embedding: AdapterLayer, adapter: str) -> bool:
-    """Tell whether LoRA of a Linear has the parameters of an embedding's, transposed."""
+    """Tell whether LoRA of a Linear has the parameters of an embedding's, transposed.
+
+    :param layer: of the Linear
+    :param embedding: of the embedding
+    :param adapter: name of the adapter
+    """
     ends: list[Any] = [
         getattr(layer, "lora_A", None),
         getattr(embedding, "lora_embedding_B", None),
@@ -164,26 +187,39 @@ def is_tied_to(layer: AdapterLayer, embedding: AdapterLayer, adapter: str) -> bo
 
 
 def adapted_parameter(layer: AdapterLayer) -> str:
-    """Name the parameter of the base layer that a layer adapts."""
+    """Name the parameter of the base layer that a layer adapts.
+
+    :param layer: with adapters
+    """
     name: str = getattr(layer, "parameter_name", "weight")
     return name
 
 
 def variant_of(layer: AdapterLayer, adapter: str) -> Variant | None:
-    """Return what a layer computes an adapter with; None for plain LoRA and other tuners."""
+    """Return what a layer computes an adapter with; None for plain LoRA and other tuners.
+
+    :param layer: with adapters
+    :param adapter: name of the adapter
+    """
     variants: Mapping[str, Variant] = getattr(layer, "lora_variant", {})
     return variants.get(adapter)
 
 
 def as_lora_linear(layer: AdapterLayer) -> LoraLinear | None:
-    """Return the layer if it is LoRA of a Linear; what derives from that computes otherwise."""
+    """Return the layer if it is LoRA of a Linear; what derives from that computes otherwise.
+
+    :param layer: with adapters
+    """
     from peft.tuners.lora.layer import Linear
 
     return cast(LoraLinear, layer) if type(layer) is Linear else None
 
 
 def is_dora(variant: Variant) -> bool:
-    """Tell whether a variant of a Linear is DoRA's."""
+    """Tell whether a variant of a Linear is DoRA's.
+
+    :param variant: as :func:`variant_of` returns it
+    """
     from peft.tuners.lora.variants import DoraLinearVariant
 
     return isinstance(variant, DoraLinearVariant)

@@ -48,16 +48,20 @@ def masks_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Weight:
-    """A weight of the base model that may be pruned, and what peft has around it."""
+    """A weight of the base model that may be pruned, and what peft has around it.
+
+    :param name: as in :func:`masks_of`
+    :param owner: module that has the weight
+    :param parameter: local name of the weight
+    :param layers: peft's adapter layers around the module, from the outermost
+    :param copied: whether ``modules_to_save`` trains a copy of the module
+    """
 
     name: str
-    """As in :func:`masks_of`."""
     owner: torch.nn.Module
     parameter: str
     layers: list[AdapterLayer] = field(default_factory=list)
-    """That adapt it."""
     copied: bool = False
-    """By ``modules_to_save``, which trains the copy instead."""
 
     def read(self) -> torch.Tensor:
         """Return its values, apart from the graph, but not copied."""
@@ -100,17 +104,26 @@ def weights_of(model: torch.nn.Module) -> list[Weight]:
 
 
 def is_plain(values: torch.Tensor) -> bool:
-    """Tell whether weights are numbers as they stand, not quantized."""
+    """Tell whether weights are numbers as they stand, not quantized.
+
+    :param values: of a parameter
+    """
     return values.is_floating_point() and values.itemsize > 1
 
 
 def is_pruned(values: torch.Tensor) -> bool:
-    """Tell whether at least 1 % of the weights are exactly zero, and one at least."""
+    """Tell whether at least 1 % of the weights are exactly zero, and one at least.
+
+    :param values: of a parameter
+    """
     return int((values == 0).sum()) >= max(1, _PRUNED * values.numel())
 
 
 def is_offloaded(module: torch.nn.Module) -> bool:
-    """Tell whether ``compressed_tensors.offload`` keeps the module's parameters elsewhere."""
+    """Tell whether ``compressed_tensors.offload`` keeps the module's parameters elsewhere.
+
+    :param module: that has the parameters
+    """
     return hasattr(module._parameters, "offloaded_values")
 
 
@@ -118,18 +131,25 @@ def is_offloaded(module: torch.nn.Module) -> bool:
 def set_to_zero(value: torch.Tensor, pruned: torch.Tensor) -> None:
     """Set weights to +0 in place; multiplying with the mask would give -0 for negative ones.
 
+    :param value: the weights
     :param pruned: bool, of the weight's shape, on any device
     """
     value.masked_fill_(pruned.to(value.device), 0)
 
 
 def on_meta(name: str) -> str:
-    """Say of a weight that it has no values to read."""
+    """Say of a weight that it has no values to read.
+
+    :param name: full name of the weight
+    """
     return f"the weight of {name} is on the meta device: load the model without offloading"
 
 
 def some(names: list[str]) -> str:
-    """Name the first few, and count the others."""
+    """Name the first few, and count the others.
+
+    :param names: at least one
+    """
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
@@ -146,6 +166,9 @@ def walk(
 ) -> Iterator[tuple[str, torch.nn.Module, list[AdapterLayer], bool]]:
     """Walk over the base model's modules, without peft's.
 
+    :param module: where to start
+    :param name: full name of that module
+    :param copied: whether ``modules_to_save`` trains a copy of that module
     :return: full name, module, the adapter layers around it, and whether ``modules_to_save``
         trains a copy of it
     """

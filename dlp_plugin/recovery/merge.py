@@ -44,6 +44,7 @@ def sparse_merge(
     one of its own if adapters are merged into one of the two, unless peft tied these
     (``ensure_weight_tying``), and counts as never pruned.
 
+    :param peft_model: with the adapters to merge
     :param adapter_names: adapters to merge; None for the active ones
     :param masks: as :func:`masks_of` returns them, instead of the zeros of these weights
     :param allow_dense: merge modules that were never pruned too, as they are

@@ -47,6 +47,7 @@ def untied(base: torch.nn.Module, adapter_names: list[str] | None) -> Iterator[s
     keep theirs, and the model's configuration says so. After an error all is as it was.
 
     :param base: the model that adapters are around
+    :param adapter_names: names of the adapters to merge; None for the active ones
     :return: names of the modules that get the embedding's weight again
     :raises ValueError: if a shared weight cannot be read, or peft cannot change it
     """

@@ -44,6 +44,7 @@ def mask_updates(peft_model: PeftModel) -> None:
 
     It costs a dense ``dW`` per layer, which is made anew in the backward pass and not kept.
 
+    :param peft_model: with adapters of LoRA or DoRA
     :raises ValueError: before anything has changed, if a pruned module is adapted by anything
         else than LoRA or DoRA of a Linear, an adapter is merged, or no pruned module is adapted
     """
@@ -63,7 +64,11 @@ def mask_updates(peft_model: PeftModel) -> None:
 
 
 def is_masked(layer: AdapterLayer, adapter: str) -> bool:
-    """Tell whether :func:`mask_updates` has masked a layer's adapter."""
+    """Tell whether :func:`mask_updates` has masked a layer's adapter.
+
+    :param layer: with adapters
+    :param adapter: name of the adapter
+    """
     return isinstance(variant_of(layer, adapter), _MaskedUpdate)
 
 

@@ -1,1 +1,1 @@
-"""Activations and weights to a block's score."""
+"""Block scores, computed from weights and activations."""

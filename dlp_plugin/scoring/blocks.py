@@ -1,4 +1,4 @@
-"""Which blocks a model has and which Linears lie in them, by full name."""
+"""Finds the blocks of a model and the Linears inside them, by full name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Block", "check_columns", "find_blocks", "group_by_block", "outer_blo
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder (or encoder) layer and those of its Linears that are to be pruned.
+    """A decoder or encoder layer, with the Linears of it that are to be pruned.
 
     :param name: full name in the model, e.g. ``model.layers.3``
     :param linears: full name to Linear, in the model's order
@@ -26,25 +26,30 @@ class Block:
 
     @property
     def weights(self) -> int:
-        """Number of prunable weights; each weight [out, in] counts ``out * in``."""
+        """Number of weights of all its Linears."""
         return sum(self.sizes.values())
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of weights of every Linear."""
+        """Full name of every Linear to its number of weights, ``out * in``."""
         return {name: lin.out_features * lin.in_features for name, lin in self.linears.items()}
 
     def without(self, names: Collection[str]) -> Block:
-        """Return the block less some of its Linears."""
+        """Return the block without some of its Linears.
+
+        :param names: full names of the Linears to leave out; others are ignored
+        """
         kept = {name: lin for name, lin in self.linears.items() if name not in names}
         return Block(self.name, kept)
 
 
 def find_blocks(model: torch.nn.Module, sequential_targets: str | Iterable[str]) -> list[str]:
-    """Full names of the model's blocks, in the model's order.
+    """Find the model's blocks.
 
-    :param sequential_targets: class names, names or ``re:`` patterns, as
-        llm-compressor infers them; where matches nest, the outermost is the block
+    :param model: any module
+    :param sequential_targets: class names, full names or ``re:`` patterns, as llm-compressor infers
+        them; if a match lies inside another, the outer one is the block
+    :return: full names in the model's order
     """
     if isinstance(sequential_targets, str):
         sequential_targets = [sequential_targets]
@@ -56,7 +61,12 @@ def find_blocks(model: torch.nn.Module, sequential_targets: str | Iterable[str])
 
 
 def outer_block(name: str, blocks: Iterable[str]) -> str | None:
-    """Return the block that module ``name`` is, or lies in; None if outside all."""
+    """Return the block that a module is or lies in.
+
+    :param name: full name of the module
+    :param blocks: full names of blocks
+    :return: full name of the block; None if the module is outside all blocks
+    """
     parents = name.split(".")
     prefixes = {".".join(parents[: end + 1]) for end in range(len(parents))}
     return next((block for block in blocks if block in prefixes), None)
@@ -67,12 +77,10 @@ def group_by_block(
 ) -> tuple[list[Block], list[str]]:
     """Sort Linears into their blocks.
 
-    A module that the model reaches by several names counts once, by its first name.
-
     :param linears: full name to Linear
     :param blocks: full names of the blocks, in the model's order
-    :return: the blocks that hold at least one of the Linears, and the names of the
-        Linears outside every block
+    :return: the blocks that hold at least one of the Linears, and the full names of the Linears
+        outside all blocks
     """
     members: dict[str, dict[str, torch.nn.Linear]] = {name: {} for name in blocks}
     outside: list[str] = []
@@ -86,17 +94,17 @@ def group_by_block(
 
 
 def check_columns(modules: Mapping[str, torch.nn.Module], m: int, remedy: str) -> None:
-    """Make sure that groups of M consecutive weights fill every row.
+    """Check that every row divides into groups of M consecutive weights.
 
     :param modules: full name to module with a weight ``[out, ...]``
-    :param remedy: what can be done about one whose rows they do not fill
-    :raises ValueError: naming the first such module
+    :param m: M of the N:M pattern
+    :param remedy: what the error advises
+    :raises ValueError: naming the first module whose rows do not divide
     """
-    with disable_onloading():  # shapes are known without reading weights
+    with disable_onloading():  # only shapes are needed, not the weights
         for name, module in modules.items():
             columns = math.prod(module.get_parameter("weight").shape[1:])
             if columns % m:
                 raise ValueError(
-                    f"{name} has {columns} columns, which groups of {m} weights do not divide: "
-                    f"{remedy}"
+                    f"{name} has {columns} columns, which is not a multiple of {m}: {remedy}"
                 )

@@ -1,4 +1,4 @@
-"""Calibration batches as scoring wants them: the first so many, and no padding."""
+"""Prepares calibration batches for scoring: limits their number and removes padding."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ __all__ = ["Batch", "scoring_batches", "split", "together"]
 
 Batch = dict[str, Any]
 
-# Of the order in which a loader that shuffles gives its samples.
+# Seed for the order of a loader that shuffles.
 _SEED = 0
-# Tokens to judge on, at most: plans judged on 2,048, 4,096 and 8,192 tokens were the same.
+# Largest number of held-out tokens: plans judged on 2,048, 4,096 and 8,192 tokens were the same.
 _JUDGED = 16_384
 
 
 def scoring_batches(
     loader: Iterable[Batch], num_samples: int | None = None, main_input: str = "input_ids"
 ) -> list[Batch]:
-    """Take batches from a calibration loader, with every padded position removed.
+    """Take batches from a calibration loader, with all padding removed.
 
-    A batch that is padded is taken apart into samples, each cut down to what its
-    attention mask lets through, so that no padding takes part in the forward pass: not
-    in the norms, not in a router or a recurrent state. A loader that shuffles, as
-    llm-compressor's do by default, gives the same samples in the same order each time.
+    A padded batch is split into samples, and each sample is cut to the positions that its
+    attention mask selects. So padding has no influence on norms, routers or recurrent states. The
+    random seed is fixed: a loader that shuffles, as llm-compressor's do by default, gives the same
+    samples in the same order each time.
 
     :param loader: batches of tensors ``[samples, ...]``, as llm-compressor makes them
-    :param num_samples: take the first so many samples, over all processes of a
-        distributed run; None for all
-    :param main_input: what a batch holds that holds neither ``input_ids`` nor ``inputs_embeds``
+    :param num_samples: number of samples to take, counted from the first and summed over all
+        processes of a distributed run; None for all
+    :param main_input: key of the model's main input, if a batch has neither ``input_ids`` nor
+        ``inputs_embeds``
+    :return: batches without padding
     :raises ValueError: if a batch has rows without tokens, or if no token is left
     """
     if num_samples is not None and is_distributed():
@@ -49,7 +51,7 @@ def scoring_batches(
         batches = [piece for batch in taken for piece in _without_padding(batch)]
     if not batches:
         raise ValueError(
-            "the calibration data holds no token: its attention masks rule out every position"
+            "the calibration data holds no tokens: its attention masks exclude every position"
         )
     if is_distributed():
         _warn_if_all_have_the_same(batches)
@@ -57,18 +59,20 @@ def scoring_batches(
 
 
 def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Batches to score on, and a quarter of them, at least one, to judge by.
+    """Split batches into those to score on and the held-out ones.
 
-    More than 16,384 tokens are not judged on: the other batches are scored on. The judging
-    ones are spread over the data, which may be in order of length.
+    A quarter is held out, at least one batch and at most about 16,384 tokens. Held-out batches are
+    spread over the data, because it may be sorted by length.
 
-    :raises ValueError: if there is but one batch
+    :param batches: at least two
+    :return: the batches to score on, and the held-out batches
+    :raises ValueError: if there is only one batch
     """
     average = sum(map(_tokens, batches)) / len(batches)
     judging = max(min(len(batches) // 4, int(_JUDGED / average)), 1)
     if judging == len(batches):
         raise ValueError(
-            "auto and refine need held-out calibration samples, and there is only one batch: give "
+            "auto and refine need held-out calibration samples, but there is only one batch: give "
             "more samples, or a fixed strength"
         )
     step = len(batches) // judging
@@ -80,7 +84,7 @@ def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _sound(loader: Iterable[Batch], main_input: str) -> Iterator[Batch]:
-    """Check what a loader gives: collators stumble over null rows, models over empty ones."""
+    """Check the loader's batches: null rows break collators, and empty rows break models."""
     batches = iter(loader)
     remedy = "leave such rows out, e.g. dataset.filter(lambda row: row['input_ids'])"
     for number in count(1):
@@ -91,7 +95,7 @@ def _sound(loader: Iterable[Batch], main_input: str) -> Iterator[Batch]:
             return
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"{said} cannot be made of its rows ({reason}): {remedy}") from error
+            raise ValueError(f"{said} cannot be made from its rows ({reason}): {remedy}") from error
         held = batch if isinstance(batch, Mapping) else {}
         keys = (main_input, "input_ids", "inputs_embeds")
         main = next((held[key] for key in keys if key in held), None)
@@ -102,38 +106,38 @@ def _sound(loader: Iterable[Batch], main_input: str) -> Iterator[Batch]:
 
 
 def _warn_if_all_have_the_same(batches: list[Batch]) -> None:
-    """Tell of a loader that deals all processes the same samples instead of a share each."""
+    """Warn if all processes got the same samples instead of a share each."""
     main = [batch["input_ids"].tolist() for batch in batches if "input_ids" in batch]
     own = hashlib.sha256(str(main).encode()).hexdigest()
     hashes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, own)
     if main and len(set(hashes)) == 1:
         logger.warning(
-            "All {} processes calibrate on the same samples: llm-compressor deals every process "
-            "the first part of a data set that they share. Give each its own part, "
+            "All {} processes calibrate on the same samples: llm-compressor gives every process "
+            "the first part of a shared data set. Give each process its own part, "
             "e.g. dataset.shard(num_shards=world_size, index=rank)",
             len(hashes),
         )
 
 
 def _main(batch: Batch) -> torch.Tensor:
-    """What the other tensors of a batch belong to: token ids, where it has them."""
+    """Return a batch's main tensor, whose shape gives samples and tokens: ``input_ids`` if any."""
     main = batch.get("input_ids")
     return next(value for value in (main, *batch.values()) if isinstance(value, torch.Tensor))
 
 
 def _samples(batch: Batch) -> int:
-    """Number of samples in a batch."""
+    """Return the number of samples in a batch."""
     return len(_main(batch))
 
 
 def _tokens(batch: Batch) -> int:
-    """Number of positions of all of its samples."""
+    """Return the number of tokens in a batch."""
     return math.prod(_main(batch).shape[:2])
 
 
 def _part(batch: Batch, samples: int, chosen: slice) -> Batch:
-    """Some samples of a batch of so many."""
+    """Take some samples out of a batch that has ``samples`` of them."""
     return {
         key: value[chosen]
         if isinstance(value, torch.Tensor) and value.ndim and len(value) == samples
@@ -163,8 +167,8 @@ def _without_padding(batch: Batch) -> Iterator[Batch]:
         by_axis = key.endswith("position_ids") and value.ndim > 2
         if by_axis or (samples > 1 and len(value) != samples):
             logger.warning(
-                "A padded batch of {} samples holds {} of shape {}, which cannot be told "
-                "apart by sample, so its padding counts: calibrate with batch_size=1{}",
+                "A padded batch of {} samples holds {} of shape {}, which cannot be split by "
+                "sample, so its padding counts: calibrate with batch_size=1{}",
                 samples,
                 key,
                 tuple(value.shape),
@@ -183,7 +187,7 @@ def _without_padding(batch: Batch) -> Iterator[Batch]:
 
 
 def _keep_real(sample: Batch, mask: torch.Tensor, prefix: str) -> None:
-    """Cut a sample's tensors ``[1, tokens, ...]`` down to the positions of a mask."""
+    """Cut a sample's tensors ``[1, tokens, ...]`` to the positions of a mask, in place."""
     for key, value in sample.items():
         if (
             key.startswith("decoder_") == bool(prefix)
@@ -194,11 +198,13 @@ def _keep_real(sample: Batch, mask: torch.Tensor, prefix: str) -> None:
 
 
 def together(batches: Sequence[Batch], tokens: int, *, cut: bool = False) -> list[Batch]:
-    """Join neighbouring batches, and take large ones apart, that hold only tensors per token.
+    """Join small neighbouring batches and split large ones, if all their tensors are per token.
 
-    :param tokens: how many a batch has at most, unless one sample has more
-    :param cut: whether samples are cut to so many too. The beginnings of all come before what
-        follows them, so that the first batches are of many samples
+    :param batches: in order
+    :param tokens: largest number of tokens in a batch, unless a single sample has more
+    :param cut: whether to cut longer samples too. The first pieces of all samples then come before
+        the second ones, so that the first batches hold many samples
+    :return: the new batches
     """
     joined: list[Batch] = []
     for batch in _apart(batches, tokens, cut):
@@ -217,7 +223,7 @@ def together(batches: Sequence[Batch], tokens: int, *, cut: bool = False) -> lis
 
 
 def _apart(batches: Sequence[Batch], tokens: int, cut: bool) -> list[Batch]:
-    """Batches of so many tokens at most; a sample's pieces in rounds, one of each a round."""
+    """Split batches to ``tokens`` at most; all samples' first pieces come first, and so on."""
     rounds: list[list[Batch]] = [[]]
     for batch in batches:
         if not _per_token(batch) or batch["input_ids"].ndim != 2:
@@ -233,7 +239,7 @@ def _apart(batches: Sequence[Batch], tokens: int, cut: bool) -> list[Batch]:
 
 
 def _splits(batch: Batch, size: int, dimension: int) -> Iterator[Batch]:
-    """Parts of a batch of tensors of one shape."""
+    """Split all tensors of a batch, which have one shape, into parts along a dimension."""
     parts = zip(*(tensor.split(size, dimension) for tensor in batch.values()), strict=True)
     return (dict(zip(batch, part, strict=True)) for part in parts)
 

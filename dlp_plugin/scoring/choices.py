@@ -1,4 +1,4 @@
-"""What there is to choose from in scoring, known without torch."""
+"""The options of scoring; importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 __all__ = ["Statistic", "Tail"]
 
 Statistic = Literal["median", "mean"]
-"""What of a block's weight scores is its unimportance: paper, or released code."""
+"""How a block's score is computed from its weights' scores: as in the paper, or released code."""
 
 Tail = Literal["peak", "median"]
-"""Where a spectrum's tail starts: at the best fit up to its peak, or at its median."""
+"""Where a spectrum's tail starts: at the best fit near its peak, or at its median."""

@@ -1,4 +1,4 @@
-"""Norms of the input channels of Linears, streamed over all tokens and processes."""
+"""Norms of the input channels of Linears, accumulated over all tokens and processes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dlp_plugin.precision import widest
 
 __all__ = ["ChannelNorms"]
 
-# Tokens whose squares are summed in float32 before they join the float64 sum.
+# Number of tokens whose squares are summed in float32 before they are added to the float64 sum.
 _TOKENS = 64
 
 
 class ChannelNorms:
     """Squared l2 norms of the input channels of many Linears, over all tokens.
 
-    Squares are summed in float32 over a few tokens and in float64 beyond, whatever
-    the activations' dtype. Linears that are fed the very same tensor one after the
-    other (query, key and value; gate and up) share one computation.
+    Squares are summed in float32 over 64 tokens, and these sums in float64, whatever the
+    activations' dtype. Linears that get the same tensor one after the other (query, key and value;
+    gate and up) share one computation.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class ChannelNorms:
         self._seen_squares = torch.empty(0)
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
-        """Account for one batch.
+        """Add the inputs of one batch.
 
         :param name: the Linear's full name
-        :param inputs: its input, ``[..., in_features]``, any float dtype; one without
-            tokens (an expert that was routed none) counts as never seen
+        :param inputs: ``[..., in_features]``, any float dtype; without tokens, as for an expert
+            that no token was routed to, nothing is added
         """
         if inputs.numel() == 0:
             return
@@ -48,13 +48,13 @@ class ChannelNorms:
         self._squares[name] = squares if total is None else total + squares
 
     def of(self, linears: Mapping[str, torch.nn.Linear]) -> dict[str, torch.Tensor | None]:
-        """Norms over all that was added so far, by every process of a distributed run.
+        """Compute the norms over all inputs added so far, by all processes of a distributed run.
 
-        In a distributed run all processes must ask for the same Linears at the same time.
-        Lets go of the last input tensor: call when a block is done.
+        In a distributed run all processes must call this with the same Linears at the same time.
+        Call it when a block is done: it also frees the last input tensor.
 
         :param linears: full name to Linear
-        :return: for each, float32 ``[in_features]``, or None if it saw no token
+        :return: full name to float32 ``[in_features]``, or to None if the Linear got no token
         :raises ValueError: if a norm is not finite
         """
         self._seen = None
@@ -75,7 +75,7 @@ class ChannelNorms:
 def _summed_over_ranks(
     squares: Mapping[str, torch.Tensor | None], linears: Mapping[str, torch.nn.Linear]
 ) -> dict[str, torch.Tensor | None]:
-    """Add up each Linear's sums; one that no process has seen is None."""
+    """Add up each Linear's sums over all processes; None if no process has any."""
     pieces = []
     for name, linear in linears.items():
         square = squares[name]
@@ -95,9 +95,13 @@ def _summed_over_ranks(
 
 
 def channel_squares(inputs: torch.Tensor) -> torch.Tensor:
-    """Sum of squares per channel: ``[..., channels]`` to float64 ``[channels]``, where there is."""
+    """Sum the squares of each channel.
+
+    :param inputs: ``[..., channels]``
+    :return: ``[channels]``, float64 if the device has it
+    """
     tokens = inputs.reshape(-1, inputs.shape[-1])
-    if tokens.device.type != "cpu":  # where a launch costs more than what it adds up
+    if tokens.device.type != "cpu":  # launching a kernel per chunk would cost more than it saves
         return tokens.to(widest(tokens.device)).square().sum(0)
     total = torch.zeros(tokens.shape[1], dtype=widest(tokens.device), device=tokens.device)
     for chunk in tokens.split(_TOKENS):

@@ -1,4 +1,4 @@
-"""OWL's score: the share of outliers among a block's weight scores."""
+"""OWL's block score: the percentage of outliers among a block's weight scores."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ __all__ = ["outlier_ratio"]
 
 
 def outlier_ratio(parts: Mapping[str, Part], multiple: float) -> float:
-    """Share of a block's weight scores above ``multiple`` times their mean, in percent.
+    """Compute the percentage of a block's weight scores above ``multiple`` times their mean.
 
-    OWL's layerwise outlier distribution (arXiv 2310.05175, section 3.2): the scores are
-    ``|W_ij| * ||X_:,j||_2`` in float32, and both the mean and the share are taken over
-    all the block's Linears together, not for each (luuyin/OWL, ``lib/prune_all.py``:
-    the scores are concatenated before ``check_outlier_mean``). Strictly above counts.
-    The released code divides the squared norms by the number of sequences; that is one
-    factor for a whole block, and it cancels between a score and the mean. The sole
-    difference: the mean is summed wider than float32, so a score that is equal to the
-    limit but for float32 rounding can fall on its other side.
+    This is OWL's layerwise outlier distribution (arXiv 2310.05175, section 3.2). The scores are
+    ``|W_ij| * ||X_:,j||_2`` in float32. Mean and percentage are taken over all Linears of the
+    block together (luuyin/OWL, ``lib/prune_all.py``: the scores are concatenated before
+    ``check_outlier_mean``). Only scores strictly above the limit count. The released code divides
+    the squared norms by the number of sequences; this factor is the same for a whole block, so it
+    cancels. There is one difference to that code: the mean is summed with more precision than
+    float32, so a score within float32 rounding of the limit may be counted differently.
 
     Example: scores 1, 1, 1, 9 and multiple 2. The mean is 3, the limit 6, and one score
     of four is above it: 25.0.
 
-    The scores of a block are never built: a few megabytes of scratch whatever its size.
+    The scores are not stored: a few megabytes of memory are needed, whatever the block's size.
 
     :param parts: full name to a Linear's weight ``[out, in]``, any float dtype, and the
         l2 norms of its input channels, float32 ``[in]``, finite and not negative
@@ -36,8 +35,8 @@ def outlier_ratio(parts: Mapping[str, Part], multiple: float) -> float:
     """
     if not (math.isfinite(multiple) and multiple > 0):
         raise ValueError(
-            f"multiple must be finite and above 0, got {multiple}; it says how many times "
-            "the mean an outlier exceeds, e.g. 5"
+            f"multiple must be finite and above 0, got {multiple}; scores above this multiple of "
+            "their mean are outliers, e.g. 5"
         )
     for name, (weight, _) in parts.items():
         check_dtype(name, weight)

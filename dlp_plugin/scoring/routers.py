@@ -1,4 +1,4 @@
-"""Which Linears of a model route tokens to experts, by full name."""
+"""Finds the routers of a model: Linears that choose experts for tokens, by full name."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ _ROUTES = re.compile(r"(.*_)?(gate|router)")
 
 
 def unnamed_routers(model: torch.nn.Module, targets: Collection[str]) -> dict[str, torch.nn.Linear]:
-    """Routers that a class in ``targets`` takes in with all other Linears, and no entry names.
+    """Find the routers that no entry of ``targets`` names, though a class name may match them.
 
-    They hold few weights, decide what every other one is used for, and engines build them dense.
-    One lies beside the experts, is called a gate or router, and has an output for each expert or
-    a single one (Qwen3-Next's ``shared_expert_gate``).
+    Routers should stay dense: they have few weights, control the use of all experts, and engines
+    build them dense. A router is a Linear beside the experts that is called ``gate`` or
+    ``router``. It has one output per expert or a single output (``shared_expert_gate`` of
+    Qwen3-Next).
 
-    :param targets: class names, names or ``re:`` patterns
+    :param model: any module
+    :param targets: class names, full names or ``re:`` patterns
+    :return: full name to router
     """
     return {
         name: linear
@@ -34,12 +37,14 @@ def unnamed_routers(model: torch.nn.Module, targets: Collection[str]) -> dict[st
 def left_routers(
     model: torch.nn.Module, who: str, targets: Collection[str], found: Collection[str]
 ) -> list[str]:
-    """Full names of the routers that are to be left dense; tells of them, and of others.
+    """Find the routers that a modifier leaves dense; log these, and warn of those that it prunes.
 
-    :param who: the modifier that leaves them
-    :param targets: its entries that select modules
-    :param found: full names of what they match
-    :raises ValueError: if an entry names nothing but routers that are no Linears
+    :param model: any module
+    :param who: name of the modifier, for log and error
+    :param targets: the modifier's entries that select modules
+    :param found: full names of the modules that the entries match
+    :return: full names of the routers left dense
+    :raises ValueError: if an entry matches only routers that are not Linears
     """
     _check_targets(model, who, targets)
     unnamed = unnamed_routers(model, targets)
@@ -47,15 +52,15 @@ def left_routers(
     named = [name for name, _ in _routers(model) if name in found and name not in unnamed]
     if names:
         logger.info(
-            "{} leaves routers dense: {}; to have them too, add '{}' to its targets",
+            "{} leaves routers dense: {}; to prune them too, add '{}' to its targets",
             who,
             _first(names),
             router_pattern(names[0]),
         )
     if named:
         logger.warning(
-            "{} has routers among its targets, which decide what experts are used for: {}; to "
-            "leave them dense, add '{}' to its ignore",
+            "{} prunes routers, which choose the experts for each token: {}; to leave them dense, "
+            "add '{}' to its ignore",
             who,
             _first(named),
             router_pattern(named[0]),
@@ -64,7 +69,7 @@ def left_routers(
 
 
 def _check_targets(model: torch.nn.Module, who: str, targets: Collection[str]) -> None:
-    """Refuse an entry that names routers in vain: most are no Linears."""
+    """Refuse an entry that matches only routers that are not Linears, as in most models."""
     for entry in targets:
         found = {n: m for n, m in model.named_modules() if match_name(n, entry)}
         name = next(iter(found), "")
@@ -84,7 +89,11 @@ def _first(names: list[str]) -> str:
 
 
 def router_pattern(name: str) -> str:
-    """An entry of ``targets`` that names a router, and those of other blocks."""
+    """Return an entry for ``targets`` that matches a router and those of other blocks.
+
+    :param name: full name of the router
+    :return: a ``re:`` pattern
+    """
     return rf"re:.*\.{re.escape(name.rpartition('.')[2])}$"
 
 
@@ -99,11 +108,11 @@ def _routers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
 
 
 def _experts(name: str, module: torch.nn.Module) -> int:
-    """How many experts a module holds: in a list, or stacked in its parameters; 0 for none."""
+    """Count a module's experts, in a list or in fused parameters; 0 if it has none."""
     if "expert" not in f"{name} {type(module).__name__}".lower():
         return 0
     if isinstance(module, torch.nn.ModuleList):
         return sum(part.isdecimal() for part, _ in module.named_children())
-    with disable_onloading():  # shapes are known without reading weights
+    with disable_onloading():  # only shapes are needed, not the weights
         stacked = [len(each) for each in module.parameters(recurse=False) if each.ndim == 3]
     return max(stacked, default=0)

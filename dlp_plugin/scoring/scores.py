@@ -1,10 +1,9 @@
-"""Block scores: weights and activation norms in, one unimportance per block out.
+"""DLP's block score, computed from weights and activation norms.
 
-The score of one weight is ``|W_ij| * ||X_:,j||_2`` in float32 (Wanda's, as DLP uses
-it); a block's score is the lower median (the paper) or the mean (the authors' released
-code) over every prunable weight of the block. Neither ever holds the scores of a whole
-block: the median reads the weights once, as they lie in memory, with a few megabytes
-of scratch.
+The score of one weight is ``|W_ij| * ||X_:,j||_2`` in float32, as in Wanda (arXiv 2306.11695).
+The score of a block is the lower median (in the paper) or the mean (in the authors' released
+code) of the scores of all its prunable weights. The scores of a whole block are never stored: the
+median needs one pass over the weights and a few megabytes of memory.
 """
 
 from __future__ import annotations
@@ -30,25 +29,24 @@ __all__ = [
 Part = tuple[torch.Tensor, torch.Tensor]
 """A Linear's weight ``[out, in]`` and the l2 norms of its input channels, float32 ``[in]``."""
 
-# Elements handled at a time: they stay in a CPU's cache and are no matter of memory,
-# and a kernel launch on so many costs nothing.
+# Elements processed at a time: few enough for a CPU's cache, many enough for a GPU kernel.
 CHUNK = 1 << 20
-# Scores that are looked through as they are; a bracket is no faster for so few.
+# Up to this many scores the median is computed directly; a bracket would not be faster.
 WHOLE = 1 << 21
-# Scores drawn to bracket the one in question among more.
+# Number of scores drawn at random to find a bracket around the median of more scores.
 SAMPLE = 1 << 18
-# The bracket's first half-width in ranks of the sample: four standard deviations.
+# Half-width of the first bracket, in ranks of the sample: four standard deviations.
 MARGIN = int(4 * SAMPLE**0.5 / 2)
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def block_score(parts: Mapping[str, Part], statistic: Statistic = "median") -> float:
-    """Unimportance ``U_b`` of one block over all its prunable weights (paper, eq. 4).
+    """Compute the unimportance ``U_b`` of one block (DLP, arXiv 2505.23807, eq. 4).
 
-    The paper says median and the released code computes the mean; both are exact:
-    ``median`` equals ``torch.median`` of all float32 scores to the bit (for an even
-    count the lower of the two middle ones).
+    The paper uses the median, the released code the mean. The median is exact: it has the same
+    bits as ``torch.median`` of all float32 scores, which for an even count is the lower of the two
+    middle ones.
 
     :param parts: full name to a Linear's weight ``[out, in]`` and the l2 norms of its
         input channels, float32 ``[in]``, finite and not negative
@@ -65,18 +63,18 @@ def block_score(parts: Mapping[str, Part], statistic: Statistic = "median") -> f
 
 
 def _chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Consecutive rows of ``[rows, columns]``, about ``CHUNK`` elements at a time.
+    """Yield consecutive rows of ``[rows, columns]``, about ``CHUNK`` elements at a time.
 
-    Never more rows than an int16 can count.
+    A chunk never has more rows than an int16 can count.
     """
     rows = min(max(CHUNK // matrix.shape[1], 1), torch.iinfo(torch.int16).max)
     yield from matrix.split(rows)
 
 
 class _Scratch:
-    """A piece of memory that chunks of one weight are worked on in, one by one.
+    """A buffer that is reused for all chunks of a weight.
 
-    Fresh memory for every chunk costs more than the arithmetic on it.
+    Allocating memory for every chunk would cost more than the arithmetic.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -89,9 +87,12 @@ class _Scratch:
 
 
 def magnitudes_of(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Chunks of ``|w|`` as integers: the bits without the sign, which order alike.
+    """Yield chunks of ``|w|`` as integers: the bits without the sign, which have the same order.
 
-    Each chunk is gone when the next is taken.
+    Each chunk is overwritten by the next.
+
+    :param weight: ``[out, in]``, any float dtype
+    :return: chunks of consecutive rows, as integers of the weight's width
     """
     integer, scratch = _INTEGER[weight.dtype.itemsize], _Scratch(weight)
     without_sign = torch.iinfo(integer).max
@@ -100,33 +101,45 @@ def magnitudes_of(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _largest(dtype: torch.dtype) -> int:
-    """Bits of the largest finite number of a float type."""
+    """Return the bits of the largest finite number of a float type."""
     largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
     return int(largest.view(_INTEGER[dtype.itemsize]))
 
 
 def check_dtype(name: str, weight: torch.Tensor) -> None:
-    """Refuse a weight that is not of a float type."""
+    """Refuse a weight that is not a float of 16, 32 or 64 bits.
+
+    :param name: full name of the module, for the error
+    :param weight: to check
+    :raises ValueError: naming the module
+    """
     if weight.dtype.itemsize not in _INTEGER or not weight.is_floating_point():
         raise ValueError(
-            f"weight of {name} is {weight.dtype}; scoring takes bfloat16, float16, "
+            f"weight of {name} is {weight.dtype}, but scoring needs bfloat16, float16, "
             "float32 or float64: load the model dequantized"
         )
 
 
 def check_finite(name: str, dtype: torch.dtype, peaks: Sequence[torch.Tensor]) -> None:
-    """Refuse a weight whose largest magnitudes, per chunk, are not numbers."""
+    """Refuse a weight that holds NaN or infinity.
+
+    :param name: full name of the module, for the error
+    :param dtype: of the weight
+    :param peaks: largest magnitude of every chunk, as integers of :func:`magnitudes_of`
+    :raises ValueError: naming the module
+    """
     if int(torch.stack(list(peaks)).amax()) > _largest(dtype):
         raise ValueError(
             f"weight of {name} holds infinite or undefined values: the checkpoint "
-            "is damaged; load a sound one"
+            "is damaged; load an intact one"
         )
 
 
 def mean_score(parts: Mapping[str, Part]) -> float:
-    """The mean of all scores.
+    """Compute the mean of all scores.
 
     :param parts: as in :func:`block_score`
+    :return: the mean
     :raises ValueError: if a weight is not finite (names the module)
     """
     total, count = 0.0, 0
@@ -141,16 +154,17 @@ def mean_score(parts: Mapping[str, Part]) -> float:
 
 
 def smallest_score(parts: Mapping[str, Part], rank: int) -> float:
-    """The ``rank``-th smallest of all scores, by a bracket from a sample and an exact count.
+    """Find the ``rank``-th smallest score exactly, by a bracket from a random sample.
 
-    For one channel the float32 product grows with ``|w|``, so "score <= t" is
-    "``|w|`` <= t's threshold for that channel", and the bits of non-negative floats
-    compare like integers: the passes compare small integers, without multiplying or
-    widening a weight. Only the few scores inside the bracket are ever computed.
+    The scores below and inside the bracket are counted in one pass. Within a channel the float32
+    score grows with ``|w|``, so ``score <= t`` holds exactly if ``|w|`` is at most the channel's
+    threshold for t. The bits of non-negative floats compare like integers. So the pass compares
+    integers of the weight's width, and multiplies only the few weights inside the bracket.
 
     :param parts: as in :func:`block_score`
     :param rank: from 1 to the number of weights
-    :raises ValueError: if a weight is not finite (names it)
+    :return: the score
+    :raises ValueError: if a weight is not finite (names the module)
     """
     count = sum(weight.numel() for weight, _ in parts.values())
     if count <= WHOLE:
@@ -167,8 +181,8 @@ def smallest_score(parts: Mapping[str, Part], rank: int) -> float:
         high = float(sample[highest]) if highest < len(sample) else torch.inf
         at_most_low, between = _count_and_collect(parts, low, high)
         if rank <= at_most_low:
-            # Few scores can be equal to one another by chance, many only by nature
-            # (zeros); then the bracket's end itself is the one.
+            # If very many scores are equal, such as zeros, the end of the bracket itself may have
+            # the rank.
             if count_up_to(parts.values(), low, strict=True) < rank:
                 return low
         elif rank <= at_most_low + len(between):
@@ -183,7 +197,7 @@ def _scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def _sampled_scores(parts: Sequence[Part], count: int) -> torch.Tensor:
-    """Sorted scores at random places; the seed is fixed, so runs repeat exactly."""
+    """Return the sorted scores of randomly drawn weights; the seed is fixed."""
     generator = torch.Generator().manual_seed(0)
     drawn = []
     for weight, norms in parts:
@@ -198,10 +212,10 @@ def _sampled_scores(parts: Sequence[Part], count: int) -> torch.Tensor:
 def _thresholds(
     dtype: torch.dtype, norms: torch.Tensor, limit: float, strict: bool
 ) -> torch.Tensor:
-    """Largest magnitude per channel whose score is at most (below) ``limit``.
+    """Find each channel's largest magnitude with a score of at most (``strict``: below) ``limit``.
 
-    :return: its bits as an integer of the weight's width, ``[in]``; -1 where even a
-        zero weight scores above ``limit``
+    :return: bits of the magnitudes as integers of the weight's width, ``[in]``; -1 if even a zero
+        weight scores too high
     """
     integer = _INTEGER[dtype.itemsize]
     below = torch.full_like(norms, -1, dtype=torch.int64)
@@ -216,10 +230,10 @@ def _thresholds(
 
 
 def _at_most(magnitudes: torch.Tensor, thresholds: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
-    """-1 where a magnitude is at most its channel's threshold, else 0.
+    """Return -1 where a magnitude is at most its channel's threshold, else 0.
 
-    The sign of a difference: on the CPU integer arithmetic is several times faster
-    than a comparison, whose boolean result is not vectorized.
+    The result is the sign of a difference. On the CPU this is several times faster than a
+    comparison, because torch does not vectorize comparisons with a boolean result.
     """
     difference = torch.sub(magnitudes, thresholds + 1, out=scratch.like(magnitudes))
     difference >>= 8 * difference.dtype.itemsize - 1
@@ -227,12 +241,18 @@ def _at_most(magnitudes: torch.Tensor, thresholds: torch.Tensor, scratch: _Scrat
 
 
 def _hits(signs: torch.Tensor) -> torch.Tensor:
-    """Number of -1 in a chunk; columns are summed narrow, as no column is too long."""
+    """Count the -1 in a chunk; column sums fit in its dtype, because chunks have few rows."""
     return -signs.sum(0, dtype=signs.dtype).sum()
 
 
 def count_up_to(parts: Iterable[Part], limit: float, strict: bool) -> int:
-    """Number of scores at most (below) ``limit``."""
+    """Count the scores up to a limit.
+
+    :param parts: weight and norms of every Linear, as in :func:`block_score`
+    :param limit: of the scores
+    :param strict: whether to count scores below the limit only, or those equal to it too
+    :return: the number of scores
+    """
     total = 0
     for weight, norms in parts:
         thresholds = _thresholds(weight.dtype, norms, limit, strict)
@@ -243,9 +263,9 @@ def count_up_to(parts: Iterable[Part], limit: float, strict: bool) -> int:
 
 
 def _places(signs: torch.Tensor) -> torch.Tensor:
-    """Flat places of the -1 in a chunk where they are few.
+    """Return the flat indices of the -1 in a chunk, fast if there are few.
 
-    Several narrow integers are looked at as one wide integer first: most of those are 0.
+    Several narrow integers are viewed as one 64-bit integer first; most of these are 0.
     """
     signs = signs.flatten()
     lanes = 8 // signs.dtype.itemsize
@@ -259,9 +279,9 @@ def _places(signs: torch.Tensor) -> torch.Tensor:
 def _count_and_collect(
     parts: Mapping[str, Part], low: float, high: float
 ) -> tuple[int, torch.Tensor]:
-    """Number of scores at most ``low``, and the scores strictly between the two.
+    """Count the scores up to ``low``, and collect those strictly between ``low`` and ``high``.
 
-    The finiteness of the weights is seen to in the same pass.
+    The same pass checks that the weights are finite.
     """
     total, between = 0, []
     for name, (weight, norms) in parts.items():

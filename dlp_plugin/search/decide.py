@@ -59,15 +59,18 @@ def decide(
 ) -> Plan:
     """Make a plan from a method's scores.
 
+    :param method: with its strength and settings
     :param blocks: with the Linears to prune
     :param scores: one per block
     :param judge: measures plans on held-out samples; needed for strength ``auto`` and to refine
     :param slopes: needed to refine by gradient
     :param model: the model's name
     :param target: sparsity over all blocks together
+    :param structure: of the masks
     :param unseen: Linears that received no token
     :param refine: steps of the gradient search, or generations of the evolution; 0 for none
     :param offset: how much lower than ``target`` the sparsity is while the plan is refined
+    :param search: by gradient or by evolution
     :param seed: of the evolution
     :param progress_path: file to continue an interrupted search from
     :return: the plan at ``target``
@@ -106,6 +109,8 @@ def decide(
 def where_to_search(target: float, structure: MaskStructure, offset: float) -> float:
     """The sparsity at which a plan is refined; with N:M it is the target.
 
+    :param target: sparsity over all blocks together
+    :param structure: of the masks
     :param offset: how much lower than ``target`` it is, where that is above the least
     """
     if not offset or structure or not LOWEST < target < MOST:

@@ -138,8 +138,11 @@ def evolve(
     The first third of the generations moves whole blocks, the rest single Linears; with N:M
     and blocks all of different size, all move Linears. The same seed gives the same plan.
 
+    :param judge: measures on held-out samples
+    :param plan: to start from
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param generations: at least 1
+    :param seed: of the random changes
     :param progress_path: file of the search's state, from which an interrupted search continues;
         :func:`dlp_plugin.search.progress.forget` removes it once the plan is written
     :return: the plan with a sparsity for every Linear and the path of the search

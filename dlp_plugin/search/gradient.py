@@ -50,6 +50,7 @@ def descend(
 
     :param judge: measures on held-out samples
     :param slopes: of the same model and masks, on the samples of the steps
+    :param plan: to start from
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param steps: at least 1
     :param progress_path: file of the search's state, from which an interrupted search continues;
@@ -201,6 +202,9 @@ def stepped(costs: Mapping[str, float], weights: Mapping[str, int]) -> dict[str,
     ``sign(z) min(sqrt(|z| / median |z|), 2)`` of ``z = cost - mean cost``, the mean by numbers of
     weights: costs of 1, 3 and 11 in Linears of equal size have the mean 5, ``z`` is -4, -2 and 6,
     and the moves are -1, -0.71 and 1.22.
+
+    :param costs: full name to slope of the loss over the sparsity of every Linear
+    :param weights: full name to number of weights of every Linear
     """
     mean = math.fsum(weights[n] * cost for n, cost in costs.items()) / sum(weights.values())
     apart = {name: cost - mean for name, cost in costs.items()}

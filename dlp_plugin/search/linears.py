@@ -17,6 +17,7 @@ LEAST, MOST = 0.05, 0.98
 def sparsities_of(plan: Plan, blocks: Sequence[Block]) -> dict[str, float]:
     """Sparsity of every Linear by a plan.
 
+    :param plan: with or without sparsities of Linears
     :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     """
     return {
@@ -34,6 +35,8 @@ def refined(
 ) -> Plan:
     """A plan with other sparsities, and the path of the search that found them.
 
+    :param plan: that was searched from
+    :param blocks: the plan's blocks, in its order, with the Linears that it prunes
     :param sparsities: full name to sparsity of every Linear, with the same total
     :param path: of the search
     """
@@ -47,7 +50,12 @@ def refined(
 
 
 def shifted(plan: Plan, blocks: Sequence[Block], target: float) -> Plan:
-    """A plan at another target, with all sparsities shifted alike."""
+    """A plan at another target, with all sparsities shifted alike.
+
+    :param plan: with sparsities of Linears
+    :param blocks: the plan's blocks, in its order, with the Linears that it prunes
+    :param target: the new sparsity over all blocks together
+    """
     sizes = {name: size for block in blocks for name, size in block.sizes.items()}
     sparsities = project(sparsities_of(plan, blocks), sizes, target)
     moved = plan.model_copy(update={"target": target})
@@ -61,7 +69,9 @@ def project(
 
     Bounds that exclude the target are widened to it.
 
+    :param sparsities: full name to sparsity of every Linear
     :param weights: full name to number of weights of every Linear
+    :param target: weighted mean of the sparsities
     :return: full name to sparsity of every Linear
     """
     least, most = min(LEAST, target), max(MOST, target)

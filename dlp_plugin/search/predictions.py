@@ -36,14 +36,22 @@ ROOM = 0.6
 
 
 class Predictions(NamedTuple):
-    """A model's predictions for ``n`` tokens."""
+    """A model's predictions for ``n`` tokens.
 
-    places: torch.Tensor  # int32 [n, likeliest]
-    logs: torch.Tensor  # float32 [n, likeliest + 1], the last of all other tokens
+    :param places: int32 ``[n, likeliest]``, ids of the likeliest tokens
+    :param logs: float32 ``[n, likeliest + 1]``, their log-probabilities; the last is of all other
+        tokens
+    """
+
+    places: torch.Tensor
+    logs: torch.Tensor
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """The device that a language model takes its token ids on."""
+    """The device that a language model takes its token ids on.
+
+    :param model: a causal language model
+    """
     return torch.device(get_execution_device(model.get_input_embeddings()))  # type: ignore[operator]
 
 
@@ -52,6 +60,8 @@ def loaded(model: torch.nn.Module) -> Iterator[None]:
     """Have weights stay on the GPU that they are fetched to, if it has room for all of them.
 
     The host fetches every weight at every use.
+
+    :param model: whose weights are fetched
     """
     device = device_of(model)
     if device.type != "cuda":
@@ -67,7 +77,12 @@ def loaded(model: torch.nn.Module) -> Iterator[None]:
 
 
 def logits_of(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Logits of a causal language model for a batch, ``[samples, tokens, vocabulary]``."""
+    """Logits of a causal language model for a batch, ``[samples, tokens, vocabulary]``.
+
+    :param model: a causal language model
+    :param batch: keyword arguments of its forward pass
+    :param device: of the token ids
+    """
     known = inspect.signature(type(model).forward).parameters
     inputs: dict[str, Any] = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value
@@ -101,6 +116,7 @@ def divergences(logits: torch.Tensor, kept: Predictions) -> torch.Tensor:
     A lower bound of the divergences over the whole vocabulary.
 
     :param logits: ``[n, vocabulary]``
+    :param kept: predictions of the dense model for the same tokens
     :return: one sum per ``WIDE`` tokens, as wide as the device can
     """
     return torch.stack([_divergence(*few) for few in _portions(logits, kept)])
@@ -112,6 +128,7 @@ def gradient(logits: torch.Tensor, kept: Predictions) -> torch.Tensor:
     As large as these; what is computed in float32 on the way is of a few tokens at a time.
 
     :param logits: ``[n, vocabulary]``
+    :param kept: predictions of the dense model for the same tokens
     """
     found = torch.empty_like(logits)
     for part, few in zip(found.split(WIDE), _portions(logits.detach(), kept), strict=True):

@@ -71,18 +71,28 @@ class Progress(BaseModel):
 
 
 def write(path: str | Path | None, progress: Progress) -> None:
-    """Save the state, on the first of several processes; without a path nothing is saved."""
+    """Save the state, on the first of several processes; without a path nothing is saved.
+
+    :param path: of the file; None to save nothing
+    :param progress: the state
+    """
     if path is not None and is_source_process():
         with replacing(path) as beside:
             beside.write_text(progress.model_dump_json())
 
 
 def forget(path: str | Path) -> None:
-    """Remove the state of a search, once its plan is saved."""
+    """Remove the state of a search, once its plan is saved.
+
+    :param path: of the file
+    """
     if is_source_process():
         Path(path).unlink(missing_ok=True)
 
 
 def digest(content: object) -> str:
-    """A fingerprint of JSON content."""
+    """A fingerprint of JSON content.
+
+    :param content: anything that JSON can hold
+    """
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

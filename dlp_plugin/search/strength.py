@@ -26,6 +26,7 @@ def choose_strength(
 
     Uniform sparsity is one of the candidates. Of equal losses the smaller strength wins.
 
+    :param judge: measures on held-out samples
     :param make: :meth:`Plan.make` with all arguments but ``strength``
     :param method: converts half ranges into strengths
     :param blocks: the plan's blocks, with the Linears that it prunes

@@ -327,11 +327,11 @@ def group_of(config: dict[str, object]) -> dict[str, object]:
         (lambda c: group_of(c).update(weights=None), "group_0 has no weights"),
         (
             lambda c: group_of(c)["weights"].update(num_bits=3),
-            "group_0 has num_bits 3 of type int, but the export knows int with 4 or 8",
+            "group_0 has num_bits 3 of type int, but the export supports type int with 4 or 8 bits",
         ),
         (
             lambda c: group_of(c)["weights"].update(strategy="tensor", group_size=None),
-            "group_0 has strategy tensor, but GPTQ holds group and channel",
+            "group_0 has strategy tensor, but the GPTQ format supports group and channel",
         ),
         (
             lambda c: c["config_groups"].update(
@@ -352,7 +352,7 @@ def test_a_scheme_that_the_format_cannot_hold_is_refused(
 def test_a_module_that_the_format_cannot_hold_is_refused(pack: Pack, refused) -> None:
     # 36 is a whole number of 4-bit words for channels, but not of eight numbers each.
     source = pack(strategy="channel", group_size=None, model={"intermediate_size": 36})
-    refused(source, "down_proj is 64 x 36 .*wants multiples of 8")
+    refused(source, "down_proj is 64 x 36 .*needs multiples of 8")
 
 
 def test_reordered_groups_of_older_releases_are_refused(pack: Pack, refused) -> None:
@@ -387,13 +387,13 @@ def test_a_damaged_source_is_named(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         export_gptq(source, tmp_path / "out")
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     group = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}
     quantization["config_groups"] = {"group_0": group}
     (source / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     (source / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or was not written"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
         export_gptq(source, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]

@@ -68,7 +68,9 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("404 not found\nA page of advice")
 
     monkeypatch.setattr("dlp_plugin.checkpoints.sources.AutoTokenizer.from_pretrained", refuse)
-    message = r"no/model is no folder here, and the hub does not give it \(404 not found\): check"
+    message = (
+        r"no/model is not a local folder, and the hub does not provide it \(404 not found\): check"
+    )
     with pytest.raises(OSError, match=message) as told:
         load_tokenizer("no/model")
     assert "\n" not in str(told.value)

@@ -121,7 +121,7 @@ class TestTensorsWithoutAPlace:
             patch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
             output = oneshot(source)
         assert extra(output).keys() == {"mtp.norm.weight"}
-        assert "mtp.fc ...; take the dense checkpoint" in oneshot.told
+        assert "mtp.fc ...; to keep them, start from the dense" in oneshot.told
 
     def test_merge_carries_them_over(self, adapter, tmp_path: Path) -> None:
         source = with_extra_layers(tmp_path / "source")

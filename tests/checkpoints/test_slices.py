@@ -78,12 +78,12 @@ def test_a_slice_by_hand() -> None:
 def test_a_damaged_linear_gives_no_slice() -> None:
     stored, parts = example()
     short = {**parts, "weight_fractions": parts["weight_fractions"][:-1]}
-    with pytest.raises(ValueError, match=r"^a\.weight_fractions is torch\.uint8 \[3\] in place"):
+    with pytest.raises(ValueError, match=r"^a\.weight_fractions is torch\.uint8 \[3\] instead of"):
         narrow(stored, short, 1, 0, 2, "a")
     with pytest.raises(ValueError, match=r"^a\.weight_table is missing"):
         narrow(stored, {k: v for k, v in parts.items() if k != "weight_table"}, 0, 0, 1, "a")
     parts["weight_packed"][0, 0] ^= 1
-    with pytest.raises(ValueError, match=r"^a\.weight_packed marks another number of weights"):
+    with pytest.raises(ValueError, match=r"^a\.weight_packed marks \d+ weights, but"):
         narrow(stored, parts, 0, 0, 1, "a")
 
 

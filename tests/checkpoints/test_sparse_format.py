@@ -279,23 +279,23 @@ class TestDamage:
             (lambda parts: parts.pop("weight_packed"), r"up\.weight_packed is missing: the file"),
             (
                 lambda parts: parts.update(weight_packed=parts["weight_packed"][:4]),
-                r"up\.weight_packed is torch\.uint8 \[4, 2\] in place of torch\.uint8 \[5, 2\]",
+                r"up\.weight_packed is torch\.uint8 \[4, 2\] instead of torch\.uint8 \[5, 2\]",
             ),
             (
                 lambda parts: parts.update(weight_packed=parts["weight_packed"].int()),
-                r"up\.weight_packed is torch\.int32 \[5, 2\] in place of torch\.uint8",
+                r"up\.weight_packed is torch\.int32 \[5, 2\] instead of torch\.uint8",
             ),
             (
                 lambda parts: parts["weight_packed"][0, 0].fill_(255),
-                r"up\.weight_packed marks another number of weights than the 13 that are stored",
+                r"up\.weight_packed marks \d+ weights, but 13 are stored",
             ),
             (
                 lambda parts: parts["weight_packed"][4].fill_(0),
-                r"up\.weight_packed marks another number of weights than the 13 that are stored",
+                r"up\.weight_packed marks \d+ weights, but 13 are stored",
             ),
             (
                 lambda parts: parts["weight_packed"][2, 1].fill_(16),
-                r"up\.weight_packed marks columns that there are not",
+                r"up\.weight_packed marks columns after the last",
             ),
         ],
         ids=["missing", "short", "dtype", "more", "fewer", "outside"],
@@ -308,9 +308,9 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("part", "change", "message"),
         [
-            ("weight_fractions", lambda x: x[:-1], r"weight_fractions is .* \[12\] in place of"),
-            ("weight_exponents", lambda x: x[:-1], r"weight_exponents is .* \[6\] in place of"),
-            ("weight_table", lambda x: x[:1], r"weight_table is .* \[1\] in place of .* \[2\]"),
+            ("weight_fractions", lambda x: x[:-1], r"weight_fractions is .* \[12\] instead of"),
+            ("weight_exponents", lambda x: x[:-1], r"weight_exponents is .* \[6\] instead of"),
+            ("weight_table", lambda x: x[:1], r"weight_table is .* \[1\] instead of .* \[2\]"),
             ("weight_exponents", lambda x: x | 2, r"points outside the 2 entries of weight_table"),
             ("weight_exponents", lambda x: x | 16, r"has a value after the last"),
         ],
@@ -331,14 +331,14 @@ class TestDamage:
     def test_values_and_integers(self) -> None:
         stored, parts = encode(torch.eye(16, dtype=torch.float16))
         parts["weight_values"] = parts["weight_values"].float()
-        with pytest.raises(ValueError, match=r"weight_values is torch\.float32 \[16\] in place"):
+        with pytest.raises(ValueError, match=r"weight_values is torch\.float32 \[16\] instead of"):
             decode(stored, parts)
         integers = torch.full((8, 8), 8, dtype=torch.uint8)
         integers[0, :3] = 3
         scale = torch.ones(8, 2)
         stored, parts = encode_integers(integers, scale, None, bits=4, group_size=4)
         for read in (decode, decode_integers):
-            with pytest.raises(ValueError, match=r"weight_scale is .* \[8, 1\] in place of"):
+            with pytest.raises(ValueError, match=r"weight_scale is .* \[8, 1\] instead of"):
                 read(stored, {**parts, "weight_scale": scale[:, :1]})
             with pytest.raises(ValueError, match=r"up\.weight_integers has a value after"):
                 read(stored, {**parts, "weight_integers": parts["weight_integers"] | 32}, name="up")

@@ -254,7 +254,7 @@ def test_compare_shows_and_writes(tmp_path: Path) -> None:
     }  # fmt: skip
     assert " at 0.5, wanda: perplexity " in best.read_text()
     line = command(*arguments, "--sparsity", "0.7", code=1).stderr.splitlines()[-1]
-    assert line == "error: --sparsity 0.7 is none of --sparsities 0.5"
+    assert line == "error: --sparsity 0.7 is not one of --sparsities 0.5"
 
 
 class TestProgress:

@@ -21,7 +21,7 @@ def test_more_processes_than_accelerators(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with (
-        pytest.raises(ValueError, match="started 2 processes, and this machine has 1 acc"),
+        pytest.raises(ValueError, match="started 2 processes, but this machine has 1 acc"),
         joined_processes(),
     ):
         pass
@@ -87,7 +87,7 @@ class TestMistakesAreToldInOneMessage:
         line = self.one_line(*arguments, "--method", "best")
         assert "there is no method 'best'; there are dlp, owl, alpha-pruning, linear" in line
         line = self.one_line(*arguments, "--method", "owl", "--statistic", "median")
-        assert "--statistic is DLP's, and OWL has none: leave it out, or take --method dlp" in line
+        assert "--statistic is for DLP only, not for OWL: leave it out, or use --method dlp" in line
 
     def test_debug_shows_where(self, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["--debug", "show", str(tmp_path / "gone.json")])
@@ -99,7 +99,7 @@ class TestMistakesAreToldInOneMessage:
         (tmp_path / "adapter_config.json").write_text("{}")
         (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
         line = self.one_line("merge", tmp_path, tmp_path / "merged", "--base", SHIPPED)
-        assert "adapter_model.safetensors is damaged, or was not written to its end" in line
+        assert "adapter_model.safetensors is damaged or incomplete" in line
 
     def test_an_adapter_for_a_model_of_another_shape(self, tmp_path: Path) -> None:
         config = LlamaConfig(

@@ -67,7 +67,7 @@ def test_what_cannot_be_packed_is_saved_as_it_is(tmp_path: Path) -> None:
     data = ["--data", CALIBRATION_TEXT, "--samples", "4", "--length", "32"]
     arguments = [SHIPPED, "--recipe", recipe, *data, "--output", tmp_path / "out", "--pack"]
     result = command("oneshot", *arguments)
-    assert "out is saved as it is, not packed:" in result.output
+    assert "out is saved without packing:" in result.output
     assert "Zeros in" in result.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out"}

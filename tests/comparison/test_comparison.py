@@ -309,7 +309,7 @@ class TestGoingOn:
         self, compared: Callable[..., Comparison], tmp_path: Path
     ) -> None:
         (tmp_path / "results.json").write_text("{}")
-        with pytest.raises(ValueError, match=r"results.json holds no comparison"):
+        with pytest.raises(ValueError, match=r"results.json does not hold a comparison"):
             compared(tmp_path, "dlp", 0.5)
 
 
@@ -392,6 +392,6 @@ def test_pruners_and_sparsities_are_checked_before_any_work(
         compared(tmp_path / "new", "dlp", 50)
     with pytest.raises(ValueError, match="mask_structure must be N:M.*got '4:4'"):
         compared(tmp_path / "new", "dlp", "4:4")
-    with pytest.raises(ValueError, match="'half' is no number; give e.g. 0.5, 0.7 or 4:8"):
+    with pytest.raises(ValueError, match="'half' is not a number; give e.g. 0.5, 0.7 or 4:8"):
         compared(tmp_path / "new", "dlp", "half")
     assert not (tmp_path / "new").exists()

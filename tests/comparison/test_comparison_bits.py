@@ -213,7 +213,7 @@ def test_bits_are_checked_before_any_work(
     model: str, calibration: dict[str, Any], tmp_path: Path, bits: int | str
 ) -> None:
     assert [bits_named(each) for each in (4, " 8", "16", 3)] == [4, 8, 16, 3]
-    with pytest.raises(ValueError, match=f"bits: {bits!r} is none of 16"):
+    with pytest.raises(ValueError, match=f"bits must be 16 .*, got {bits!r}"):
         compared(model, calibration, tmp_path / "new", bits=[16, bits])
     assert not (tmp_path / "new").exists()
 
@@ -245,18 +245,20 @@ class TestTheAnswer:
         found = self.found((16, 11.0, 9), (16, 12.0, 6), (4, 15.0, 4), (4, 18.0, 3))
         assert view.verdicts(found) == [
             "Plain 4 bits: 12.0000 in 4.00 MB. The best pruned model that is no larger has 15.0000 "
-            "in 4.00 MB, 1.250 times the perplexity (owl at 0.7, wanda, 4 bits). Larger and no "
-            "better are 1 of 4 pruned."
+            "in 4.00 MB, 1.250 times the perplexity (owl at 0.7, wanda, 4 bits). Of 4 pruned "
+            "models 1 are larger and not better."
         ]
         (caption,) = view.verdicts(self.found((4, 9.0, 3)))
         assert "0.750 times the perplexity" in caption
-        assert "Larger and no better are 0 of 1 pruned." in caption
+        assert "Of 1 pruned models 0 are larger and not better." in caption
 
     def test_none_is_as_small(self) -> None:
         (text,) = view.verdicts(self.found((16, float("nan"), 9)))
-        assert text.endswith("No pruned model is as small. Larger and no better are 1 of 1 pruned.")
+        assert text.endswith(
+            "No pruned model is as small. Of 1 pruned models 1 are larger and not better."
+        )
         (text,) = view.verdicts(self.found((4, float("nan"), 3)))
-        assert "No pruned model of finite perplexity is as small. Larger and no" in text
+        assert "No pruned model of finite perplexity is as small. Of 1 pruned" in text
         assert view.verdicts(self.found()) == []
 
 

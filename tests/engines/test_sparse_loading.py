@@ -190,7 +190,7 @@ class TestDtypes:
         model = load(packed, dtype=torch.float64)
         assert not sparse_of(model)
         (said,) = logged(by="dlp_plugin")
-        assert "packed is loaded dense: packed weights are multiplied in bfloat16, float16" in said
+        assert "packed is loaded dense: packed weights run in bfloat16, float16" in said
 
 
 class TestPlaces:
@@ -215,7 +215,7 @@ class TestPlaces:
         model = load(packed, device_map=places, offload_folder=tmp_path)
         assert not sparse_of(model)
         assert torch.equal(logits(model), logits(dense(packed)))
-        assert "packed weights are multiplied on the CPU, and device_map says disk" in logged()[-1]
+        assert "packed weights run on the CPU only, and device_map names disk" in logged()[-1]
 
     def test_without_kernels(
         self, packed: Path, logged: Logged, monkeypatch: pytest.MonkeyPatch
@@ -236,5 +236,5 @@ class TestPlaces:
         assert not logged(by="dlp_plugin")
 
     def test_of_a_model_that_is_not_packed(self, packed: Path) -> None:
-        with pytest.raises(ValueError, match=r"is a SparseConfig, and the model is not packed"):
+        with pytest.raises(ValueError, match=r"is a SparseConfig, but the model is not packed"):
             dense(packed.with_name("source"))

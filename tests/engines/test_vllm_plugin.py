@@ -322,15 +322,15 @@ def unlisted(tensors: Tensors, config: dict) -> None:
 
 
 WRONG = {
-    newer: "config.json is of version 3 of dlp-sparse, and this dlp_plugin reads up to version 2",
+    newer: "config.json has version 3 of dlp-sparse, but this dlp_plugin reads up to version 2",
     truncated: f"{DAMAGED}.weight_fractions is torch.uint8 [",
     lacking: "the checkpoint lacks model.layers.0.self_attn.k_proj.weight: fetch it or",
-    miscounted: f"{DAMAGED}.weight_packed marks another number of weights than the ",
-    unlisted: f"{DAMAGED}.weight_exponents is there, and config.json does not say so",
+    miscounted: f"{DAMAGED}.weight_packed marks ",
+    unlisted: f"{DAMAGED}.weight_exponents, which config.json does not list",
 }
 
 
-TWICE = "the checkpoint is packed (dlp-sparse) and cannot be quantized as it is loaded "
+TWICE = "the checkpoint is packed (dlp-sparse) and cannot be quantized when it is loaded "
 ASKED = {
     f"{TWICE}(--quantization fp8): leave that out, or unpack": {"quantization": "fp8"},
     f"{TWICE}(quantization_config of model.layers.0.self_attn.qkv_proj)": {

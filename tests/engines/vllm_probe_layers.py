@@ -168,10 +168,10 @@ def test_what_vllm_cannot_do_is_refused() -> None:
     stored, *_ = stored_as("planes", 200, HIDDEN)
     config = config_of({"lm_head": stored, "model.experts.0.up_proj": stored})
     for prefix, name in {"lm_head": "lm_head", "model.experts": "model.experts.0.up_proj"}.items():
-        said = f"{name} is packed, and vLLM's Module takes dense weights only: unpack"
+        said = f"{name} is packed, but vLLM's Module takes dense weights only: unpack"
         refused(said, config.get_quant_method, torch.nn.Module(), prefix)
     assert config.get_quant_method(torch.nn.Module(), "model.attn") is None
-    said = "a is packed, and vLLM moves the rows of a falcon model's weights"
+    said = "a is packed, and vLLM permutes the rows of a falcon model's weights"
     refused(said, config.maybe_update_config, "a", SimpleNamespace(model_type="falcon"))
     config.maybe_update_config("a", SimpleNamespace(model_type="falcon_h1"))
 
@@ -182,7 +182,7 @@ def test_what_vllm_is_told_to_quantize_as_it_loads_is_refused() -> None:
     config.online_quantization_config = OnlineQuantizationConfig(args)
     assert isinstance(layer_of("qkv_proj", config, torch.bfloat16).quant_method, SparseLinearMethod)
     args.ignore.clear()
-    said = "the checkpoint is packed (dlp-sparse) and cannot be quantized as it is loaded"
+    said = "the checkpoint is packed (dlp-sparse) and cannot be quantized when it is loaded"
     refused(said, layer_of, "qkv_proj", config, torch.bfloat16)
     refused("(quantization_config of qkv_proj)", layer_of, "qkv_proj", config, torch.bfloat16)
 

@@ -43,7 +43,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     if family.kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
         check_causal(model, "this")
     else:
-        with pytest.raises(ValueError, match=f"this, .* and {type(model).__name__} is none: it"):
+        with pytest.raises(ValueError, match=f"this, .* but {type(model).__name__} is not one: it"):
             check_causal(model, "this")
 
 
@@ -61,7 +61,7 @@ def test_it_costs_one_pass(make_model: MakeModel) -> None:
 def test_one_that_attends_both_ways(kind: type) -> None:
     """Loaded as a causal language model, BERT attends both ways all the same."""
     torch.manual_seed(0)
-    message = f"this, which takes a causal .*{kind.__name__} is none: its predictions change"
+    message = f"this, which needs a causal .*{kind.__name__} is not one: its predictions change"
     with pytest.raises(ValueError, match=message):
         check_causal(kind(BertConfig(**TINY)), "this")
 
@@ -87,4 +87,4 @@ def test_one_without_a_head(make_model: MakeModel) -> None:
 def test_refine_on_one_is_refused_before_any_work(tmp_path) -> None:
     model = as_if_loaded(BertLMHeadModel(BertConfig(**TINY)), tmp_path)
     stage = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*decoder"])
-    refuses(model, "refine judge by loss, which takes a causal", DLPModifier(refine=1), stage)
+    refuses(model, "refine judge by loss, which needs a causal", DLPModifier(refine=1), stage)

@@ -50,8 +50,8 @@ def text(tmp_path: Path) -> Path:
     ("harm", "message"),
     [
         (broken, f" is nan; {BROKEN} holds NaN or infinity: take a checkpoint that does not"),
-        (overflowing, " is nan; its weights are finite, so what it computes .* overflows float32"),
-        (collapsed, " is inf; it gives a part of the text no probability at all: prune it less"),
+        (overflowing, " is nan; its weights are finite, so its activations overflow float32"),
+        (collapsed, " is inf; it gives a part of the text a probability of 0: prune it less"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

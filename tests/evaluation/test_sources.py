@@ -91,7 +91,7 @@ class TestAFile:
         file.write_text({"txt": "7 8", "jsonl": '{"text": "7 8"}\n'}[ending])
         assert read_tokens(file, tokenizer, usual_split="test") == [7, 8]
         assert read_tokens(file, tokenizer, split="train") == [7, 8]
-        message = r"is one file, so its only split is 'train', and 'test' was asked for: leave the"
+        message = r"is a single file, so its only split is 'train', not 'test': leave the"
         with pytest.raises(ValueError, match=message):
             read_tokens(file, tokenizer, split="test")
 
@@ -188,13 +188,13 @@ class TestConversations:
     ) -> None:
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
         Dataset.from_dict({"messages": CHATS}).to_json(tmp_path / "chats.jsonl")
-        message = r"'messages' of row 0 does not suit .* \(roles must alternate\): leave such rows"
+        message = r"'messages' of row 0 does not fit .* \(roles must alternate\): leave such rows"
         with pytest.raises(ValueError, match=message):
             read_tokens(tmp_path / "chats.jsonl", tokenizer, column="messages")
 
     def test_without_a_template(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
         Dataset.from_dict({"messages": CHATS}).to_json(tmp_path / "chats.jsonl")
-        message = "'messages' of row 0 is a conversation, and the model's tokenizer has no chat tem"
+        message = "'messages' of row 0 is a conversation, but the model's tokenizer has no chat tem"
         with pytest.raises(ValueError, match=message):
             read_tokens(tmp_path / "chats.jsonl", tokenizer, column="messages")
 
@@ -217,9 +217,9 @@ class TestWhatCannotBeRead:
             ("a.jsonl", b'{"text": " "}\n', "holds nothing but white space"),
             ("a.txt.gz", b"no gzip", r"a\.txt\.gz cannot be read \(.*\): is it damaged\?"),
             ("a.txt.gz", gzip.compress(b"ab" * 99, mtime=0)[:-20], r"a\.txt\.gz cannot be read"),
-            ("a.jsonl", b'{"text": "b\n', r"a\.jsonl cannot be read by its ending \(JSON parse er"),
-            ("a.csv", b"text\nb\xff\n", r"a\.csv cannot be read by its ending \('utf-8' codec"),
-            ("a.parquet", b"PAR1", r"a\.parquet cannot be read by its ending \(.*: it is damaged"),
+            ("a.jsonl", b'{"text": "b\n', r"a\.jsonl cannot be read \(JSON parse er"),
+            ("a.csv", b"text\nb\xff\n", r"a\.csv cannot be read \('utf-8' codec"),
+            ("a.parquet", b"PAR1", r"a\.parquet cannot be read \(.*: it is damaged"),
         ],
     )
     @pytest.mark.parametrize("limit", [None, 3])
@@ -260,4 +260,4 @@ def test_the_terminal_measures_rows_as_their_text(tmp_path: Path) -> None:
     (figure,) = [line for line in measured[0] if line.startswith("perplexity ")]
     assert figure in measured[1]
     asked = command("ppl", SHIPPED, *rows, "--split", "test", code=1).stderr
-    assert "rows.jsonl is one file, so its only split is 'train'" in asked
+    assert "rows.jsonl is a single file, so its only split is 'train'" in asked

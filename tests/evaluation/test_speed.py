@@ -78,7 +78,7 @@ def test_what_cannot_be_packed_is_told(tmp_path: Path) -> None:
 def test_numbers_of_texts(tmp_path: Path) -> None:
     for given in ("0", "1,x", ""):
         output = command("speed", tmp_path, "--batches", given, code=1).output
-        assert f"--batches is {given!r}: give numbers of texts" in " ".join(output.split())
+        assert f"--batches is {given!r}: give batch sizes" in " ".join(output.split())
 
 
 FOUND = {
@@ -116,7 +116,7 @@ def test_a_model_in_the_cache_shows_nothing_and_that_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "cache_bytes", lambda: 1 << 30)
-    assert "The processor's cache holds 1,074 MB" in " ".join(shown(FOUND))
+    assert "The processor's cache of 1,074 MB" in " ".join(shown(FOUND))
 
 
 def test_the_size_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_seed_draws_calibration_samples() -> None:
     ("make", "message"),
     [
         (lambda: token_windows(range(9), 1), "length must be at least 2 tokens, got 1"),
-        (lambda: token_windows([5], 4), "the text has 1 tokens"),
+        (lambda: token_windows([5], 4), "at least 2 tokens, got 1"),
         (lambda: calibration_set(range(3), 4, 1), "has 3 tokens, which is less than one sample"),
         (lambda: calibration_set(range(9), 4, 0), "samples must be at least 1, got 0"),
     ],
@@ -176,7 +176,7 @@ class TestSourcesThatCannotBeRead:
 
     def test_a_file_that_is_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "text.txt").write_bytes(b"ab\xff")
-        with pytest.raises(ValueError, match=r"text\.txt is no UTF-8 text \(byte 2\)"):
+        with pytest.raises(ValueError, match=r"text\.txt is not UTF-8 text \(byte 2\)"):
             read_tokens(tmp_path / "text.txt", word_tokenizer())
 
     def test_a_dataset_of_several_columns_that_tells_none_before_it_is_read(
@@ -197,11 +197,11 @@ class TestSourcesThatCannotBeRead:
             raise RefusedError("401 Unauthorized", response=None)
 
         monkeypatch.setattr("dlp_plugin.evaluation.sources.load_dataset", refuse)
-        with pytest.raises(OSError, match=r"cannot be read \(401 Unauthorized\): check"):
+        with pytest.raises(OSError, match=r"cannot be read as a dataset \(401 Unauthorized\)"):
             read_tokens("some/dataset", word_tokenizer())
 
     def test_a_folder_that_holds_no_dataset(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match=r"as a dataset it cannot be read"):
+        with pytest.raises(OSError, match=r"cannot be read as a dataset"):
             read_tokens(tmp_path, word_tokenizer())
 
     def test_a_row_without_text(self, tmp_path: Path) -> None:

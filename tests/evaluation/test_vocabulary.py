@@ -14,7 +14,7 @@ from dlp_plugin import DLPModifier, WandaPruningModifier
 from dlp_plugin.evaluation.perplexity import perplexity
 from dlp_plugin.evaluation.vocabulary import check_vocabulary
 
-MESSAGE = r"gives token 2\d\d, and the embeddings of \S+ have 200 rows: take the tokenizer"
+MESSAGE = r"gives token 2\d\d, but the embeddings of \S+ have 200 rows: take the tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_terminal(name: str, folder: Path, tmp_path: Path) -> None:
     }
     line = [name, folder, "--data", tmp_path / "text.txt", "--length", 16, *more[name]]
     output = " ".join(command(*line, code=1).output.split())
-    assert "gives token 249, and the embeddings of" in output
+    assert "gives token 249, but the embeddings of" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -64,7 +64,7 @@ def test_zero_shot(folder: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "tiny.yaml").write_text(json.dumps(task))
     output = command("zero-shot", folder, "tiny", "--task-folder", tmp_path, code=1).output
-    assert "gives token 255, and the embeddings of" in " ".join(output.split())
+    assert "gives token 255, but the embeddings of" in " ".join(output.split())
 
 
 def test_an_allocation_modifier(make_model: MakeModel) -> None:
@@ -75,7 +75,7 @@ def test_an_allocation_modifier(make_model: MakeModel) -> None:
 
 
 def test_perplexity(make_model: MakeModel) -> None:
-    with pytest.raises(ValueError, match=r"gives token 200, and"):
+    with pytest.raises(ValueError, match=r"gives token 200, but"):
         perplexity(make_model(vocab_size=200), [torch.tensor([1, 199]), torch.tensor([1, 200])])
 
 

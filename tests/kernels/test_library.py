@@ -95,7 +95,7 @@ def test_it_is_built_once_at_first_use_or_done_without(package: Path) -> None:
     built.rename(source.with_name("_products.so"))
     source.write_text(source.read_text() + "/* another */\n")
     said = say(package, PRODUCT, XDG_CACHE_HOME=str(package / "empty"), PATH="/nowhere")
-    assert said.startswith("no kernels are built, as there is no C compiler: install")
+    assert said.startswith("the kernels cannot be built: there is no C compiler; install")
 
 
 def test_a_compiler_that_fails(package: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_compiler_that_fails(package: Path) -> None:
     cache = package / "cache"
     said = say(package, XDG_CACHE_HOME=str(cache), PATH=str(compiler.parent))
     assert said == (
-        f"no kernels are built, as {compiler} fails (x.c:1: error: unknown target): install a C "
-        "compiler or ziglang"
+        f"the kernels cannot be built: {compiler} fails (x.c:1: error: unknown target); install a "
+        "C compiler or ziglang"
     )
     assert not list(cache.rglob("*.so"))
     assert not [path for path in (cache / "dlp_plugin").iterdir() if path.is_dir()]
@@ -116,7 +116,7 @@ def test_a_compiler_that_fails(package: Path) -> None:
 def test_a_cache_that_cannot_be_written(package: Path) -> None:
     (package / "file").write_text("")
     said = say(package, XDG_CACHE_HOME=str(package / "file"))
-    assert said.startswith("no kernels are built, as their folder cannot be written (")
+    assert said.startswith("the kernels' folder cannot be written (")
     assert said.endswith(
         "set XDG_CACHE_HOME to a folder that can be written, or reinstall with a C compiler"
     )
@@ -137,7 +137,7 @@ def test_it_is_held_to_less_than_the_processor_has(monkeypatch: pytest.MonkeyPat
     assert chosen() == 0
     assert best >= 0
     monkeypatch.setenv("DLP_KERNELS", "sse")
-    with pytest.raises(ValueError, match=r"^DLP_KERNELS is sse, and here it may be one of portab"):
+    with pytest.raises(ValueError, match=r"^DLP_KERNELS is sse, but on this processor it may be"):
         available()
 
 
@@ -147,7 +147,7 @@ def test_what_is_slower_than_a_dense_product_runs_where_it_is_asked_for(package:
         source.write_text(source.read_text().replace("__x86_64__", "__another__"))
     cache = {"XDG_CACHE_HOME": str(package / "cache")}
     said = say(package, **cache)
-    if said.startswith("no kernels are built"):
+    if said.startswith("the kernels cannot be built"):
         pytest.skip("there is no C compiler")
     assert said.startswith("the kernels for this processor (")
     assert said.endswith("slower than a dense product: set DLP_KERNELS=portable to run them")

@@ -206,18 +206,22 @@ def test_tensors_that_lie_elsewhere_meanwhile(level: str) -> None:
         one.data = one.data.clone()
     assert_product(linear(x, layout), x, weight)
     layout.tensors["values"].data = layout.tensors["values"].half()
-    with pytest.raises(ValueError, match=r"in place of .*: (keep them as|the file is damaged)"):
+    with pytest.raises(ValueError, match=r"instead of .*: (keep them as|the file is damaged)"):
         linear(x, layout)
 
 
 def test_what_cannot_be_multiplied() -> None:
     layout = layout_of(*packed(torch.bfloat16, (6, 20)))
-    with pytest.raises(ValueError, match=r"^a product with \[6, 20\] .* not \[1, 21\] in .*bfloat"):
+    with pytest.raises(ValueError, match=r"^packed weights \[6, 20\] .* not \[1, 21\] in .*bfloat"):
         linear(torch.ones(1, 21).bfloat16(), layout)
-    with pytest.raises(ValueError, match=r"takes \[\.\.\., 20\] in .* not \[1, 20\] in .*float64"):
+    with pytest.raises(
+        ValueError, match=r"take inputs \[\.\.\., 20\] in .* not \[1, 20\] in .*float64"
+    ):
         linear(torch.ones(1, 20).double(), layout)
     there = {name: one.to("meta") for name, one in layout.tensors.items()}
-    with pytest.raises(ValueError, match=r"on the CPU, and here are tensors on cpu and meta: load"):
+    with pytest.raises(
+        ValueError, match=r"on the CPU only, but these tensors are on cpu and meta: load"
+    ):
         linear(torch.ones(1, 20), Layout(layout.spec, there))
     with pytest.raises(ValueError, match=r"^the bias is \[5\] on cpu, not \[6\]"):
         linear(torch.ones(1, 20), layout, torch.ones(5))

@@ -37,7 +37,9 @@ class TestBadInput:
 
     @pytest.mark.parametrize("field", ["alpha", "sparsity", "refine", "num_samples", "seed"])
     def test_a_yes_is_no_number(self, make_model: MakeModel, field: str) -> None:
-        refuses(make_model(), f"DLPModifier\n{field}\n.*True is no number", recipe({field: True}))
+        refuses(
+            make_model(), f"DLPModifier\n{field}\n.*True is neither a number", recipe({field: True})
+        )
 
     @pytest.mark.parametrize("field", ["targets", "ignore"])
     def test_a_bad_regular_expression(self, make_model: MakeModel, field: str) -> None:

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from helpers import EVERY, ROOT, MakeModel, linears_of, prune, random_samples, word_tokenizer, zeros
+from helpers import EVERY, MakeModel, linears_of, prune, zeros
 from llmcompressor.modifiers.factory import ModifierFactory
+from own_code import compared, names_in_document
 
 from dlp_plugin import DLPModifier
 from dlp_plugin.comparison.names import pruner_named
-from dlp_plugin.comparison.run import compare
-from dlp_plugin.comparison.yardstick import Yardstick
 from dlp_plugin.pruning.base import PruningStage, declared
-
-WINDOWS = [torch.tensor(row) for row in random_samples(4, seed=1)["input_ids"]]
 
 
 @pytest.fixture
 def kind() -> Iterator[type[PruningStage]]:
     """The class of the document, known as long as the test runs."""
-    (code,) = re.findall(
-        r"^```python\n((?:(?!^```).)*?RandomPruningModifier.*?)^```",
-        (ROOT / "dlp_plugin" / "extending.md").read_text(),
-        re.M | re.S,
-    )
-    names: dict[str, Any] = {}
-    exec(code, names)
-    yield names["RandomPruningModifier"]
-    names["RandomPruningModifier"].pruner = ""
+    kind = names_in_document("RandomPruningModifier")["RandomPruningModifier"]
+    yield kind
+    kind.pruner = ""
     ModifierFactory._registered_registry.pop("RandomPruningModifier", None)
 
 
@@ -47,26 +35,9 @@ def test_it_is_fed_with_a_plan(kind: type[PruningStage], make_model: MakeModel) 
 
 
 def test_it_is_compared(kind: type[PruningStage], make_model: MakeModel, tmp_path: Path) -> None:
-    model = make_model()
-    model.save_pretrained(tmp_path / "model")
-    word_tokenizer().save_pretrained(tmp_path / "model")
-    calibration = {
-        "tokenizer": word_tokenizer(),
-        "dataset": random_samples(),
-        "num_calibration_samples": 8,
-        "max_seq_length": 32,
-        "shuffle_calibration_samples": False,
-    }
-    found = compare(
-        str(tmp_path / "model"),
-        calibration,
-        Yardstick(WINDOWS),
-        tmp_path / "found",
-        methods=["uniform"],
-        sparsities=[0.5],
-        pruners=["magnitude", "random-polished"],
-    )
-    assert [cell.pruner for cell in found.cells] == ["magnitude", "random-polished"]
+    pruners = ["magnitude", "random-polished"]
+    found = compared(make_model(), tmp_path, ["uniform"], pruners)
+    assert [cell.pruner for cell in found.cells] == pruners
     assert [cell.achieved for cell in found.cells] == pytest.approx([0.5, 0.5], abs=0.01)
     assert "RandomPruningModifier" in found.only(["uniform"], ["0.5"], ["random-polished"]).recipe()
 

@@ -47,7 +47,7 @@ def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
 
 def test_what_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"recipe\.yaml is no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not UTF-8 text"):
         check_recipe(tmp_path / "recipe.yaml")
 
 

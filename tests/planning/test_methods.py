@@ -229,7 +229,9 @@ class TestBadInput:
     def test_a_plan_of_another_method(self, make_model: MakeModel, tmp_path: Path) -> None:
         path = str(tmp_path / "plan.json")
         plan_of(make_model(), OWLModifier(plan_path=path))
-        with pytest.raises(ValueError, match="a plan of method owl, and DLPModifier makes dlp"):
+        with pytest.raises(
+            ValueError, match="a plan of method owl, but DLPModifier makes plans of dlp"
+        ):
             plan_of(make_model(), DLPModifier(from_plan=path))
 
     @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ class TestBadInput:
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
         model = BertForMaskedLM(BertConfig(vocab_size=256, num_hidden_layers=2, **sizes))
         as_if_loaded(model, tmp_path)
-        with pytest.raises(ValueError, match="BertForMaskedLM is none: its predictions change"):
+        with pytest.raises(ValueError, match="BertForMaskedLM is not one: its predictions change"):
             plan_of(model, kind(**{kind.strength_field: "auto"}))
 
     @pytest.mark.parametrize(

@@ -102,15 +102,18 @@ def test_table_and_picture(plan: Plan, tmp_path: Path) -> None:
         (lambda p: p["blocks"][1].update(sparsity=0.1), "come to 0.304000 of all weights"),
         (lambda p: p["blocks"][1].update(score=-3), r"blocks\.1\.score"),
         (lambda p: p["blocks"][1].update(sparsity=2), r"blocks\.1\.sparsity"),
-        (lambda p: p.update(strength=True), "strength: Value error, True is no number"),
+        (lambda p: p.update(strength=True), "strength: Value error, True is not a number"),
         (lambda p: p.update(strength=1e308), r"strength must be at most 1e\+06, got 1e\+308"),
         (lambda p: p["blocks"][1].update(weights=10**400), r"blocks\.1\.weights"),
         (lambda p: p["blocks"][1].update(score=10**400), r"blocks\.1\.score"),
         (lambda p: p["blocks"][1].update(score=1e308), r"blocks\.1\.score"),
-        (lambda p: p["blocks"][1].update(weights=True), r"blocks\.1\.weights: .*True is no number"),
+        (
+            lambda p: p["blocks"][1].update(weights=True),
+            r"blocks\.1\.weights: .*True is not a number",
+        ),
         (lambda p: p["blocks"][1].update(linears={"a": True}), r"blocks\.1\.linears\.a: .*True is"),
-        (lambda p: p.update(target=True), "target: .*True is no number"),
-        (lambda p: p.update(schema_version=True), "schema_version: .*True is no number"),
+        (lambda p: p.update(target=True), "target: .*True is not a number"),
+        (lambda p: p.update(schema_version=True), "schema_version: .*True is not a number"),
         (lambda p: p.update(mask_structure="1:" + "9" * 400), "mask_structure must be N:M"),
         (lambda p: p.update({"a\nb": 1}), "a b: Extra inputs are not permitted"),
         (
@@ -139,7 +142,7 @@ def test_a_damaged_plan_is_refused(plan: Plan, tmp_path: Path, change, message: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff\xfe", "it is no UTF-8 text"),
+        (b"\xff\xfe", "it is not UTF-8 text"),
         (b"[" * 200_000, "recursion limit exceeded"),
         (b'{"a":' * 200_000, "recursion limit exceeded"),
         (b'{"alpha": ' + b"9" * 5000 + b"}", "number out of range"),

@@ -33,8 +33,8 @@ class TestBadPatterns:
     @pytest.mark.parametrize("pruner", PRUNERS)
     def test_columns_that_groups_do_not_divide(self, make_model: MakeModel, pruner: type) -> None:
         message = (
-            r"model.layers.0.self_attn.q_proj has 64 columns, which groups of 6 weights do not "
-            rf"divide: add them to {pruner.__name__}.ignore"
+            r"model.layers.0.self_attn.q_proj has 64 columns, which is not a multiple of 6: "
+            rf"add them to {pruner.__name__}.ignore"
         )
         refuses(make_model(), message, DLPModifier(), pruner(mask_structure="3:6", **EVERY))
         refuses(make_model(), message, pruner(mask_structure="3:6", **EVERY))
@@ -98,7 +98,7 @@ class TestBadPatterns:
 
     @pytest.mark.parametrize("value", [True, [0.5, True, 0.5]])
     def test_a_yes_is_no_number(self, value: object) -> None:
-        message = r"sparsity is .*True.*, which is no number: state it, e\.g\. 0\.7"
+        message = r"sparsity is .*True.*, which is not a number: state it, e\.g\. 0\.7"
         for pruner in PRUNERS:
             with pytest.raises(ValueError, match=message):
                 pruner(sparsity=value, targets=["LlamaDecoderLayer"])
@@ -127,7 +127,7 @@ class TestBadPatterns:
     def test_a_plan_that_no_stage_follows(self, make_model: MakeModel, tmp_path: Path) -> None:
         path = str(tmp_path / "plan.json")
         modifier = DLPModifier(mask_structure="3:6", alpha="auto", plan_path=path)
-        refuses(make_model(), "q_proj has 64 columns, which groups of 6 weights do not", modifier)
+        refuses(make_model(), "q_proj has 64 columns, which is not a multiple of 6", modifier)
 
     def test_a_refined_plan_is_not_made_to_fit(self, make_model: MakeModel) -> None:
         refined = DLPModifier(sparsity=0.5, refine=1)

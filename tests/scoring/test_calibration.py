@@ -136,8 +136,8 @@ def rows(ids: list[list[int]], side: str | None, length: int = 40) -> Dataset:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (None, r"batch \d of the calibration data cannot be made of its rows \(.*NoneType"),
-        ([1, None], r"batch \d of the calibration data cannot be made of its rows \(.*NoneType"),
+        (None, r"batch \d of the calibration data cannot be made from its rows \(.*NoneType"),
+        ([1, None], r"batch \d of the calibration data cannot be made from its rows \(.*NoneType"),
         ([], r"batch \d of the calibration data has no input_ids \(.*\[1, 0\]"),
     ],
 )

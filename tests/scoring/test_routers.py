@@ -85,7 +85,7 @@ def test_a_stage_leaves_them_dense_unless_they_are_named(
         assert stage.ignore == ignore
     told = [message for message in logged() if "leaves routers dense" in message]
     assert told == [
-        f"{kind.__name__} leaves routers dense: {GATES[0]} and 2 more; to have them too, add "
+        f"{kind.__name__} leaves routers dense: {GATES[0]} and 2 more; to prune them too, add "
         r"'re:.*\.shared_expert_gate$' to its targets"
     ]
 
@@ -109,10 +109,10 @@ def test_targets_that_reach_them_are_warned_of(
 ) -> None:
     modifier = make_modifier(BROAD)
     run(model_of("qwen3_next", tmp_path), [modifier], random_samples(2))
-    (told,) = [message for message in logged("WARNING") if "has routers among" in message]
+    (told,) = [message for message in logged("WARNING") if "prunes routers" in message]
     assert told == (
-        f"{type(modifier).__name__} has routers among its targets, which decide what experts are "
-        f"used for: {GATES[0]} and 2 more; to leave them dense, add "
+        f"{type(modifier).__name__} prunes routers, which choose the experts for each "
+        f"token: {GATES[0]} and 2 more; to leave them dense, add "
         r"'re:.*\.shared_expert_gate$' to its ignore"
     )
 

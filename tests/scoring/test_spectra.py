@@ -222,5 +222,5 @@ class TestBlockExponent:
             block_exponent(weights)
 
     def test_a_block_without_linears(self) -> None:
-        with pytest.raises(ValueError, match="mean over its Linears, got none"):
+        with pytest.raises(ValueError, match="mean over its Linears, but there are none"):
             block_exponent({})

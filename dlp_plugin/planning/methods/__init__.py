@@ -38,9 +38,11 @@ def options() -> list[str]:
 
 
 def method_of(text: str) -> type[Method]:
-    """The method that a name means, written with dashes or underscores.
+    """Find a method by its name, which may have dashes or underscores.
 
-    :raises ValueError: naming ``text`` and what there is
+    :param text: name of the method
+    :return: class of the method
+    :raises ValueError: if there is no such method; lists those that exist
     """
     name = text.strip().replace("-", "_")
     if name not in METHODS:

@@ -46,7 +46,7 @@ class Method(BaseModel):
         """Refuse YAML's true and yes, which pydantic takes for 1."""
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"{value} is no number and no name")
+            raise ValueError(f"{value} is neither a number nor a name")
         return value
 
     @field_validator("*")
