@@ -23,6 +23,7 @@ __all__ = [
     "bytes_on_disk",
     "check_weight_files",
     "copy_others",
+    "opening",
     "read_config",
     "read_index",
     "shards",
@@ -105,6 +106,17 @@ def weight_files(folder: Path) -> dict[str, Path]:
             f"{file} does not hold {key}, as {INDEX} says: fetch or save the checkpoint again"
         )
     return dict(held + said)
+
+
+def opening() -> Callable[..., Any]:
+    """What opens safetensors files to read tensors into memory of their own, each file once.
+
+    Opening reads the names of all tensors in a file: done for every tensor, it would take most of
+    the time where there are thousands of experts. Files are closed when it is let go of.
+
+    :return: file, and framework if it is not ``pt``, to what ``safe_open`` gives
+    """
+    return cache(lambda file, framework="pt": safe_open(file, framework=framework, backend="pread"))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from families import FAMILIES, make
 from helpers import VOCABULARY, command, random_samples, run
 from packed_checkpoints import assert_same_bits, tensors_of
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparse_models import needs_kernels, sparse_of
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
@@ -202,6 +204,36 @@ def test_what_the_commands_do(pruned: Callable[..., Path], tmp_path: Path) -> No
     told = said("export-gptq", tmp_path / "packed", tmp_path / "gptq", code=1)
     assert "packed is not pack-quantized (quant_method dlp-sparse" in told
     assert not (tmp_path / "gptq").exists()
+
+
+def test_files_are_opened_once_and_not_for_every_expert(
+    pruned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening reads the names of all tensors: of 128 experts a layer it took most of the time."""
+    opened: list[str] = []
+
+    def counting(file: object, *arguments: object, **named: object) -> object:
+        opened.append(str(file))
+        return safe_open(file, *arguments, **named)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("dlp_plugin.") and hasattr(module, "safe_open"):
+            monkeypatch.setattr(module, "safe_open", counting)
+
+    def times(work: Callable[[], object]) -> int:
+        opened.clear()
+        work()
+        return len(opened)
+
+    source, packed = pruned("qwen3_moe"), tmp_path / "packed"
+    assert len(tensors_of(source)) > 50
+    assert times(lambda: pack(source, packed)) < 10
+    assert times(lambda: unpack(packed, tmp_path / "unpacked")) < 10
+    assert times(lambda: load(packed)) < 10
+    assert times(lambda: load(packed, quantization_config=SparseConfig(dequantize=True))) < 10
+    for folder in (source, packed):
+        assert times(lambda folder=folder: inspect_checkpoint(folder)) < 10
+    assert times(lambda: zeros_lost(source, packed)) < 10
 
 
 class TestBadInput:
