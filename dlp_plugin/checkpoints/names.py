@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -17,6 +17,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     rename_source_key,
 )
 
@@ -25,10 +26,11 @@ from dlp_plugin.checkpoints.inspect import block_of
 if TYPE_CHECKING:  # transformers may import this module before that class is made
     from transformers import PreTrainedModel
 
-__all__ = ["SourceNames", "check_experts", "linears_of_blocks"]
+__all__ = ["SourceNames", "check_experts", "linears_of_blocks", "only_stacks"]
 
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
-_STACKED = [(MergeModulelist, 0), (Concatenate, 1)]  # the second where there are several kinds
+# How transformers stacks experts: operation and dimension; the second where of several kinds
+_STACKED = [(MergeModulelist, 0), (Concatenate, 1)]
 Shape = Sequence[int]
 
 
@@ -65,15 +67,11 @@ class SourceNames:
         return full if known and full in self._state and self._state[full].ndim == 3 else None
 
     def is_stacked(self, key: str) -> bool:
-        """Whether the weight that an expert's is part of is a stack of such, and no more.
-
-        Of several kinds of them, such as gate and up, they lie one behind the other.
-        """
+        """Whether the weight that an expert's is part of is a stack of such, and no more."""
         _, pattern = self._renamed(key)
         for each in self._converters:
             if pattern in each.source_patterns:
-                steps = [(type(step), getattr(step, "dim", None)) for step in each.operations]
-                return steps == _STACKED[: len(each.source_patterns)]
+                return only_stacks(each)
         return False
 
     def shape(self, full: str) -> Shape:
@@ -96,6 +94,17 @@ class SourceNames:
             key, self._renamings, self._converters, self._prefix, self._state
         )
         return found
+
+
+def only_stacks(transform: WeightTransform | None) -> TypeGuard[WeightConverter]:
+    """Whether transformers makes a weight by stacking those of experts, and by nothing more.
+
+    Of several kinds of them, such as gate and up, they lie one behind the other.
+    """
+    if not isinstance(transform, WeightConverter):
+        return False
+    steps = [(type(step), getattr(step, "dim", None)) for step in transform.operations]
+    return steps == _STACKED[: len(transform.source_patterns)]
 
 
 def linears_of_blocks(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
