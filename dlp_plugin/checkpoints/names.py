@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from dlp_plugin.checkpoints.files import check_alike
 from dlp_plugin.checkpoints.inspect import block_of
 
 if TYPE_CHECKING:  # transformers may import this module before that class is made
@@ -146,20 +147,7 @@ def check_experts(names: SourceNames, shapes: Mapping[str, Shape], where: str) -
         wanted = names.shape(full)
         count = wanted[0]
         for kind, held in kinds.items():
-            numbers = range(count) if "{}" in kind else [0]
-            for key in map(kind.format, numbers):
-                if key not in held:
-                    raise ValueError(
-                        f"no file of {where} holds {key}, and the layer has {count} experts: "
-                        "fetch or save the checkpoint again"
-                    )
-            first, shape = next(iter(held.items()))
-            other = next((key for key, each in held.items() if each != shape), None)
-            if other:
-                raise ValueError(
-                    f"{other} of {where} is {list(held[other])}, and {first} {list(shape)}: "
-                    "experts of a layer have one shape; fetch or save the checkpoint again"
-                )
+            check_alike(kind, held, count if "{}" in kind else 1, where)
         sizes = [prod(shape) for held in kinds.values() for shape in held.values()]
         if sum(sizes) != prod(wanted):
             raise ValueError(

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrain
 
 from dlp_plugin import MaskedGPTQModifier, SparseConfig, WandaPruningModifier, pack, unpack
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost
+from dlp_plugin.checkpoints.loading import load_model
 from dlp_plugin.checkpoints.packing import Packed
 from dlp_plugin.kernels.products import available
 
@@ -281,6 +282,31 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             pack(source, tmp_path / "packed")
         assert not (tmp_path / "packed").exists()
+
+    @pytest.mark.parametrize("name", ONE_BY_ONE)
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (
+                lambda x, key: x.pop(key),
+                r"no file of .*source holds {}, and the layer has 4 experts: fetch or save",
+            ),
+            (
+                lambda x, key: shorten(x, key),
+                r"{} of .*source is \[\d+, 64\], and .*\.0\..* \[\d+, 64\]: experts of a layer",
+            ),
+        ],
+    )
+    def test_every_reader_of_a_source_refuses_them(
+        self, pruned: Callable[..., Path], tmp_path: Path, name: str, edit: Callable, message: str
+    ) -> None:
+        key = f"{EXPERT[name]}.weight"
+        source = changed(pruned(name), tmp_path / "source", lambda x: edit(x, key))
+        for read in (inspect_checkpoint, load_model, lambda f: pack(f, tmp_path / "packed")):
+            with pytest.raises(ValueError, match=message.format(re.escape(key))) as told:
+                read(source)
+            assert "\n" not in str(told.value)
+        assert [each.name for each in tmp_path.iterdir()] == ["source"]
 
     @pytest.mark.parametrize(
         ("name", "message"),
