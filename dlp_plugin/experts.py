@@ -23,9 +23,7 @@ from llmcompressor.modifiers.quantization.quantization.mixin import Quantization
 from loguru import logger
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
     ConversionOps,
-    MergeModulelist,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -33,6 +31,7 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from dlp_plugin.checkpoints.names import only_stacks
 from dlp_plugin.host import check_patterns, current_modifiers
 
 __all__ = ["save_under_source_names"]
@@ -42,9 +41,6 @@ _FUSED: dict[bool, dict[str, list[str]]] = {
     True: {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]},
     False: {"up_proj": ["up_proj"], "down_proj": ["down_proj"]},
 }
-# How transformers fuses experts that a checkpoint holds one by one: operation and dimension;
-# the second where there is a gate
-_MERGE = [(MergeModulelist, 0), (Concatenate, 1)]
 
 
 def save_under_source_names(model: Any) -> None:
@@ -80,8 +76,7 @@ def save_under_source_names(model: Any) -> None:
             converter = _transform_to(f"{name}.{fused}", known)
             operations = getattr(converter, "operations", [])
             transforms: Iterable[WeightTransform]
-            steps = [(type(each), getattr(each, "dim", None)) for each in operations]
-            if converter and steps == _MERGE[: len(parts)]:
+            if only_stacks(converter) and len(converter.source_patterns) == len(parts):
                 transforms = _renamings(converter, fused, parts)
                 dense += [name] if quantized and len(inside) < len(linears) else []
             elif all(getattr(each, "check_dims", False) for each in operations):

@@ -161,6 +161,20 @@ def test_where_it_is_measured_is_recorded(
     assert record.here("other", threads=3)["command"] == "other"
 
 
+def test_what_experts_cost_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage on a small block, by the real ``oneshot()``."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import mixtures
+
+    monkeypatch.setattr(mixtures, "SIZES", {**mixtures.SIZES, "hidden_size": 64})
+    monkeypatch.setattr(mixtures, "SAMPLES", 1)
+    found = {stage: {"4": mixtures.measured(stage, 4)} for stage in mixtures.STAGES}
+    for stage, one in found.items():
+        assert one["4"].keys() == {"seconds", "peak megabytes"}, stage
+        assert one["4"]["seconds"] > 0, stage
+    assert mixtures.show(found).row_count == len(mixtures.STAGES)
+
+
 def test_the_main_commands_output_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import main_command

@@ -8,8 +8,9 @@ checkpoint's, does not check that the files named by the index exist, and takes 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,10 @@ __all__ = [
     "INDEX",
     "WEIGHTS",
     "bytes_on_disk",
+    "check_alike",
     "check_weight_files",
     "copy_others",
+    "opening",
     "read_config",
     "read_index",
     "shards",
@@ -39,6 +42,10 @@ WEIGHTS = (
     *(".onnx", ".onnx_data"),
 )
 """Suffixes of files that hold weights in some format."""
+# What config.json calls the number of a layer's experts
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# A tensor of an expert's Linear: what holds the experts, the number, the Linear
+_EXPERT = re.compile(r"(?P<module>((?:.*\.)?experts\.)\d+(\..+))\.[^.]+")
 # Where transformers saves the chat templates of a tokenizer that has several.
 _TEMPLATES = "additional_chat_templates"
 
@@ -105,7 +112,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     :param folder: of the checkpoint
     :return: full name to file
     :raises FileNotFoundError: as :func:`shards` does
-    :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names
+    :raises ValueError: naming the file, if one is damaged or lacks a tensor that the index names;
+        naming the weight, if an expert is missing or of another shape
     """
     held = [(key, file) for file in shards(folder) for key in _keys(file)]
     said = [(key, folder / name) for key, name in _places(folder).items()]
@@ -113,7 +121,63 @@ def weight_files(folder: Path) -> dict[str, Path]:
         raise ValueError(
             f"{file} does not hold {key}, as {INDEX} says: fetch or save the checkpoint again"
         )
-    return dict(held + said)
+    found = dict(held + said)
+    _check_experts(folder, found)
+    return found
+
+
+def check_alike(
+    kind: str, held: Mapping[str, Sequence[int] | None], count: int, where: str
+) -> None:
+    """Make sure that every expert of a layer has a weight, all of one shape.
+
+    :param kind: name of the weight in the files, with ``{}`` for the expert's number
+    :param held: name of every expert's weight there is to its shape; None where it is not known
+    :param count: number of the layer's experts
+    :param where: the folder they are from, for errors
+    :raises ValueError: naming the weight that is missing, or is unlike the others
+    """
+    for key in map(kind.format, range(count)):
+        if key not in held:
+            raise ValueError(
+                f"no file of {where} holds {key}, and the layer has {count} experts: "
+                "fetch or save the checkpoint again"
+            )
+    shapes = {key: list(shape) for key, shape in held.items() if shape is not None}
+    first = next(iter(shapes), "")
+    for key, shape in shapes.items():
+        if shape != shapes[first]:
+            raise ValueError(
+                f"{key} of {where} is {shape}, and {first} {shapes[first]}: "
+                "experts of a layer have one shape; fetch or save the checkpoint again"
+            )
+
+
+def _check_experts(folder: Path, places: Mapping[str, Path]) -> None:
+    """See to experts that are held one by one, where ``config.json`` tells how many there are."""
+    config = read_config(folder) or {}
+    config |= config.get("text_config") or {}
+    count = next((n for key in _EXPERTS if isinstance(n := config.get(key), int)), 0)
+    kinds: dict[str, dict[str, Sequence[int] | None]] = {}
+    with slices(places) as found:
+        for key in places if count else ():
+            if expert := _EXPERT.fullmatch(key):
+                kind, name = f"{expert[2]}{{}}{expert[3]}.weight", f"{expert['module']}.weight"
+                shape = found(key).get_shape() if key == name else None
+                kinds.setdefault(kind, {}).setdefault(name, shape)
+    for kind, held in kinds.items():
+        check_alike(kind, held, count, str(folder))
+
+
+def opening() -> Callable[..., Any]:
+    """What opens safetensors files to read tensors into memory of their own, each file once.
+
+    Opening reads the names of all tensors in a file: done for every tensor, it would take most of
+    the time where there are thousands of experts. Files are closed when it is let go of.
+
+    :return: file, and framework if it is not ``pt``, to what ``safe_open`` gives
+    """
+    return cache(lambda file, framework="pt": safe_open(file, framework=framework, backend="pread"))
 
 
 @contextmanager

@@ -22,12 +22,12 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils.safetensors_load import update_safetensors_index
 from loguru import logger
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from dlp_plugin.checkpoints.files import (
     copy_others,
+    opening,
     read_config,
     read_index,
     weight_files,
@@ -85,11 +85,11 @@ def _export(source: Path, output: Path) -> None:
     args = _only_scheme(_quantization_of(source, config))
     places = weight_files(source)
     shards = sorted(set(places.values()))
+    opened = opening()
     modules = {key.removesuffix(".weight_packed") for key in places if _is_packed(key)}
 
     def fetch(key: str) -> torch.Tensor:
-        with safe_open(places[key], framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(key)
+        tensor: torch.Tensor = opened(places[key]).get_tensor(key)
         return tensor
 
     model = built(source)

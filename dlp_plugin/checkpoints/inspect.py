@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes  # noqa: F401  # makes bfloat16 known to numpy, which safetensors relies on
 import numpy as np
 import zstandard
-from safetensors import safe_open
 
-from dlp_plugin.checkpoints.files import bytes_on_disk, read_config, shards, weight_files
+from dlp_plugin.checkpoints.files import bytes_on_disk, opening, read_config, shards, weight_files
 
 if TYPE_CHECKING:  # torch and compressed-tensors take seconds, which only quantized weights need
     import torch
@@ -112,12 +111,12 @@ def inspect_checkpoint(
         packed weight is stored
     """
     folder = Path(folder)
-    tensors = _tensors_by_module(folder)
+    tensors, opened = _tensors_by_module(folder), opening()
     quantization = _quantization(folder)
     linears: dict[str, Zeros] = {}
     sparse_bits = 0
     for module, files in tensors.items():
-        state = _read(module, files)
+        state = _read(module, files, opened)
         zero = _zero_weights(module, state, quantization)
         if zero is not None and zero.ndim == 2:
             name = quantization.tensor_of(module)
@@ -175,7 +174,11 @@ class _Masks:
 
     def __init__(self, folder: Path) -> None:
         self.tensors = _tensors_by_module(folder)
+        self.opened = opening()
         self.quantization = _quantization(folder)
+
+    def _read(self, module: str) -> dict[str, Array]:
+        return _read(module, self.tensors[module], self.opened)
 
     def of_module(self, module: str) -> Iterator[tuple[str, Mask]]:
         """Yield full name and zeros of a module's weights; a fused tensor with its expert 0."""
@@ -184,7 +187,7 @@ class _Masks:
             if module == f"{name}.0":
                 yield name, self._stacked(name)
             return
-        state = _read(module, self.tensors[module])
+        state = self._read(module)
         for local in _fused(module, state):
             yield f"{module}.{local}", _is_zero(state[local])
         own = _zero_weights(module, state, self.quantization)
@@ -196,14 +199,14 @@ class _Masks:
         if name in self.quantization.fused:
             return self._stacked(name)
         if name in self.tensors:
-            return _zero_weights(name, _read(name, self.tensors[name]), self.quantization)
+            return _zero_weights(name, self._read(name), self.quantization)
         holder, _, local = name.rpartition(".")
         place = self.tensors.get(holder, {}).get(local)
-        return None if place is None else _is_zero(_tensor(place, name, False))
+        return None if place is None else _is_zero(_tensor(self.opened, place, name, False))
 
     def _stacked(self, name: str) -> Mask:
         experts = [f"{name}.{each}" for each in range(self.quantization.fused[name])]
-        states = {each: _read(each, self.tensors[each]) for each in experts}
+        states = {each: self._read(each) for each in experts}
         masks = [_zero_weights(n, state, self.quantization) for n, state in states.items()]
         return np.stack([mask for mask in masks if mask is not None])
 
@@ -273,20 +276,17 @@ def _tensors_by_module(folder: Path) -> dict[str, dict[str, Path]]:
     return {module: tensors[module] for module in sorted(tensors, key=_depth_order)}
 
 
-def _read(module: str, files: Mapping[str, Path]) -> dict[str, Array]:
+def _read(module: str, files: Mapping[str, Path], opened: Callable[..., Any]) -> dict[str, Array]:
     """Read a module's tensors by local names: torch tensors if it is quantized, else numpy's."""
-    return {
-        local: _tensor(file, f"{module}.{local}" if module else local, _is_quantized(files))
-        for local, file in files.items()
-    }
+    above, quantized = f"{module}." if module else "", _is_quantized(files)
+    return {x: _tensor(opened, file, above + x, quantized) for x, file in files.items()}
 
 
-def _tensor(file: Path, key: str, by_torch: bool) -> Array:
-    with safe_open(file, framework="pt" if by_torch else "np") as opened:
-        if by_torch or not opened.get_slice(key).get_dtype().startswith(_BY_TORCH):
-            tensor: Array = opened.get_tensor(key)
-            return tensor
-    return _tensor(file, key, by_torch=True)
+def _tensor(opened: Callable[..., Any], file: Path, key: str, by_torch: bool) -> Array:
+    if not by_torch:
+        by_torch = opened(file, "np").get_slice(key).get_dtype().startswith(_BY_TORCH)
+    tensor: Array = opened(file, "pt" if by_torch else "np").get_tensor(key)
+    return tensor
 
 
 def _is_quantized(locals_: Container[str]) -> bool:

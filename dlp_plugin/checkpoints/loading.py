@@ -181,6 +181,8 @@ def load_stored(name: str | Path, **arguments: Any) -> PreTrainedModel:
     """
     config = load_config(name)
     check_known(str(name), quantization_of(config))
+    if Path(name).is_dir():
+        check_weight_files(name)
     with fetching(name, "model"):
         model, info = model_class(config).from_pretrained(
             name,

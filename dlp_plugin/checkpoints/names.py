@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,18 +18,21 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     rename_source_key,
 )
 
+from dlp_plugin.checkpoints.files import check_alike
 from dlp_plugin.checkpoints.inspect import block_of
 
 if TYPE_CHECKING:  # transformers may import this module before it defines that class
     from transformers import PreTrainedModel
 
-__all__ = ["SourceNames", "check_experts", "linears_of_blocks"]
+__all__ = ["SourceNames", "check_experts", "linears_of_blocks", "only_stacks"]
 
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
-# How transformers merges experts: it stacks each kind, and concatenates gate and up projections.
+# How transformers merges experts: it stacks each kind, and concatenates gate and up projections:
+# operation and dimension, the second where there are several kinds
 _STACKED = [(MergeModulelist, 0), (Concatenate, 1)]
 Shape = Sequence[int]
 
@@ -79,8 +82,7 @@ class SourceNames:
         _, pattern = self._renamed(key)
         for each in self._converters:
             if pattern in each.source_patterns:
-                steps = [(type(step), getattr(step, "dim", None)) for step in each.operations]
-                return steps == _STACKED[: len(each.source_patterns)]
+                return only_stacks(each)
         return False
 
     def shape(self, full: str) -> Shape:
@@ -106,6 +108,17 @@ class SourceNames:
             key, self._renamings, self._converters, self._prefix, self._state
         )
         return found
+
+
+def only_stacks(transform: WeightTransform | None) -> TypeGuard[WeightConverter]:
+    """Whether transformers makes a weight by stacking those of experts, and by nothing more.
+
+    Of several kinds of them, such as gate and up, they lie one behind the other.
+    """
+    if not isinstance(transform, WeightConverter):
+        return False
+    steps = [(type(step), getattr(step, "dim", None)) for step in transform.operations]
+    return steps == _STACKED[: len(transform.source_patterns)]
 
 
 def linears_of_blocks(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
@@ -148,20 +161,7 @@ def check_experts(names: SourceNames, shapes: Mapping[str, Shape], where: str) -
         wanted = names.shape(full)
         count = wanted[0]
         for kind, held in kinds.items():
-            numbers = range(count) if "{}" in kind else [0]
-            for key in map(kind.format, numbers):
-                if key not in held:
-                    raise ValueError(
-                        f"no file of {where} holds {key}, and the layer has {count} experts: "
-                        "fetch or save the checkpoint again"
-                    )
-            first, shape = next(iter(held.items()))
-            other = next((key for key, each in held.items() if each != shape), None)
-            if other:
-                raise ValueError(
-                    f"{other} of {where} is {list(held[other])}, and {first} is {list(shape)}: "
-                    "experts of a layer have one shape; fetch or save the checkpoint again"
-                )
+            check_alike(kind, held, count if "{}" in kind else 1, where)
         sizes = [prod(shape) for held in kinds.values() for shape in held.values()]
         if sum(sizes) != prod(wanted):
             raise ValueError(

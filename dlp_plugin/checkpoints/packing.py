@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from dlp_plugin.checkpoints.encoding import LOCALS, pruned, pruned_experts, quan
 from dlp_plugin.checkpoints.files import (
     INDEX,
     copy_others,
+    opening,
     read_config,
     read_index,
     slices,
@@ -80,10 +80,10 @@ class _Source:
     folder: Path
     config: dict[str, Any]
     places: Mapping[str, Path]
+    opened: Callable[..., Any] = field(default_factory=opening)
 
     def tensor(self, key: str) -> Tensor:
-        with safe_open(self.places[key], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(key)
+        tensor: Tensor = self.opened(self.places[key]).get_tensor(key)
         return tensor
 
     def parts(self, name: str, locals_: Iterable[str]) -> dict[str, Tensor]:
@@ -279,8 +279,7 @@ def _write(
         size = 0
         for shard in sorted(set(source.places.values())):
             tensors: dict[str, Tensor] = {}
-            with safe_open(shard, framework="pt") as opened:
-                metadata = opened.metadata()
+            metadata = source.opened(shard).metadata()
             for key in (key for key, place in source.places.items() if place == shard):
                 made = convert(key)
                 tensors.update({key: source.tensor(key)} if made is None else made)

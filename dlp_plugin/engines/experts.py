@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.core_model_loading import (
     ConversionOps,
     WeightConverter,
@@ -111,20 +110,17 @@ def files_names(model: Any, linears: Iterable[str]) -> dict[str, tuple[str, str]
     return found
 
 
-def read_parts(stored: Stored, name: str, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def read_parts(quantizer: Any, name: str) -> dict[str, torch.Tensor]:
     """Read the parts of a packed Linear into their own memory, not a memory map of the file.
 
-    :param stored: how the Linear is stored
+    :param quantizer: the quantizer that loads the model, with the files open
     :param name: full name of the Linear in the files
-    :param places: full name of every tensor to its file
     :return: local names to tensors
     """
-    parts = {}
-    for part in stored.part_shapes():
-        key = f"{name}.{part}"
-        with safe_open(places[key], framework="pt", backend="pread") as opened:
-            parts[part] = opened.get_tensor(key)
-    return parts
+    keys = {part: f"{name}.{part}" for part in quantizer.linears[name].part_shapes()}
+    return {
+        part: quantizer.opened(quantizer.places[key]).get_tensor(key) for part, key in keys.items()
+    }
 
 
 def whole_parameter(model: Any, name: str) -> torch.nn.Parameter:
@@ -230,7 +226,7 @@ class _Experts(WeightConverter):
             made = []
             for name, key in {key.rpartition(".")[0]: key for key in self.keys[pattern]}.items():
                 stored, where = quantizer.linears[name], f"{quantizer.places[key]}: {name}"
-                layout = layout_of(stored, read_parts(stored, name, quantizer.places), where)
+                layout = layout_of(stored, read_parts(quantizer, name), where)
                 made.append(SparseLinear(layout, None, layer_name))
             columns.append(made)
         return [list(row) for row in zip(*columns, strict=True)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from loguru import logger
-from safetensors import safe_open
 from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -30,7 +29,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import Mxfp4Config
 
-from dlp_plugin.checkpoints.files import slices
+from dlp_plugin.checkpoints.files import opening, slices
 from dlp_plugin.checkpoints.names import SourceNames, check_experts
 from dlp_plugin.checkpoints.packed import check_parts
 from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, decode, read_stored
@@ -96,6 +95,7 @@ class SparseQuantizer(HfQuantizer):
         self.fused = read_fused(said, self.linears, "config.json")
         self.places: dict[str, str] = {}
         self.experts: set[str] = set()
+        self.opened: Callable[..., Any] | None = None
         self._dtypes: dict[str, torch.dtype] = {}
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
@@ -134,9 +134,9 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, **arguments: Any
     ) -> None:
+        self.opened = opening()
         for file in arguments.get("checkpoint_files") or ():
-            with safe_open(file, framework="pt") as opened:
-                self.places.update(dict.fromkeys(opened.keys(), file))
+            self.places.update(dict.fromkeys(self.opened(file).keys(), file))
         check_parts(self.linears, self.places)
         self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
         reason = _why_dense(model, device_map)
@@ -162,6 +162,7 @@ class SparseQuantizer(HfQuantizer):
             self.experts = staying_packed(model, names, shapes, self.linears)
 
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> None:
+        self.opened = None
         # With a quantizer, transformers leaves renamed tensors in the file's dtype.
         for name, parameter in model.named_parameters():
             if name not in self.places and name in self._dtypes:
@@ -243,7 +244,7 @@ class _Gatherer(WeightConverter):
         path = layer_name.removesuffix(".weight")
         if hf_quantizer.stays_packed(stored, model, path):
             # The collected tensors would keep their whole file in memory: read them once more.
-            layout = layout_of(stored, read_parts(stored, name, hf_quantizer.places), where)
+            layout = layout_of(stored, read_parts(hf_quantizer, name), where)
             bias = model.get_submodule(path).bias
             model.set_submodule(path, SparseLinear(layout, bias, path))
             loading_info.missing_keys.discard(layer_name)

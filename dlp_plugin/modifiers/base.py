@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_source_process
+from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import DisableQuantization
@@ -29,6 +30,7 @@ from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.planning.view import text
 from dlp_plugin.scoring.blocks import Block, check_columns
 from dlp_plugin.scoring.calibration import Batch, scoring_batches, split
+from dlp_plugin.scoring.routers import left_routers
 from dlp_plugin.search.decide import Search, decide
 from dlp_plugin.search.judge import Judge
 from dlp_plugin.search.progress import forget
@@ -135,6 +137,8 @@ class AllocationModifier(Modifier, Method):
             self._blocks, self._stages = fed_blocks(state.model, stages, targets)
         else:
             host.check_patterns(self, targets=self.targets, ignore=self.ignore)
+            found = dict(match_named_modules(state.model, self.targets, self.ignore))
+            left_routers(state.model, type(self).__name__, self.targets, found)
             self._blocks = all_blocks(state.model, targets, self.targets, self.ignore)
             if self._structure:  # stages check their own
                 for block in self._blocks:

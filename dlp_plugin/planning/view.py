@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +16,11 @@ from dlp_plugin.files import replacing
 from dlp_plugin.planning.plan import BlockPlan, Plan
 
 __all__ = ["check_drawable", "plot", "table", "text"]
+
+
+_EXPERT = re.compile(r"(?P<layer>(.*\.)?experts)\.(?P<number>\d+)\.")
+# Sparsity of an expert from which on next to nothing of it is left.
+_EMPTY = 0.95
 
 
 def table(plan: Plan) -> Table:
@@ -76,7 +83,32 @@ def _caption(plan: Plan) -> str:
             f"{first.divergence:.4f} -> {last.divergence:.4f}"
             + ("" if plan.searched_at is None else f" at {plan.searched_at:g}")
         )
-    return text
+    experts = _nearly_empty_experts(plan)
+    return text if experts is None else f"{text}\n{experts}"
+
+
+def _nearly_empty_experts(plan: Plan) -> str | None:
+    """Which experts a refined plan leaves next to nothing of; None if it has no experts.
+
+    All count alike: the experts of a model have one shape.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    for block in plan.blocks:
+        for name, sparsity in (block.linears or {}).items():
+            if expert := _EXPERT.match(name):
+                layer = found.setdefault(expert["layer"], {})
+                layer.setdefault(int(expert["number"]), []).append(sparsity)
+    if not found:
+        return None
+    empty = {
+        layer: [n for n, linears in sorted(experts.items()) if fmean(linears) > _EMPTY - 1e-9]
+        for layer, experts in found.items()
+    }
+    some, every = (sum(map(len, each.values())) for each in (empty, found))
+    text = f"whole experts at {_EMPTY:.0%} sparsity or more: {some} of {every}, "
+    text += f"{some / every:.1%} of the experts' weights"
+    where = [f"{layer}: {', '.join(map(str, n))}" for layer, n in empty.items() if n]
+    return escape("; ".join([text, *where]))
 
 
 def _strength(plan: Plan) -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from common import LLAMA, ROOT, SHIPPED, TEXT, peak, reset_peak
@@ -28,7 +28,13 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import PrivateAttr
 from record import RESULTS, add, here
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import dlp_plugin
 from dlp_plugin.scoring.blocks import Block
@@ -68,6 +74,7 @@ MEASURED: dict[str, dict[str, tuple[int, ...]]] = {
 VOCABULARIES = (256, 32768)
 
 Results = dict[str, Any]
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def timed(kind: type[Modifier]) -> type[Modifier]:
@@ -91,10 +98,14 @@ def timed(kind: type[Modifier]) -> type[Modifier]:
 
 
 def random_llama(folder: Path, **config: int) -> LlamaForCausalLM:
+    return random_model(LlamaForCausalLM, LlamaConfig(**config), folder)
+
+
+def random_model(kind: type[Model], config: PreTrainedConfig, folder: Path) -> Model:
     """A model of random bfloat16 weights, with an origin in a folder."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config))
+        model = kind(config)
     model = model.to_empty(device="cpu").bfloat16().eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -121,33 +132,43 @@ def block_of(shape: str, folder: Path, vocabulary: int) -> LlamaForCausalLM:
 
 
 def measured(shape: str, stage: str, samples: int, vocabulary: int = 256) -> dict[str, float]:
-    """Seconds, and peak memory beyond the process with its model, of a stage on one block."""
-    ids = torch.randint(vocabulary, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
+    """What a stage costs on one block."""
     with TemporaryDirectory() as folder:
         model = block_of(shape, Path(folder) / "origin", vocabulary)
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        del linears["lm_head"]
-        if stage in ("masked GPTQ", "packing"):
-            for linear in linears.values():
-                linear.weight.data.masked_fill_(linear.weight.abs() < 0.0168, 0)  # 60 %
-        if stage in STAGES:
-            return in_oneshot(model, stage, ids, Path(folder))
-        masks = Masks(linears, {n: torch.rand(m.in_features) + 0.1 for n, m in linears.items()})
-        batches, sparsities = [{"input_ids": row[None]} for row in ids], dict.fromkeys(linears, 0.6)
-        slopes = Slopes(model, [Block("model.layers.0", linears)], masks, batches)
-        work: dict[str, Callable[[], object]] = {
-            "a step of refine": lambda: slopes.at(sparsities, [0]),
-            "judging": lambda: Judge(model, masks, batches).loss(sparsities),
-            "packing": lambda: dlp_plugin.pack(model, Path(folder) / "packed"),
-        }
-        before, started = reset_peak(), time.process_time()
-        work[stage]()
-        seconds = time.process_time() - started
-        return {"seconds": seconds, "peak megabytes": peak() - before}
+        return cost_of(stage, model, samples, Path(folder))
+
+
+def cost_of(stage: str, model: PreTrainedModel, samples: int, folder: Path) -> dict[str, float]:
+    """Seconds, and peak memory beyond the process with its model, of a stage on random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (samples, LENGTH), generator=generator)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    del linears["lm_head"]
+    if stage in ("masked GPTQ", "packing"):
+        for linear in linears.values():
+            linear.weight.data.masked_fill_(linear.weight.abs() < 0.0168, 0)  # 60 %
+    if stage in STAGES:
+        return in_oneshot(model, stage, ids, folder)
+    masks = Masks(linears, {n: torch.rand(m.in_features) + 0.1 for n, m in linears.items()})
+    batches, sparsities = [{"input_ids": row[None]} for row in ids], dict.fromkeys(linears, 0.6)
+    slopes = Slopes(model, [Block("model.layers.0", linears)], masks, batches)
+    work: dict[str, Callable[[], object]] = {
+        "a step of refine": lambda: slopes.at(sparsities, [0]),
+        "judging": lambda: Judge(model, masks, batches).loss(sparsities),
+        "packing": lambda: dlp_plugin.pack(model, folder / "packed"),
+    }
+    return timed_call(work[stage])
+
+
+def timed_call(work: Callable[[], object]) -> dict[str, float]:
+    before, started = reset_peak(), time.process_time()
+    work()
+    seconds = time.process_time() - started
+    return {"seconds": seconds, "peak megabytes": peak() - before}
 
 
 def in_oneshot(
-    model: LlamaForCausalLM, stage: str, ids: torch.Tensor, folder: Path
+    model: PreTrainedModel, stage: str, ids: torch.Tensor, folder: Path
 ) -> dict[str, float]:
     """One epoch of the real ``oneshot()``."""
     kind, fields = STAGES[stage]
@@ -182,8 +203,8 @@ def blocks(results: Results, keep: Callable[[], None]) -> None:
             keep()
 
 
-def in_a_process(*arguments: object) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", *map(str, arguments)]
+def in_a_process(*arguments: object, script: str = __file__) -> dict[str, float]:
+    command = [sys.executable, script, "--measure", *map(str, arguments)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from families import FAMILIES, make
 from helpers import VOCABULARY, command, random_samples, run
 from packed_checkpoints import assert_same_bits, tensors_of
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparse_models import needs_kernels, sparse_of
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from dlp_plugin import MaskedGPTQModifier, SparseConfig, WandaPruningModifier, pack, unpack
 from dlp_plugin.checkpoints.inspect import inspect_checkpoint, zeros_lost
+from dlp_plugin.checkpoints.loading import load_model
 from dlp_plugin.checkpoints.packing import Packed
 from dlp_plugin.kernels.products import available
 
@@ -204,6 +207,36 @@ def test_what_the_commands_do(pruned: Callable[..., Path], tmp_path: Path) -> No
     assert not (tmp_path / "gptq").exists()
 
 
+def test_files_are_opened_once_and_not_for_every_expert(
+    pruned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening reads the names of all tensors: of 128 experts a layer it took most of the time."""
+    opened: list[str] = []
+
+    def counting(file: object, *arguments: object, **named: object) -> object:
+        opened.append(str(file))
+        return safe_open(file, *arguments, **named)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("dlp_plugin.") and hasattr(module, "safe_open"):
+            monkeypatch.setattr(module, "safe_open", counting)
+
+    def times(work: Callable[[], object]) -> int:
+        opened.clear()
+        work()
+        return len(opened)
+
+    source, packed = pruned("qwen3_moe"), tmp_path / "packed"
+    assert len(tensors_of(source)) > 50
+    assert times(lambda: pack(source, packed)) < 10
+    assert times(lambda: unpack(packed, tmp_path / "unpacked")) < 10
+    assert times(lambda: load(packed)) < 10
+    assert times(lambda: load(packed, quantization_config=SparseConfig(dequantize=True))) < 10
+    for folder in (source, packed):
+        assert times(lambda folder=folder: inspect_checkpoint(folder)) < 10
+    assert times(lambda: zeros_lost(source, packed)) < 10
+
+
 class TestBadInput:
     """One line, and nothing is written."""
 
@@ -249,6 +282,31 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             pack(source, tmp_path / "packed")
         assert not (tmp_path / "packed").exists()
+
+    @pytest.mark.parametrize("name", ONE_BY_ONE)
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (
+                lambda x, key: x.pop(key),
+                r"no file of .*source holds {}, and the layer has 4 experts: fetch or save",
+            ),
+            (
+                lambda x, key: shorten(x, key),
+                r"{} of .*source is \[\d+, 64\], and .*\.0\..* \[\d+, 64\]: experts of a layer",
+            ),
+        ],
+    )
+    def test_every_reader_of_a_source_refuses_them(
+        self, pruned: Callable[..., Path], tmp_path: Path, name: str, edit: Callable, message: str
+    ) -> None:
+        key = f"{EXPERT[name]}.weight"
+        source = changed(pruned(name), tmp_path / "source", lambda x: edit(x, key))
+        for read in (inspect_checkpoint, load_model, lambda f: pack(f, tmp_path / "packed")):
+            with pytest.raises(ValueError, match=message.format(re.escape(key))) as told:
+                read(source)
+            assert "\n" not in str(told.value)
+        assert [each.name for each in tmp_path.iterdir()] == ["source"]
 
     @pytest.mark.parametrize(
         ("name", "message"),

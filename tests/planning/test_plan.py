@@ -4,8 +4,10 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+from helpers import command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +45,66 @@ def test_the_table_of_a_refined_plan_shows_no_scores(plan: Plan) -> None:
     assert "importance" not in text
     assert "sparsity of Linears" in text
     assert f"{first.sparsity - 0.1:.2f} to {first.sparsity + 0.1:.2f}" in text
+
+
+class TestWholeExperts:
+    """A refined plan of experts says which of them it prunes nearly whole."""
+
+    @staticmethod
+    def refined(*blocks: dict[str, float]) -> Plan:
+        """A plan of these sparsities of Linears, all of one size."""
+        rows = [
+            {
+                "name": f"layers.{depth}",
+                "weights": 100 * len(linears),
+                "score": 1,
+                "importance": 0.5,
+                "sparsity": fmean(linears.values()),
+                "linears": {f"layers.{depth}.{name}": s for name, s in linears.items()},
+            }
+            for depth, linears in enumerate(blocks)
+        ]
+        total = sum(sum(linears.values()) for linears in blocks) / sum(map(len, blocks))
+        step = {"step": 4, "evaluations": 2, "tokens": 8, "divergence": 0.5}
+        content = {"model": "m", "strength": 0.1, "target": total, "blocks": rows, "search": [step]}
+        return Plan.load(content)
+
+    @staticmethod
+    def experts(*sparsities: tuple[float, float]) -> dict[str, float]:
+        return {
+            f"mlp.experts.{number}.{name}": sparsity
+            for number, both in enumerate(sparsities)
+            for name, sparsity in zip(("up_proj", "down_proj"), both, strict=True)
+        }
+
+    def test_they_are_named_by_layer_and_counted(self) -> None:
+        # Of both Linears together 0.95, 0.945 and 0.98; one Linear alone does not count
+        first = {"attn.q_proj": 0.98, **self.experts((0.5, 0.5), (0.95, 0.95), (0.91, 0.98))}
+        second = self.experts((0.98, 0.98), (0.92, 0.98), (0.05, 0.98))
+        third = {"mlp.shared_experts.up_proj": 0.98, **self.experts((0.3, 0.3), (0.4, 0.4))}
+        assert (
+            "whole experts at 95% sparsity or more: 3 of 8, 37.5% of the experts' weights; "
+            "layers.0.mlp.experts: 1; layers.1.mlp.experts: 0, 1"
+        ) in words(view.text(self.refined(first, second, third)))
+
+    def test_there_may_be_none(self) -> None:
+        text = words(view.text(self.refined(self.experts((0.5, 0.6), (0.9, 0.98)))))
+        assert text.endswith(
+            "whole experts at 95% sparsity or more: 0 of 2, 0.0% of the experts' weights"
+        )
+
+    def test_nothing_is_said_without_experts_or_their_sparsities(self, plan: Plan) -> None:
+        shared = {"mlp.shared_experts.up_proj": 0.98, "mlp.up_proj": 0.5}
+        for each in (plan, self.refined(shared)):
+            assert "experts at" not in words(view.text(each))
+
+    def test_the_command_shows_it(self, tmp_path: Path) -> None:
+        self.refined(self.experts((0.5, 0.6), (0.97, 0.98))).save(tmp_path / "plan.json")
+        assert "1 of 2, 50.0% of" in words(command("show", tmp_path / "plan.json").output)
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def test_json_there_and_back(plan: Plan, tmp_path: Path) -> None:

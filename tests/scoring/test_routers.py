@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,15 +100,27 @@ def quantizer(targets: list[str]) -> MaskedGPTQModifier:
     return MaskedGPTQModifier(config_groups=groups, ignore=["re:.*lm_head"])
 
 
-def stage(targets: list[str]) -> object:
-    return PRUNERS[0](sparsity=0.6, targets=targets, ignore=["re:.*lm_head"])
+def stage(kind: type, targets: list[str], **fields: object) -> object:
+    return kind(sparsity=0.6, targets=targets, ignore=["re:.*lm_head"], **fields)
 
 
-@pytest.mark.parametrize("make_modifier", [stage, quantizer])
+STAGES = [partial(stage, kind) for kind in (*PRUNERS, ADMMPruningModifier)]
+ALONE = partial(stage, DLPModifier, plan_path="plan.json")  # no stage follows, whose targets count
+
+
+@pytest.mark.parametrize(
+    ("make_modifier", "targets"),
+    [*((each, BROAD) for each in (*STAGES, quantizer)), (ALONE, NAMED)],
+)
 def test_targets_that_reach_them_are_warned_of(
-    make_modifier: Callable, tmp_path: Path, logged: Logged
+    make_modifier: Callable,
+    targets: list[str],
+    tmp_path: Path,
+    logged: Logged,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    modifier = make_modifier(BROAD)
+    monkeypatch.chdir(tmp_path)
+    modifier = make_modifier(targets)
     run(model_of("qwen3_next", tmp_path), [modifier], random_samples(2))
     (told,) = [message for message in logged("WARNING") if "prunes routers" in message]
     assert told == (
@@ -117,7 +130,7 @@ def test_targets_that_reach_them_are_warned_of(
     )
 
 
-@pytest.mark.parametrize("make_modifier", [stage, quantizer])
+@pytest.mark.parametrize("make_modifier", [*STAGES, ALONE, quantizer])
 def test_targets_that_name_one_that_is_no_linear_are_refused(
     make_modifier: Callable, tmp_path: Path
 ) -> None:
