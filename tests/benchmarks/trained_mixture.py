@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,15 @@ from record import RESULTS, add, here, slimmed
 
 SAMPLES, LENGTH = "64", "256"
 REMOVED = "0.25", "0.5"
+METHODS = "uniform,dlp:0.15,dlp-refined"
 REFINED = "uniform,dlp-refined"
-WHOLE = {
-    "--methods": "uniform,dlp:0.15,dlp-refined",
-    "--sparsities": "0.5,0.6,0.7",
-    "--pruners": "wanda,sparsegpt,admm-reconstructed",
-}
-# For files about as large as REAP's
-NEAR = {
-    "--methods": REFINED,
-    "--sparsities": "0.3,0.4,0.75,0.8",
-    "--pruners": "admm-reconstructed",
-}
-FURTHER = {"--methods": REFINED, "--sparsities": "0.5", "--pruners": "admm-reconstructed"}
+# Methods, sparsities, pruners
+WHOLE = (
+    (METHODS, "0.5,0.6,0.7", "wanda,sparsegpt,admm"),
+    (REFINED, "0.3,0.4,0.75,0.8", "admm"),  # files about as large as REAP's
+    (REFINED, "0.5,0.6,0.7", "admm-reconstructed"),
+)
+FURTHER = ((REFINED, "0.5", "admm"),)
 RECIPE = "pruning_stage:\n  pruning_modifiers:\n    REAPPruningModifier: {{sparsity: {}}}\n"
 
 
@@ -40,13 +37,15 @@ def terminal(*words: object) -> None:
 
 
 def compared(
-    model: Path, given: argparse.Namespace, name: str, options: dict[str, str]
+    model: Path, given: argparse.Namespace, name: str, grids: Sequence[tuple[str, str, str]]
 ) -> dict[str, Any]:
-    """What ``dlp-plugin compare`` finds of a model."""
+    """What ``dlp-plugin compare`` finds of a model, over several grids in one folder."""
     folder = given.folder / name
     words = ["--data", given.data, "--test", given.test, "--output", folder, "--sizes"]
     words += ["--samples", SAMPLES, "--length", LENGTH, "--test-length", LENGTH]
-    terminal("compare", model, *words, *(word for pair in options.items() for word in pair))
+    for methods, sparsities, pruners in grids:
+        grid = ["--methods", methods, "--sparsities", sparsities, "--pruners", pruners]
+        terminal("compare", model, *words, *grid)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -70,9 +69,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "trained_mixture.json")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    # Two folders, since a comparison measures every method with every pruner
     found = {"whole": compared(given.model, given, "whole", WHOLE)}
-    found["near"] = compared(given.model, given, "near", NEAR)
     for share in REMOVED:
         smaller = without_experts(given, share)
         found[f"reap {share}"] = compared(smaller, given, f"after-reap-{share}", FURTHER)
