@@ -69,10 +69,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "trained_mixture.json")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    found = {"whole": compared(given.model, given, "whole", WHOLE)}
+    found = {}
     for share in REMOVED:
         smaller = without_experts(given, share)
         found[f"reap {share}"] = compared(smaller, given, f"after-reap-{share}", FURTHER)
+    found["whole"] = compared(given.model, given, "whole", WHOLE)
     results = {name: slimmed(one) for name, one in found.items()}
     texts = " ".join(Path(each).name for each in (given.data, "--test", given.test))
     command = f"python tests/benchmarks/trained_mixture.py {given.model.name} --data {texts}"
