@@ -31,8 +31,8 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from dlp_plugin.checkpoints.names import only_stacks
 from dlp_plugin.host import check_patterns, current_modifiers
+from dlp_plugin.stacking import only_stacks
 
 __all__ = ["save_under_source_names"]
 

@@ -18,12 +18,11 @@ MODULES = {
 
 # Floor by floor from the ground; a room imports from floors below its own.
 FLOORS = [
-    {"files", "generation", "precision", "registration"},
+    {"files", "generation", "precision", "registration", "stacking"},
     {"scoring", "evaluation"},
     {"planning", "host"},
-    {"checkpoints", "search"},
-    {"experts"},
-    {"pruning"},
+    {"experts", "search"},
+    {"pruning", "checkpoints"},
     {"kernels"},
     {"modifiers", "recovery", "engines"},
     {"comparison"},

@@ -9,31 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    WeightTransform,
     rename_source_key,
 )
 
 from dlp_plugin.checkpoints.files import check_alike
 from dlp_plugin.checkpoints.inspect import block_of
+from dlp_plugin.stacking import only_stacks
 
 if TYPE_CHECKING:  # transformers may import this module before it defines that class
     from transformers import PreTrainedModel
 
-__all__ = ["SourceNames", "check_experts", "linears_of_blocks", "only_stacks"]
+__all__ = ["SourceNames", "check_experts", "linears_of_blocks"]
 
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
-# How transformers merges experts: it stacks each kind, and concatenates gate and up projections:
-# operation and dimension, the second where there are several kinds
-_STACKED = [(MergeModulelist, 0), (Concatenate, 1)]
 Shape = Sequence[int]
 
 
@@ -108,17 +103,6 @@ class SourceNames:
             key, self._renamings, self._converters, self._prefix, self._state
         )
         return found
-
-
-def only_stacks(transform: WeightTransform | None) -> TypeGuard[WeightConverter]:
-    """Whether transformers makes a weight by stacking those of experts, and by nothing more.
-
-    Of several kinds of them, such as gate and up, they lie one behind the other.
-    """
-    if not isinstance(transform, WeightConverter):
-        return False
-    steps = [(type(step), getattr(step, "dim", None)) for step in transform.operations]
-    return steps == _STACKED[: len(transform.source_patterns)]
 
 
 def linears_of_blocks(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:

@@ -144,7 +144,9 @@ class TestGroups:
 
     def test_none_that_does(self, calibration: dict[str, Any], tmp_path: Path) -> None:
         model = saved_model(tmp_path / "model", intermediate_size=72)
-        words = r"bits: .* divides the 72 of model.layers.0.mlp.down_proj: leave it at 16 bits"
+        words = (
+            r"bits: .* divides the 72 columns of model.layers.0.mlp.down_proj: leave it at 16 bits"
+        )
         with pytest.raises(ValueError, match=words):
             compared(str(model), calibration, tmp_path / "new", bits=[16, 4])
         assert not (tmp_path / "new").exists()

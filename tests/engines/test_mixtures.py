@@ -261,7 +261,7 @@ class TestBadInput:
                 "qwen3_moe",
                 lambda x: shorten(x, f"{EXPERT['qwen3_moe']}.weight"),
                 r"experts\.3\.gate_proj\.weight of .*source is \[31, 64\], and model\.layers\.0\."
-                r"mlp\.experts\.0\.gate_proj\.weight is \[32, 64\]: experts of a layer have one",
+                r"mlp\.experts\.0\.gate_proj\.weight \[32, 64\]: experts of a layer have one",
             ),
             (
                 "gpt_oss",

@@ -243,7 +243,7 @@ class TestWhatCannotBeRead:
 
     def test_a_text_in_a_folder(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(b"a\xff")
-        with pytest.raises(ValueError, match=r"cannot be read \('utf-8' codec can't decode"):
+        with pytest.raises(ValueError, match=r"cannot be read as a dataset \('utf-8' codec can't"):
             read_tokens(tmp_path, tokenizer)
 
 
