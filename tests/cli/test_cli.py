@@ -125,9 +125,10 @@ def test_show_takes_the_plans_of_a_recipe(pruned: tuple[Path, str], tmp_path: Pa
     assert command("show", two).output.count("DLP plan for") == 2
     assert "holds 2 plans" in command("show", two, "--output", file, code=1).stderr
     unpruned = ROOT / "recipes" / "dlp_wanda.yaml"
-    assert "holds no plan (from_plan): give the recipe.yaml" in command(
-        "show", unpruned, code=1
-    ).stderr
+    assert (
+        "holds no plan (from_plan): give the recipe.yaml"
+        in command("show", unpruned, code=1).stderr
+    )
     with pytest.raises(ValueError, match=r"`dlp-plugin show .*recipe.yaml --output plan.json`"):
         Plan.load(saved)
 
