@@ -11,13 +11,18 @@ import torch
 from dlp_plugin.checkpoints.files import read_config, slices, weight_files
 from dlp_plugin.checkpoints.stored import PARTS, QUANT_METHOD, Stored, read_stored
 
-__all__ = ["README", "check_parts", "packed_linears", "with_card", "without_card"]
+__all__ = ["README", "check_parts", "packed_linears", "with_card", "with_note", "without_card"]
 
 README = "README.md"
 _CARD = """\
 > Packed by dlp_plugin: `import dlp_plugin` before `AutoModelForCausalLM.from_pretrained(...)`. On a
 > CPU the model then computes with the packed weights; elsewhere they are decoded. vLLM reads this
 > folder if dlp_plugin is installed. `dlp-plugin unpack` restores the folder that was packed.
+
+"""
+_NOTE = """\
+> This card describes the model before it was changed by dlp_plugin. Its figures do not hold for
+> these weights.
 
 """
 
@@ -85,9 +90,16 @@ def with_card(text: bytes) -> bytes:
     :param text: content of README.md, UTF-8
     :return: the new content
     """
-    front = re.match(rb"---\r?\n.*?\r?\n---\r?\n\s*", text, re.DOTALL)
-    place = front.end() if front else 0
-    return text[:place] + _CARD.encode() + text[place:]
+    return _inserted(_CARD, text)
+
+
+def with_note(text: bytes) -> bytes:
+    """Insert a note into the README.md of a changed model that it is the source's, if it has none.
+
+    :param text: content of README.md, UTF-8
+    :return: the new content
+    """
+    return text if b"> This card describes the model before" in text else _inserted(_NOTE, text)
 
 
 def without_card(text: bytes) -> bytes:
@@ -99,3 +111,9 @@ def without_card(text: bytes) -> bytes:
     return re.sub(
         rb"^> Packed by dlp_plugin: .*\n(> .*\n)*\n", b"", text, count=1, flags=re.MULTILINE
     )
+
+
+def _inserted(note: str, text: bytes) -> bytes:
+    front = re.match(rb"---\r?\n.*?\r?\n---\r?\n\s*", text, re.DOTALL)
+    place = front.end() if front else 0
+    return text[:place] + note.encode() + text[place:]

@@ -26,7 +26,7 @@ from dlp_plugin.checkpoints.files import (
     write_json,
 )
 from dlp_plugin.checkpoints.names import SourceNames
-from dlp_plugin.checkpoints.packed import README, without_card
+from dlp_plugin.checkpoints.packed import README, with_note, without_card
 from dlp_plugin.checkpoints.quantized import quantization_of
 from dlp_plugin.checkpoints.sources import built, load_config, local_folder
 
@@ -83,7 +83,7 @@ def save_like(
     if not _TOKENIZER & {path.name for path in folder.iterdir()}:
         tokenizer.save_pretrained(folder)
     if (readme := folder / README).is_file():  # a packed source's note would be wrong here
-        readme.write_bytes(without_card(readme.read_bytes()))
+        readme.write_bytes(with_note(without_card(readme.read_bytes())))
     _carry_over(source, beside, folder)
 
 

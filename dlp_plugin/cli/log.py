@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -31,6 +32,7 @@ _BARS = {True: ("TQDM_LEAVE", ""), False: ("TQDM_DISABLE", "1")}
 def show_log(verbose: bool = False, host: bool = True) -> None:
     """Log the package's own steps and the warnings of all packages, each once, to stderr.
 
+    Warnings that other packages give in every run are left out.
     Progress bars of other packages vanish when they are full; if stderr is a file there are none.
     Call this before tqdm is imported, and torch imports tqdm.
 
@@ -40,6 +42,10 @@ def show_log(verbose: bool = False, host: bool = True) -> None:
     """
     if not verbose:
         os.environ.setdefault(*_BARS[sys.stderr.isatty()])
+        # Warnings of every run, that ask for nothing: the first is of llm-compressor's import
+        os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").handlers = [_Warnings()]
     if host:
@@ -54,6 +60,7 @@ def show_log(verbose: bool = False, host: bool = True) -> None:
     }
     if not verbose:
         levels |= {f"dlp_plugin.{module}": "WARNING" for module in _QUIET}
+        levels["llmcompressor.entrypoints.oneshot"] = "ERROR"  # warns of what it sets in every run
     logger.remove()
     logger.add(_Printer(repeats=verbose), level=0, format="{level}: {message}", filter=levels)
 

@@ -148,7 +148,9 @@ def _strength(text: str) -> float | str:
 
 
 def show(
-    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    plan: Annotated[
+        Path, typer.Argument(help="A plan file, or a recipe (.yaml) that holds plans.")
+    ],
     plot: Annotated[Path | None, typer.Option(help="Picture file to draw, e.g. plan.png.")] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Show the plan for another target.")
@@ -165,6 +167,7 @@ def show(
     """Show a plan as a table or a picture, also for another target or strength."""
     with reporting_errors(host=False):
         from dlp_plugin.files import check_writable
+        from dlp_plugin.modifiers.recipe import plans_of
         from dlp_plugin.planning.plan import Plan
         from dlp_plugin.planning.view import plot as draw
         from dlp_plugin.planning.view import table
@@ -172,10 +175,14 @@ def show(
         for path in (output, plot):
             if path is not None:
                 check_writable(path)
-        found = Plan.load(plan).at(
-            target=sparsity, strength=strength, mask_structure=mask_structure
-        )
-        console.print(table(found))
+        held = plans_of(plan) if plan.suffix in (".yaml", ".yml") else [Plan.load(plan)]
+        if len(held) > 1 and (output or plot):
+            raise ValueError(
+                f"{plan} holds {len(held)} plans, and --output and --plot take one: leave them out"
+            )
+        for each in held:
+            found = each.at(target=sparsity, strength=strength, mask_structure=mask_structure)
+            console.print(table(found))
         if output is not None:
             found.save(output)
             console.print("written:", str(output), markup=False)

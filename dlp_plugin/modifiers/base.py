@@ -45,8 +45,8 @@ class AllocationModifier(Modifier, Method):
     A method (:mod:`dlp_plugin.planning.methods`) as a modifier of llm-compressor. It sets the
     sparsities of every pruning stage that follows, up to the next allocation modifier. These
     stages share one plan with one target. With an N:M structure every block gets a separate N;
-    their average is the N of the structure. After the run the recipe reads as it was written and
-    holds the plan: run again, it prunes by that plan without scoring.
+    their average is the N of the structure. After the run the recipe holds the plan: run again, it
+    prunes by that plan without scoring.
 
     Lifecycle:
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-__all__ = ["check_recipe", "with_sparsity"]
+from dlp_plugin.planning.plan import Plan
+
+__all__ = ["check_recipe", "plans_of", "with_sparsity"]
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
@@ -62,23 +65,51 @@ def with_sparsity(path: str | Path, sparsity: float) -> str:
     :return: the recipe as YAML
     :raises ValueError: if no modifier states a sparsity
     """
+    import dlp_plugin
+
     content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    stated = [
-        fields
-        for stage in (stage for key, stage in content.items() if key != "args")
-        for modifiers in stage.values()
-        for fields in modifiers.values()
-        if "sparsity" in fields
-    ]
+    modifiers = list(_modifiers(content))
+    stated = [fields for _, fields in modifiers if "sparsity" in fields]
     if not stated:
-        raise ValueError(
-            f"sparsity: {sparsity} has no place in {path}, where no modifier states one: give its "
-            "pruning stage sparsity: 0.5, which is then replaced; with N:M change mask_structure "
-            "instead"
+        classes = (getattr(dlp_plugin, name, None) for name, _ in modifiers)
+        prunes = any("sparsity" in getattr(one, "model_fields", ()) for one in classes)
+        why = "where no modifier states one" if prunes else "which prunes nothing"
+        remedy = (
+            "give its pruning stage sparsity: 0.5, which is then replaced; with N:M change "
+            "mask_structure instead"
+            if prunes
+            else "leave it out"
         )
+        raise ValueError(f"sparsity: {sparsity} has no place in {path}, {why}: {remedy}")
     for fields in stated:
         fields["sparsity"] = sparsity
     return str(yaml.safe_dump(content, sort_keys=False, width=100))
+
+
+def plans_of(path: str | Path) -> list[Plan]:
+    """Read the plans that the allocation modifiers of a recipe hold or name.
+
+    :param path: of the file
+    :return: plans in recipe order, at least one
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: as :func:`check_recipe` does, if no modifier has a plan, or one is not sound
+    """
+    check_recipe(path)
+    content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    found = [fields["from_plan"] for _, fields in _modifiers(content) if fields.get("from_plan")]
+    if not found:
+        raise ValueError(
+            f"{path} holds no plan (from_plan): give the recipe.yaml that oneshot saved beside a "
+            "model with a plan, or make a plan with `dlp-plugin score`"
+        )
+    return [Plan.load(plan) for plan in found]
+
+
+def _modifiers(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and fields of every modifier of a recipe that :func:`check_recipe` has passed."""
+    for key, stage in content.items():
+        for modifiers in stage.values() if key != "args" else ():
+            yield from modifiers.items()
 
 
 def _named(content: Any, ending: str, where: str) -> list[tuple[str, Any]]:

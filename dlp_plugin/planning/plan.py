@@ -388,7 +388,7 @@ class Plan(BaseModel):
             problem = str(error)
         problem = " ".join(problem.split())
         problem = problem if len(problem) <= _SHOWN else f"{problem[:_SHOWN]}..."
-        raise ValueError(
-            f"{where} is not a sound plan ({problem}); score the model again with "
-            "`dlp-plugin score`"
-        )
+        remedy = "score the model again with `dlp-plugin score`"
+        if where.endswith((".yaml", ".yml")):
+            remedy = f"`dlp-plugin show {where} --output plan.json` takes it out of a recipe"
+        raise ValueError(f"{where} is not a sound plan ({problem}); {remedy}")

@@ -172,7 +172,8 @@ def inference(parts: Parts) -> dict[str, str]:
             for row, found in results.items()
             if set(found) & set(names)
         ]
-        values[f"inference {part}"] = table(["", *names], rows)
+        columns = (name.replace("bound by bytes", "at equal GB/s") for name in names)
+        values[f"inference {part}"] = table(["", *columns], rows)
     return values
 
 

@@ -109,8 +109,9 @@ def _speeds(parts: Parts) -> str:
         rates = [of[f"{kind} tokens/s"] for of in (found, served[name]) for kind in KINDS]
         values = [*(f"{size:,.0f}" for size in megabytes), *(f"{rate:.1f}" for rate in rates)]
         rows.append([name.replace("%", " % pruned"), *values])
-    columns = ["MB in memory", "dense", "tokens/s", "dense", "tokens/s in vLLM", "dense"]
-    return table(["Llama, 1.1 billion", *columns], rows)
+    columns = ["MB, packed", "MB, bf16", "tokens/s, packed", "tokens/s, bf16"]
+    vllm = ["vLLM, packed", "vLLM, not packed"]
+    return table(["Llama, 1.1 billion", *columns, *vllm], rows)
 
 
 def _plain(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

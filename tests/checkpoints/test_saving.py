@@ -174,7 +174,26 @@ class TestWhatLiesBeside:
             "model.safetensors",
             "recipe.yaml",
         }
-        self.assert_same_bytes(source, output, *names - {"pytorch_model.bin"})
+        self.assert_same_bytes(source, output, *names - {"pytorch_model.bin", "README.md"})
+
+    def test_the_model_card_says_once_that_it_is_the_source_s(
+        self, oneshot, tmp_path: Path
+    ) -> None:
+        """After the front matter; pruned, then packed and unpacked, then pruned again."""
+        source = dense(tmp_path / "source")
+        (source / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n")
+        pruned = oneshot(source).rename(tmp_path / "pruned")
+        card = (pruned / "README.md").read_text()
+        before, note, after = card.partition(
+            "> This card describes the model before it was changed by dlp_plugin. Its figures do "
+            "not hold for\n> these weights.\n\n"
+        )
+        assert (before, after) == ("---\nlicense: mit\n---\n\n", "# A model\n")
+        command("pack", pruned, tmp_path / "packed")
+        assert (tmp_path / "packed" / "README.md").read_text().count(note) == 1
+        command("unpack", tmp_path / "packed", tmp_path / "unpacked")
+        self.assert_same_bytes(pruned, tmp_path / "unpacked", "README.md")
+        self.assert_same_bytes(pruned, oneshot(tmp_path / "packed"), "README.md")
 
     def test_merge_takes_the_tokenizer_that_was_trained_with(self, adapter, tmp_path: Path) -> None:
         source = self.with_others(tmp_path / "source")

@@ -112,6 +112,27 @@ def test_score_then_show_at_another_target(tmp_path: Path) -> None:
         assert "target 0.7, alpha 0.2, median" in command("show", file, name, "0.2").output
 
 
+def test_show_takes_the_plans_of_a_recipe(pruned: tuple[Path, str], tmp_path: Path) -> None:
+    """Of the one saved beside a model, and of one with two plans, the second as a file."""
+    saved, file, two = pruned[0] / "recipe.yaml", tmp_path / "plan.json", tmp_path / "two.yaml"
+    assert "target 0.7, alpha 0.15" in command("show", saved, "--output", file).output
+    assert "target 0.6" in command("show", saved, "--sparsity", "0.6").output
+    ((name, stage),) = yaml.safe_load(saved.read_text()).items()
+    (held,) = stage.values()
+    assert Plan.load(file) == Plan.load(held["DLPModifier"]["from_plan"])
+    again = {"DLPModifier": {"from_plan": str(file)}}
+    two.write_text(yaml.safe_dump({name: {**stage, "more_modifiers": again}}))
+    assert command("show", two).output.count("DLP plan for") == 2
+    assert "holds 2 plans" in command("show", two, "--output", file, code=1).stderr
+    unpruned = ROOT / "recipes" / "dlp_wanda.yaml"
+    assert (
+        "holds no plan (from_plan): give the recipe.yaml"
+        in command("show", unpruned, code=1).stderr
+    )
+    with pytest.raises(ValueError, match=r"`dlp-plugin show .*recipe.yaml --output plan.json`"):
+        Plan.load(saved)
+
+
 @pytest.mark.parametrize("name", options())
 def test_score_by_every_method(tmp_path: Path, name: str) -> None:
     """Without a strength each has its own; with one it is that, whatever it is called there."""

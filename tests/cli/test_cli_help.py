@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import command
+from helpers import SHIPPED, command
 from typer.main import get_command
 
 from dlp_plugin.cli import app
@@ -100,6 +100,24 @@ def test_what_other_packages_say(verbose: bool) -> None:
     said = [done.stderr.count(line) for line in lines]
     assert said == ([2, 2, 2] if verbose else [0, 1, 1])
     assert ("a bar" in done.stderr) == verbose
+
+
+def test_warnings_of_every_run_are_left_out() -> None:
+    """Of llm-compressor's import without an accelerator, of tracing and of saving."""
+    code = (
+        "from dlp_plugin.cli.log import show_log\n"
+        "show_log()\n"
+        "from torch.fx import _symbolic_trace\n"
+        "_symbolic_trace.is_fx_tracing()\n"
+        "from tempfile import TemporaryDirectory\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(SHIPPED)!r})\n"
+        "model.hf_device_map = {'': 'cpu'}\n"
+        "with TemporaryDirectory() as folder:\n"
+        "    model.save_pretrained(folder)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 @pytest.mark.parametrize("module", ["dlp_plugin", "dlp_plugin.cli"])

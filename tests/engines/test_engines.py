@@ -18,7 +18,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from environments import auto_gptq_python, call, vllm_python
-from helpers import SHIPPED, TEST_TEXT, linears_of, run
+from helpers import ROOT, SHIPPED, TEST_TEXT, linears_of, run
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from peft import LoraConfig, get_peft_model
@@ -160,6 +160,14 @@ def vllm(
         return result
 
     return probe
+
+
+def test_the_example_serves_with_its_options() -> None:
+    script = ROOT / "examples" / "serve_with_vllm.py"
+    line = [str(part) for part in (vllm_python(), script, SHIPPED, "--gpu-memory-utilization")]
+    call([*line, "0.2", "--dtype", "float32"], HF_HUB_OFFLINE="1")
+    with pytest.raises(RuntimeError, match=r"gpu_memory_utilization\n.* less than or equal to 1"):
+        call([*line, "2"], HF_HUB_OFFLINE="1")
 
 
 # How far vLLM may be from float32: mean and largest gap of a prompt token's
