@@ -13,6 +13,10 @@ from dlp_plugin.planning.plan import Plan
 __all__ = ["check_recipe", "plans_of", "with_sparsity"]
 
 
+# Its sparsity is the share of whole experts that it removes.
+_OF_EXPERTS = "REAPPruningModifier"
+
+
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
     """Loads YAML, but refuses duplicate keys, of which YAML would keep only the last."""
 
@@ -69,7 +73,7 @@ def with_sparsity(path: str | Path, sparsity: float) -> str:
 
     content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     modifiers = list(_modifiers(content))
-    stated = [fields for _, fields in modifiers if "sparsity" in fields]
+    stated = [fields for name, fields in modifiers if "sparsity" in fields and name != _OF_EXPERTS]
     if not stated:
         classes = (getattr(dlp_plugin, name, None) for name, _ in modifiers)
         prunes = any("sparsity" in getattr(one, "model_fields", ()) for one in classes)

@@ -56,6 +56,10 @@ def test_another_sparsity_wherever_one_is_stated(tmp_path: Path) -> None:
     path.write_text(TWICE.replace("0.5}\n    Wanda", "0.5}\n    Magnitude") + "args: {a: 1}\n")
     stage = yaml.safe_load(with_sparsity(path, 0.6))["pruning_stage"]["pruning_modifiers"]
     assert [fields["sparsity"] for fields in stage.values()] == [0.6, 0.6]
+    experts = "REAPPruningModifier: {sparsity: 0.25}\n    WandaPruningModifier: {sparsity: 0.5}"
+    path.write_text(f"pruning_stage:\n  pruning_modifiers:\n    {experts}\n")
+    stage = yaml.safe_load(with_sparsity(path, 0.6))["pruning_stage"]["pruning_modifiers"]
+    assert [fields["sparsity"] for fields in stage.values()] == [0.25, 0.6]
     with pytest.raises(ValueError, match=r"w4a16\.yaml, which prunes nothing: leave it out"):
         with_sparsity(ROOT / "recipes" / "w4a16.yaml", 0.6)
     with pytest.raises(
