@@ -44,8 +44,8 @@ def oneshot(
         typer.Option(
             min=0,
             max=1,
-            help="Replaces every sparsity that the recipe states. For another N:M pattern change "
-            "its `mask_structure` instead.",
+            help="Replaces every sparsity that the recipe states, but not REAP's share of experts. "
+            "For another N:M pattern change its `mask_structure` instead.",
         ),
     ] = None,
     pack: Annotated[

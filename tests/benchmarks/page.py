@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import figures
+from experts import trained_mixture
 from layout import Parts, wrapped
 from yardsticks import gain_table
 
@@ -32,7 +33,11 @@ def pages(parts: Parts) -> dict[Path, str]:
     :raises ValueError: if they leave something out that was
     """
     texts = {HERE / page: (HERE / text).read_text() for page, text in PAGES.items()}
-    values = {name: value for write in figures.ALL for name, value in write(parts).items()}
+    values = {
+        name: value
+        for write in (*figures.ALL, trained_mixture)
+        for name, value in write(parts).items()
+    }
     values |= {f"from {name}": parts.whence(name) for name in parts}
     for name, text in zip(("contents", "appendix contents"), texts.values(), strict=True):
         titles = re.findall(r"^## (.*)$", text, re.M)
