@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -25,6 +27,8 @@ _QUIET = (
     "pruning.magnitude",
     "pruning.reconstruction",
 )
+# Which messages llm-compressor logs, until this package's log takes its place
+_LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
 # tqdm's settings: on a terminal bars vanish when they are full; in a file there are none.
 _BARS = {True: ("TQDM_LEAVE", ""), False: ("TQDM_DISABLE", "1")}
 
@@ -42,14 +46,14 @@ def show_log(verbose: bool = False, host: bool = True) -> None:
     """
     if not verbose:
         os.environ.setdefault(*_BARS[sys.stderr.isatty()])
-        # Warnings of every run, that ask for nothing: the first is of llm-compressor's import
-        os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+        # Warnings of every run, that ask for nothing
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").handlers = [_Warnings()]
     if host:
-        import llmcompressor  # noqa: F401
+        with _quiet_import() if not verbose else nullcontext():
+            import llmcompressor  # noqa: F401
 
         for module in ("metric_logging", "dev"):
             (logger.enable if verbose else logger.disable)(f"llmcompressor.utils.{module}")
@@ -63,6 +67,16 @@ def show_log(verbose: bool = False, host: bool = True) -> None:
         levels["llmcompressor.entrypoints.oneshot"] = "ERROR"  # warns of what it sets in every run
     logger.remove()
     logger.add(_Printer(repeats=verbose), level=0, format="{level}: {message}", filter=levels)
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Have llm-compressor's import log errors only: it warns where there is no accelerator."""
+    before = os.environ.get(_LEVEL)
+    os.environ.setdefault(_LEVEL, "ERROR")
+    yield
+    if before is None:
+        del os.environ[_LEVEL]  # processes that this one starts log as they would alone
 
 
 class _Printer:

@@ -115,6 +115,8 @@ def test_warnings_of_every_run_are_left_out() -> None:
         "model.hf_device_map = {'': 'cpu'}\n"
         "with TemporaryDirectory() as folder:\n"
         "    model.save_pretrained(folder)\n"
+        "import os\n"
+        "assert 'LLM_COMPRESSOR_LOG_LEVEL' not in os.environ\n"  # for processes that it starts
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
