@@ -184,7 +184,21 @@ def large_model(parts: Parts) -> dict[str, str]:
         "large per block": table(["", *SHOWN], per_block),
         "large models": table(["", *SHOWN], models),
         "large check": table(columns, checks),
+        "experts table": _experts(parts),
     }
+
+
+def _experts(parts: Parts) -> str:
+    """What a stage costs on blocks of more and more experts."""
+    rows = []
+    for stage, found in parts.results("experts").items():
+        cells = [
+            f"{one['seconds']:.2f} s, {1000 * one['seconds'] / int(count):.1f} ms, "
+            f"{one['peak megabytes']:.0f} MB"
+            for count, one in found.items()
+        ]
+        rows.append([stage, *cells])
+    return table(["", *(f"{count} experts" for count in found)], rows)
 
 
 def _block_cell(cost: Cost) -> str:
