@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ __all__ = [
     "read_config",
     "read_index",
     "shards",
-    "slices",
     "weight_files",
     "write_json",
 ]
@@ -159,18 +157,23 @@ def _check_experts(folder: Path, places: Mapping[str, Path]) -> None:
     config |= config.get("text_config") or {}
     count = next((n for key in _EXPERTS if isinstance(n := config.get(key), int)), 0)
     kinds: dict[str, dict[str, Sequence[int] | None]] = {}
-    with slices(places) as found:
-        for key in places if count else ():
-            if expert := _EXPERT.fullmatch(key):
-                kind, name = f"{expert[2]}{{}}{expert[3]}.weight", f"{expert['module']}.weight"
-                shape = found(key).get_shape() if key == name else None
-                kinds.setdefault(kind, {}).setdefault(name, shape)
+    opened = opening()
+    for key in places if count else ():
+        if expert := _EXPERT.fullmatch(key):
+            kind, name = f"{expert[2]}{{}}{expert[3]}.weight", f"{expert['module']}.weight"
+            held = kinds.setdefault(kind, {})
+            if key == name:
+                held[name] = opened(places[key]).get_slice(key).get_shape()
+            else:  # a bias, or a part of a weight that is stored in parts
+                held.setdefault(name, None)
     for kind, held in kinds.items():
         check_alike(kind, held, count, str(folder))
 
 
 def opening() -> Callable[..., Any]:
-    """What opens safetensors files to read tensors into memory of their own, each file once.
+    """What opens safetensors files, each once, to read tensors into memory of their own.
+
+    ``get_slice`` of a file gives a tensor's shape and dtype without reading it.
 
     Opening reads the names of all tensors in a file: done for every tensor, it would take most of
     the time where there are thousands of experts. Files are closed when it is let go of.
@@ -178,27 +181,6 @@ def opening() -> Callable[..., Any]:
     :return: file, and framework if it is not ``pt``, to what ``safe_open`` gives
     """
     return cache(lambda file, framework="pt": safe_open(file, framework=framework, backend="pread"))
-
-
-@contextmanager
-def slices(places: Mapping[str, str | Path]) -> Iterator[Callable[[str], Any]]:
-    """Look up tensors as safetensors slices, which give shape and dtype without reading the data.
-
-    Each file is opened once, and closed when the context ends.
-
-    :param places: full name of every tensor to its file
-    :return: a function from a tensor's full name to its slice
-    """
-    with ExitStack() as stack:
-        opened: dict[str | Path, Any] = {}
-
-        def found(key: str) -> Any:
-            file = places[key]
-            if file not in opened:
-                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-            return opened[file].get_slice(key)
-
-        yield found
 
 
 def check_weight_files(folder: str | Path) -> None:

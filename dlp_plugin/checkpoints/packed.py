@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dlp_plugin.checkpoints.files import read_config, slices, weight_files
+from dlp_plugin.checkpoints.files import opening, read_config, weight_files
 from dlp_plugin.checkpoints.stored import PARTS, QUANT_METHOD, Stored, read_stored
 
 __all__ = ["README", "check_parts", "packed_linears", "with_card", "with_note", "without_card"]
@@ -66,22 +66,22 @@ def check_parts(linears: Mapping[str, Stored], places: Mapping[str, str | Path])
         name, _, part = key.rpartition(".")
         if part in PARTS and name not in linears:
             raise ValueError(f"{place} holds {key}, which config.json does not list: {again}")
-    with slices(places) as of_file:
-        for name, stored in linears.items():
-            dtypes = stored.part_dtypes()
-            held = [places[key] for part in dtypes if (key := f"{name}.{part}") in places]
-            for part, shape in stored.part_shapes().items():
-                key = f"{name}.{part}"
-                if key not in places:
-                    where = f"{held[0]} lacks" if held else "no file holds"
-                    raise ValueError(f"{where} {key}, which config.json lists: {again}")
-                found = of_file(key)
-                dtype = _DTYPES.get(found.get_dtype())
-                if tuple(found.get_shape()) != shape or dtype != dtypes[part]:
-                    raise ValueError(
-                        f"{key} of {places[key]} is {found.get_dtype()} {found.get_shape()}, but "
-                        f"config.json says {dtypes[part]} {list(shape)}: {again}"
-                    )
+    opened = opening()
+    for name, stored in linears.items():
+        dtypes = stored.part_dtypes()
+        held = [places[key] for part in dtypes if (key := f"{name}.{part}") in places]
+        for part, shape in stored.part_shapes().items():
+            key = f"{name}.{part}"
+            if key not in places:
+                where = f"{held[0]} lacks" if held else "no file holds"
+                raise ValueError(f"{where} {key}, which config.json lists: {again}")
+            found = opened(places[key]).get_slice(key)
+            dtype = _DTYPES.get(found.get_dtype())
+            if tuple(found.get_shape()) != shape or dtype != dtypes[part]:
+                raise ValueError(
+                    f"{key} of {places[key]} is {found.get_dtype()} {found.get_shape()}, but "
+                    f"config.json says {dtypes[part]} {list(shape)}: {again}"
+                )
 
 
 def with_card(text: bytes) -> bytes:
@@ -99,7 +99,7 @@ def with_note(text: bytes) -> bytes:
     :param text: content of README.md, UTF-8
     :return: the new content
     """
-    return text if b"> This card describes the model before" in text else _inserted(_NOTE, text)
+    return text if _NOTE.partition("\n")[0].encode() in text else _inserted(_NOTE, text)
 
 
 def without_card(text: bytes) -> bytes:

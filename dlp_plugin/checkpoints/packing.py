@@ -22,7 +22,6 @@ from dlp_plugin.checkpoints.files import (
     opening,
     read_config,
     read_index,
-    slices,
     weight_files,
     write_json,
 )
@@ -350,19 +349,18 @@ def _experts(source: _Source, names: SourceNames) -> tuple[set[str], dict[str, i
     linears: set[str] = set()
     stacked: dict[str, int] = {}
     shapes: dict[str, Sequence[int]] = {}
-    with slices(source.places) as found:
-        for key in source.places:
-            name, _, local = key.rpartition(".")
-            weight = f"{name}.weight" if local == LOCALS[0] else key
-            if block_of(name) is None or names.experts(weight) is None:
-                continue
-            shape = found(key).get_shape()
-            if local == LOCALS[0] and (said := f"{name}.weight_shape") in source.places:
-                shape = found(said)[:].tolist()
-            if len(shape) == 3:
-                stacked[key] = shape[0]
-            elif local in ("weight", LOCALS[0]):
-                linears.add(name)
-            shapes[weight] = shape
+    for key in source.places:
+        name, _, local = key.rpartition(".")
+        weight = f"{name}.weight" if local == LOCALS[0] else key
+        if block_of(name) is None or names.experts(weight) is None:
+            continue
+        shape = source.opened(source.places[key]).get_slice(key).get_shape()
+        if local == LOCALS[0] and (said := f"{name}.weight_shape") in source.places:
+            shape = source.tensor(said).tolist()
+        if len(shape) == 3:
+            stacked[key] = shape[0]
+        elif local in ("weight", LOCALS[0]):
+            linears.add(name)
+        shapes[weight] = shape
     check_experts(names, shapes, str(source.folder))
     return linears, stacked

@@ -29,7 +29,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import Mxfp4Config
 
-from dlp_plugin.checkpoints.files import opening, slices
+from dlp_plugin.checkpoints.files import opening
 from dlp_plugin.checkpoints.names import SourceNames, check_experts
 from dlp_plugin.checkpoints.packed import check_parts
 from dlp_plugin.checkpoints.sparse_format import PARTS, QUANT_METHOD, Stored, decode, read_stored
@@ -134,18 +134,18 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, **arguments: Any
     ) -> None:
-        self.opened = opening()
+        opened = self.opened = opening()
         for file in arguments.get("checkpoint_files") or ():
-            self.places.update(dict.fromkeys(self.opened(file).keys(), file))
+            self.places.update(dict.fromkeys(opened(file).keys(), file))
         check_parts(self.linears, self.places)
         self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
         reason = _why_dense(model, device_map)
         if reason and not self.quantization_config.dequantize:
             logger.info(f"{model.config.name_or_path} is loaded dense: {reason}")
             self.quantization_config.dequantize = True
-        self._see_to_experts(model)
+        self._see_to_experts(model, opened)
 
-    def _see_to_experts(self, model: Any) -> None:
+    def _see_to_experts(self, model: Any, opened: Callable[..., Any]) -> None:
         """Check that experts are complete and of one shape, and find those that stay packed."""
         shapes: dict[str, Sequence[int]] = {
             f"{name}.weight": stored.shape for name, stored in self.linears.items()
@@ -153,10 +153,9 @@ class SparseQuantizer(HfQuantizer):
         for name, count in self.fused.items():
             shapes[name] = (count, *self.linears[f"{name}.0"].shape)
         names = SourceNames(model)
-        with slices(self.places) as found:
-            for key in self.places:
-                if key.rpartition(".")[2] not in PARTS and names.experts(key):
-                    shapes[key] = found(key).get_shape()
+        for key, place in self.places.items():
+            if key.rpartition(".")[2] not in PARTS and names.experts(key):
+                shapes[key] = opened(place).get_slice(key).get_shape()
         check_experts(names, shapes, model.config.name_or_path)
         if not self.quantization_config.dequantize:
             self.experts = staying_packed(model, names, shapes, self.linears)
