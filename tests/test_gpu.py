@@ -79,10 +79,21 @@ def test_admm_finds_the_same_weights() -> None:
         recipe({"refine": 8}, "SparseGPTModifier", polish=True),
         recipe({}, "SparseGPTModifier", offload_hessians=True),
         recipe({}, "ADMMPruningModifier", reconstruct=2),
+        recipe({}, "WandaPruningModifier", distill=2),
         recipe({}, "OneShotMagnitudeModifier"),
         "recipes/dlp_wanda_w4a16.yaml",
     ],
-    ids=["auto", "refined", "evolved", "polished", "offloaded", "ADMM", "magnitude", "4 bits"],
+    ids=[
+        "auto",
+        "refined",
+        "evolved",
+        "polished",
+        "offloaded",
+        "ADMM",
+        "distilled",
+        "magnitude",
+        "4 bits",
+    ],
 )
 def test_recipes_do_on_a_gpu_what_they_do_on_a_cpu(
     stages: object,

@@ -106,7 +106,7 @@ class TestADeviceWithoutFloat64:
             return {name: weight for name, (weight, _) in parts.items()}
 
         wide = found()
-        for module in ("scoring.scores", "scoring.norms", "scoring.spectra", "search.predictions"):
+        for module in ("scoring.scores", "scoring.norms", "scoring.spectra", "scoring.predictions"):
             monkeypatch.setattr(f"dlp_plugin.{module}.widest", lambda _: torch.float32)
         narrower = found()
         assert narrower == pytest.approx(wide, rel=1e-4, abs=1e-6)

@@ -181,8 +181,9 @@ def compare(
         typer.Option(
             help="Pruning stages, separated by commas: `wanda`, `sparsegpt`, `admm`, `magnitude`. "
             "The suffix `-polished` refits the remaining weights by least squares. "
-            "`-reconstructed` trains every block to return the same as the dense block. Examples: "
-            "`wanda-polished`, `sparsegpt-polished-reconstructed`."
+            "`-reconstructed` trains every block to return the same as the dense block, "
+            "`-distilled` the whole model to predict the same as the dense model. Examples: "
+            "`wanda-polished`, `sparsegpt-polished-reconstructed-distilled`."
         ),
     ] = "wanda",
     bits: Annotated[

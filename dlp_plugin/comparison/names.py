@@ -38,6 +38,7 @@ FEWEST = 4
 _REPAIRS: dict[str, dict[str, Any]] = {
     "-polished": {"polish": True},
     "-reconstructed": {"reconstruct": 2},
+    "-distilled": {"distill": 2},
 }
 
 
@@ -104,7 +105,7 @@ def plan_name(method: str, way: Way) -> str:
 def pruner_named(text: str) -> Pruner:
     """Parse a pruner's name.
 
-    :param text: ``pruner[-polished][-reconstructed]``, e.g. ``wanda-polished``
+    :param text: ``pruner[-polished][-reconstructed][-distilled]``, e.g. ``wanda-polished``
     :return: the pruner
     :raises ValueError: if there is no such pruner; lists those that exist
     """

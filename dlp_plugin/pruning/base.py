@@ -1,4 +1,4 @@
-"""What the pruning stages share: an N for every module, polish, reconstruction."""
+"""What the pruning stages share: an N for every module, repairs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import distributed as dist
 
+from dlp_plugin.evaluation.causal import check_causal
+from dlp_plugin.evaluation.vocabulary import check_tokens
 from dlp_plugin.experts import save_under_source_names
 from dlp_plugin.generation import make_savable
 from dlp_plugin.host import (
@@ -28,9 +30,11 @@ from dlp_plugin.host import (
     warn_of_lost_zeros,
 )
 from dlp_plugin.planning.structure import MaskStructure
+from dlp_plugin.pruning.distillation import Distillation
 from dlp_plugin.pruning.grams import Grams, polishing
 from dlp_plugin.pruning.reconstruction import Reconstruction
 from dlp_plugin.scoring.blocks import check_columns
+from dlp_plugin.scoring.calibration import scoring_batches
 
 __all__ = ["PruningStage", "declared"]
 
@@ -49,6 +53,8 @@ class PruningStage(StockStage):
         change least
     :param reconstruct: epochs of training every block, with its mask fixed, to return the dense
         block's outputs; 0 for none
+    :param distill: epochs of training the whole pruned model, with its masks fixed, to predict
+        what the dense model predicts; 0 for none. It needs memory for 25 bytes per weight
     """
 
     pruner: ClassVar[str]
@@ -57,11 +63,14 @@ class PruningStage(StockStage):
 
     polish: bool = False
     reconstruct: int = Field(default=0, ge=0, strict=True)
+    distill: int = Field(default=0, ge=0, strict=True)
 
     _reached: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _heeded: list[str] = PrivateAttr(default_factory=list)
     _grams: Grams = PrivateAttr(default_factory=Grams)
+    _blocks: dict[str, torch.nn.Module] = PrivateAttr(default_factory=dict)
     _reconstruction: Reconstruction | None = PrivateAttr(default=None)
+    _distillation: Distillation | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -156,13 +165,18 @@ class PruningStage(StockStage):
 
     @property
     def repairs(self) -> bool:
-        """Whether the remaining weights are refitted or reconstructed."""
-        return self.polish or self.reconstruct > 0
+        """Whether the remaining weights are refitted or trained."""
+        return self.polish or self._trains is not None
+
+    @property
+    def _trains(self) -> str | None:
+        """The field that asks for training."""
+        return next((name for name in ("reconstruct", "distill") if getattr(self, name)), None)
 
     @property
     def _repairing(self) -> str:
         """The field that asks for repairs, for messages."""
-        return f"{type(self).__name__}.{'polish' if self.polish else 'reconstruct'}"
+        return f"{type(self).__name__}.{'polish' if self.polish else self._trains}"
 
     @property
     def _prunes_by_samples(self) -> bool:
@@ -182,11 +196,13 @@ class PruningStage(StockStage):
                 f"{what} needs calibration samples, and there are none: pass dataset=... to "
                 f"oneshot(){remedy}"
             )
-        if self.reconstruct and len(state.data.calib or ()) < 2:
+        if self._trains and len(state.data.calib or ()) < 2:
             raise ValueError(
-                f"{kind}.reconstruct holds out one of eight batches, and there is only one batch: "
+                f"{kind}.{self._trains} holds out one of eight batches, and there is only one: "
                 "give more samples, or leave it out"
             )
+        if self.distill:
+            check_causal(state.model, f"{kind}.distill trains on what the model predicts")
 
     def _check_repairs(self, targets: dict[str, dict[str, torch.nn.Module]]) -> None:
         """Check that polish and reconstruction can handle the modules.
@@ -204,21 +220,33 @@ class PruningStage(StockStage):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Begin to collect statistics.
 
-        :raises ValueError: if ``sparsity`` is null, and no modifier has stated one
+        :raises ValueError: if ``sparsity`` is null, and no modifier has stated one; if ``distill``
+            cannot work
         """
         if self.sparsity is None and not self.structure:
             raise ValueError(f"{type(self).__name__}.sparsity is not stated: set it, e.g. 0.7")
+        if self.distill and len(current_modifiers()) > 1:
+            raise ValueError(
+                f"{type(self).__name__}.distill trains before the next modifier begins, but this "
+                "pipeline runs all modifiers at once: call oneshot() with "
+                "pipeline='independent', its default"
+            )
         super().on_calibration_start(state, event, **kwargs)
         if self.polish:
             self.watch_inputs()
-        if self.reconstruct:
+        if self._trains:
             targets = self._sequential_targets
             names = block_names(state.model, [targets] if isinstance(targets, str) else targets)
-            blocks = {name: state.model.get_submodule(name) for name in names}
-            self._reconstruction = Reconstruction(blocks, self.reconstruct)
+            self._blocks = {name: state.model.get_submodule(name) for name in names}
+        if self.reconstruct:
+            self._reconstruction = Reconstruction(self._blocks, self.reconstruct)
             record: Any = self._reconstruction.record
-            for block in blocks.values():
+            for block in self._blocks.values():
                 self.register_hook(block, record, "forward", with_kwargs=True)
+        if self.distill:
+            batches = scoring_batches(state.data.calib or ())
+            check_tokens(state.model, (batch["input_ids"] for batch in batches))
+            self._distillation = Distillation(state.model, batches, self.distill)
 
     def watch_inputs(self) -> None:
         """Sum the Gram matrices that polish needs."""
@@ -248,7 +276,7 @@ class PruningStage(StockStage):
                 dist.barrier()  # what they share may be written by one of them
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Let go of hooks and samples.
+        """Distill; let go of hooks and samples.
 
         :raises ValueError: if the stage needs samples, and none has reached what it prunes
         """
@@ -256,6 +284,10 @@ class PruningStage(StockStage):
         self._reached.clear()
         self._reconstruction = None
         super().on_calibration_end(state, event, **kwargs)
+        if self._distillation is not None:
+            self._distillation.train(self._blocks.values(), self._module_names)
+        self._distillation = None
+        self._blocks = {}
 
     def _check_reached(self) -> None:
         kind, names = type(self).__name__, self._module_names

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_distributed
-from compressed_tensors.utils import (
-    align_module_device,
-    get_execution_device,
-    patch_attr,
-    update_offload_parameter,
-)
+from compressed_tensors.utils import get_execution_device
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
@@ -31,17 +27,14 @@ from torch.nn import functional
 from transformers import Cache
 
 from dlp_plugin.precision import widest
+from dlp_plugin.pruning.training import Training, train, with_zeros
 
 __all__ = ["Reconstruction"]
 
 Module = torch.nn.Module
 
-# Adam's, falling to 0 over the epochs, and a quarter of it after an epoch that brought nothing:
-# the best lay between 2e-3 and 5e-4 on the models that were measured.
+# Adam's; see train(). The best lay between 2e-3 and 5e-4 on the models that were measured.
 RATE = 1e-3
-# One of so many samples is kept to measure on.
-KEPT = 8
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -160,30 +153,17 @@ class Reconstruction:
         pruned: Collection[Module],
     ) -> None:
         """Train a block, and keep the weights of least error on the samples kept for it."""
-        pruned = {m for m in block.modules() if m in pruned and _has_zeros(m)}
+        pruned = with_zeros(m for m in block.modules() if m in pruned)
         if not pruned:
             return
-        samples = list(zip(calls, targets, strict=True))
-        places = set(range(len(samples) - 1, -1, -KEPT))
-        kept = [sample for place, sample in enumerate(samples) if place in places]
-        seen = [sample for place, sample in enumerate(samples) if place not in places]
-        order = torch.Generator().manual_seed(SEED)
-        rate = RATE
-        with _Trained(block, pruned) as trained:
-            start = least = _error(block, kept)
-            for epoch in range(self._epochs):
-                left = [1 - done / self._epochs for done in (epoch, epoch + 1)]
-                trained.run(seen, rate * left[0], rate * left[1], order)
-                with trained.rounded():
-                    error = _error(block, kept)
-                if error < least:
-                    least = error
-                    trained.keep()
-                else:
-                    trained.restart()
-                    rate /= 4
-        if least < start:
-            trained.write()
+        start, least = train(
+            Training(block, set(block.modules()), pruned),
+            list(zip(calls, targets, strict=True)),
+            partial(_gradients, block),
+            partial(_error, block),
+            RATE,
+            self._epochs,
+        )
         logger.info(
             "reconstructed {}: relative squared error of its outputs {:.4f} -> {:.4f}",
             self._names[block],
@@ -198,110 +178,14 @@ class Reconstruction:
             )
 
 
-class _Trained:
-    """A block that computes, within this context, with float32 copies of its parameters.
-
-    The model's own may lie on another device or on disk, and be in a dtype too narrow for the
-    steps of training.
-
-    :param pruned: Linears whose surviving weights are trained, beside norms and biases
-    """
-
-    def __init__(self, block: Module, pruned: Collection[Module]) -> None:
-        self._block = block
-        self._copies: dict[Module, dict[str, torch.Tensor | None]] = {}
-        self._places: list[tuple[Module, str]] = []
-        self._dtypes: list[torch.dtype] = []
-        self._weights: list[torch.Tensor] = []
-        self._masks: list[torch.Tensor | None] = []
-        self._patched = ExitStack()
-        for module in block.modules():
-            with align_module_device(module):
-                own = dict(module.named_parameters(recurse=False))
-                copies = {name: p.detach().to(torch.float32, copy=True) for name, p in own.items()}
-            self._copies[module] = {**dict.fromkeys(module._parameters), **copies}
-            for name, copy in copies.items():
-                weight = module in pruned and name == "weight"
-                if weight or copy.ndim <= 1:
-                    self._places.append((module, name))
-                    self._dtypes.append(own[name].dtype)
-                    self._weights.append(copy.requires_grad_())
-                    self._masks.append((copy != 0) if weight else None)
-        self._adam = torch.optim.Adam(self._weights, fused=True)
-        self._kept = self._copied()
-
-    def __enter__(self) -> _Trained:
-        for module, copies in self._copies.items():
-            self._patched.enter_context(patch_attr(module, "_parameters", copies))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._patched.close()
-
-    def run(
-        self,
-        samples: Sequence[tuple[_Call, torch.Tensor]],
-        first: float,
-        last: float,
-        order: torch.Generator,
-    ) -> None:
-        """Take one step of Adam for every sample.
-
-        :param first: rate of the first step; it falls linearly towards ``last``
-        """
-        steps = _least_of_all(len(samples))
-        for step, place in enumerate(torch.randperm(len(samples), generator=order)[:steps]):
-            call, target = samples[int(place)]
-            with torch.enable_grad():
-                found = call.run(self._block, call.hidden, wide=True)
-                loss = functional.mse_loss(found, target.to(found.device).to(found))
-            self._differentiate(loss)
-            self._adam.param_groups[0]["lr"] = first + (last - first) * step / steps
-            self._adam.step()
-
-    def _differentiate(self, loss: torch.Tensor) -> None:
-        """Set the gradients, none where a weight is pruned, mean over all processes."""
-        gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
-        for weight, mask, gradient in zip(self._weights, self._masks, gradients, strict=True):
-            found = torch.zeros_like(weight) if gradient is None else gradient
-            if is_distributed():
-                dist.all_reduce(found)
-                found /= dist.get_world_size()
-            weight.grad = found if mask is None else found.mul_(mask)
-
-    @contextmanager
-    def rounded(self) -> Iterator[None]:
-        """Compute with weights as they would be written."""
-        exact = self._copied()
-        self._set(weight.to(dtype) for weight, dtype in zip(exact, self._dtypes, strict=True))
-        yield
-        self._set(exact)
-
-    def keep(self) -> None:
-        """Remember the weights as they are."""
-        self._kept = self._copied()
-
-    def restart(self) -> None:
-        """Go back to what was kept last, or to the start."""
-        self._set(self._kept)
-        self._adam = torch.optim.Adam(self._weights, fused=True)
-
-    def write(self) -> None:
-        """Give the block what was kept last."""
-        for (module, name), weight, dtype in zip(
-            self._places, self._kept, self._dtypes, strict=True
-        ):
-            update_offload_parameter(module, name, weight.to(dtype))
-        if is_distributed():
-            dist.barrier()  # what the processes share may be written by one of them
-
-    def _copied(self) -> list[torch.Tensor]:
-        return [weight.detach().clone() for weight in self._weights]
-
-    def _set(self, values: Iterable[torch.Tensor]) -> None:
-        with torch.no_grad():
-            for weight, value in zip(self._weights, values, strict=True):
-                weight.copy_(value)
+def _gradients(
+    block: Module, sample: tuple[_Call, torch.Tensor], weights: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """Of the mean squared error of a block's outputs."""
+    call, target = sample
+    found = call.run(block, call.hidden, wide=True)
+    loss = functional.mse_loss(found, target.to(found.device).to(found))
+    return torch.autograd.grad(loss, weights, allow_unused=True)
 
 
 @torch.no_grad()
@@ -316,20 +200,6 @@ def _error(block: Module, samples: Iterable[tuple[_Call, torch.Tensor]]) -> floa
     if is_distributed():
         dist.all_reduce(sums)
     return float(sums[0] / sums[1]) if sums[1] else math.nan
-
-
-def _least_of_all(number: int) -> int:
-    """The least of a number that each process has."""
-    if not is_distributed():
-        return number
-    found = torch.tensor(number, device=get_main_device())
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return int(found)
-
-
-def _has_zeros(module: Module) -> bool:
-    with align_module_device(module):
-        return bool((module.get_parameter("weight") == 0).any())
 
 
 def _put_by(tensor: torch.Tensor) -> torch.Tensor:

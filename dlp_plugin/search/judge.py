@@ -20,8 +20,7 @@ from torch.nn import functional
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.precision import widest
 from dlp_plugin.scoring.calibration import Batch, together
-from dlp_plugin.search.masks import Masks
-from dlp_plugin.search.predictions import (
+from dlp_plugin.scoring.predictions import (
     WIDE,
     Predictions,
     device_of,
@@ -30,6 +29,7 @@ from dlp_plugin.search.predictions import (
     loaded,
     logits_of,
 )
+from dlp_plugin.search.masks import Masks
 
 __all__ = ["Judge"]
 

@@ -27,8 +27,8 @@ from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
 from dlp_plugin.precision import wide_enough, widest
 from dlp_plugin.scoring.blocks import Block
 from dlp_plugin.scoring.calibration import Batch, together
+from dlp_plugin.scoring.predictions import device_of, gradient, keep, logits_of
 from dlp_plugin.search.masks import Masks
-from dlp_plugin.search.predictions import device_of, gradient, keep, logits_of
 
 __all__ = ["Slopes"]
 

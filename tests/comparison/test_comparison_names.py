@@ -21,7 +21,9 @@ from dlp_plugin.planning.methods import DLP, OWL, AlphaPruning, LinearSparsity
 from dlp_plugin.planning.plan import Plan, SearchStep
 
 
-@pytest.mark.parametrize("repair", ["", "-polished", "-reconstructed", "-polished-reconstructed"])
+@pytest.mark.parametrize(
+    "repair", ["", "-polished", "-reconstructed", "-distilled", "-polished-reconstructed-distilled"]
+)
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "admm", "magnitude"])
 def test_plans_for_a_pruner_are_searched_where_its_stage_has_them_searched(
     name: str, repair: str

@@ -87,7 +87,7 @@ def test_tokens_that_are_not_likely_count_as_one(
     sparsities = dict.fromkeys(linears, 0.7)
     found = []
     for likeliest in (8, 64, 256):
-        monkeypatch.setattr("dlp_plugin.search.predictions.LIKELIEST", likeliest)
+        monkeypatch.setattr("dlp_plugin.scoring.predictions.LIKELIEST", likeliest)
         found.append(Judge(model, Masks(linears, norms), batches()).divergence(sparsities))
     assert 0 < found[0] < found[1] < found[2]
 

@@ -7,8 +7,8 @@ import torch
 from helpers import MakeModel, random_samples
 
 from dlp_plugin.planning.structure import UNSTRUCTURED, MaskStructure
+from dlp_plugin.scoring import predictions
 from dlp_plugin.scoring.blocks import Block
-from dlp_plugin.search import predictions
 from dlp_plugin.search import slopes as module
 from dlp_plugin.search.masks import Masks
 from dlp_plugin.search.slopes import Slopes
