@@ -21,7 +21,7 @@ TARGET = "0.6"
 PRUNERS = ("wanda", "sparsegpt", "admm", "admm-reconstructed")
 # Samples and their length, to what is pruned by them
 TOKENS = {
-    (32, 512): ("wanda", "admm"),
+    (32, 512): ("wanda", "admm", "admm-reconstructed"),
     (64, 512): PRUNERS,
     (128, 512): ("wanda", "admm"),
     (512, 512): ("wanda",),
