@@ -1,10 +1,10 @@
-"""Pruned models that are trained to predict what the dense model predicts, with their masks held.
+"""Models that are trained to predict what they predicted before they were compressed.
 
 Reconstruction brings each block near the dense one. What a block returns matters only through what
-the model predicts from it. So after all blocks are pruned, their surviving weights, norms and
-biases are trained together until the model's predictions come nearest to the dense model's, by
-Kullback-Leibler divergence (knowledge distillation, arXiv 1503.02531). Embeddings, the final norm
-and the head stay as they are.
+the model predicts from it. So after all blocks are pruned or quantized, what is left of their
+weights to change is trained together with norms and biases, until the model's predictions come
+nearest to the former ones by Kullback-Leibler divergence (knowledge distillation, arXiv
+1503.02531). Embeddings, the final norm and the head stay as they are.
 
 It relies on this, tested by ``tests/pruning/test_distillation.py``: while a pipeline runs samples,
 the host keeps the output head from computing by another ``forward`` of the module, and has
@@ -14,7 +14,7 @@ attention computed by another implementation, named in the model's configuration
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -22,14 +22,18 @@ from typing import Any
 import torch
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.utils import patch_attr
+from llmcompressor.core import State
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import DisableQuantization, eval_context
 from loguru import logger
 from torch import distributed as dist
 
+from dlp_plugin.evaluation.causal import check_causal
+from dlp_plugin.evaluation.vocabulary import check_tokens
+from dlp_plugin.host import current_modifiers
 from dlp_plugin.precision import widest
-from dlp_plugin.pruning.training import Training, train, with_zeros
-from dlp_plugin.scoring.calibration import Batch
+from dlp_plugin.pruning.training import Trained, Training, check_number, train
+from dlp_plugin.scoring.calibration import Batch, scoring_batches
 from dlp_plugin.scoring.predictions import (
     Predictions,
     device_of,
@@ -40,22 +44,48 @@ from dlp_plugin.scoring.predictions import (
     logits_of,
 )
 
-__all__ = ["Distillation"]
+__all__ = ["Distillation", "check_distillable", "distillation"]
 
 Module = torch.nn.Module
 
 # Where a model's configuration names how attention is computed.
 ATTENTION = "_attn_implementation"
-# Adam's; see train(). The best lay between 3e-4 and 1e-3 on the models that were measured.
-RATE = 5e-4
-
 _Sample = tuple[Batch, Predictions]
 
 
-class Distillation:
-    """Keeps what the dense model predicts, and trains the model once it is pruned.
+def check_distillable(state: State, field: str) -> None:
+    """Check that there are samples to train on, and a model that predicts tokens.
 
-    :param model: a causal language model that is not yet pruned
+    :param state: of the run
+    :param field: that asks for distillation, for the errors
+    :raises ValueError: naming the field
+    """
+    check_number(state, field)
+    check_causal(state.model, f"{field} trains on what the model predicts")
+
+
+def distillation(state: State, epochs: int, field: str) -> Distillation:
+    """Begin: keep what the model predicts for the calibration samples.
+
+    :param state: of the run, as :func:`check_distillable` passed it
+    :param epochs: passes over the samples
+    :param field: that asks for it, for the errors
+    :raises ValueError: if all modifiers run at once, or the samples do not suit the model
+    """
+    if len(current_modifiers()) > 1:
+        raise ValueError(
+            f"{field} trains before the next modifier begins, but this pipeline runs all "
+            "modifiers at once: call oneshot() with pipeline='independent', its default"
+        )
+    batches = scoring_batches(state.data.calib or ())
+    check_tokens(state.model, (batch["input_ids"] for batch in batches))
+    return Distillation(state.model, batches, epochs)
+
+
+class Distillation:
+    """Keeps what a model predicts, and trains it once it is compressed.
+
+    :param model: a causal language model that is not yet compressed
     :param batches: keyword arguments of its forward pass, at least two, without padding
     :param epochs: passes over the batches
     """
@@ -68,34 +98,37 @@ class Distillation:
         with torch.no_grad(), loaded(model), self._alone():
             self._samples = [(batch, keep(self._logits(batch))) for batch in batches]
 
-    def train(self, blocks: Collection[Module], pruned: Collection[Module]) -> None:
-        """Train the pruned model.
+    def train(
+        self,
+        blocks: Iterable[Module],
+        weights: Mapping[Module, Callable[[torch.Tensor], Trained]],
+        rate: float,
+    ) -> None:
+        """Train the compressed model: weights of Linears, and norms and biases beside them.
 
         :param blocks: the model's
-        :param pruned: Linears that the stage has pruned
+        :param weights: as :class:`~dlp_plugin.pruning.training.Training` takes them
+        :param rate: Adam's at the start
         """
-        parts = [block for block in blocks if any(module in pruned for module in block.modules())]
+        parts = (list(block.modules()) for block in blocks)
+        beside = {m for modules in parts if not weights.keys().isdisjoint(modules) for m in modules}
         with self._computing():
             start, least = train(
-                Training(
-                    self._model,
-                    {module for block in parts for module in block.modules()},
-                    with_zeros(pruned),
-                ),
+                Training(self._model, beside, weights),
                 self._samples,
                 self._gradients,
                 self._error,
-                RATE,
+                rate,
                 self._epochs,
             )
         logger.info(
-            "distilled: divergence from the dense model {:.4f} -> {:.4f} nats per token",
+            "distilled: divergence from the model before {:.4f} -> {:.4f} nats per token",
             start,
             least,
         )
         if not math.isfinite(start):
             logger.warning(
-                "the pruned model predicts nothing finite and was left as it is: load the model in "
+                "the model predicts nothing finite and was left as it is: load the model in "
                 "a wider dtype"
             )
 

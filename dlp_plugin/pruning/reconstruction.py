@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from dlp_plugin.precision import widest
-from dlp_plugin.pruning.training import Training, train, with_zeros
+from dlp_plugin.pruning.training import Training, survivors, train
 
 __all__ = ["Reconstruction"]
 
@@ -153,11 +153,11 @@ class Reconstruction:
         pruned: Collection[Module],
     ) -> None:
         """Train a block, and keep the weights of least error on the samples kept for it."""
-        pruned = with_zeros(m for m in block.modules() if m in pruned)
-        if not pruned:
+        weights = survivors(m for m in block.modules() if m in pruned)
+        if not weights:
             return
         start, least = train(
-            Training(block, set(block.modules()), pruned),
+            Training(block, set(block.modules()), weights),
             list(zip(calls, targets, strict=True)),
             partial(_gradients, block),
             partial(_error, block),

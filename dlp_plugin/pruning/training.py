@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from compressed_tensors.distributed import is_distributed
+from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import (
     align_module_device,
     patch_attr,
     update_offload_parameter,
 )
+from llmcompressor.core import State
 from llmcompressor.utils.dev import get_main_device
 from torch import distributed as dist
 
-__all__ = ["Result", "Training", "train", "with_zeros"]
+__all__ = ["Entries", "Result", "Trained", "Training", "check_number", "survivors", "train"]
 
 Module = torch.nn.Module
 Sample = TypeVar("Sample")
@@ -37,6 +40,61 @@ class Result(NamedTuple):
     least: float
 
 
+class Trained(Protocol):
+    """What is trained of a module's parameter."""
+
+    leaf: torch.Tensor
+    """The float32 copy that the module computes with, and that is differentiated."""
+    values: torch.Tensor
+    """What Adam changes, float32."""
+
+    def slope(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient with respect to ``values``, from that with respect to ``leaf``."""
+
+    def spread(self) -> None:
+        """Set ``leaf`` by ``values``."""
+
+    def rounded(self) -> torch.Tensor:
+        """The values as they would be written."""
+
+    def write(self, values: torch.Tensor) -> None:
+        """Give the module these values."""
+
+
+class Entries:
+    """A norm, a bias, or the surviving entries of a weight.
+
+    :param module: that has the parameter
+    :param name: of the parameter
+    :param dtype: in which it is stored
+    :param leaf: its float32 copy
+    :param masked: whether its zeros stay
+    """
+
+    def __init__(
+        self, module: Module, name: str, dtype: torch.dtype, leaf: torch.Tensor, *, masked: bool
+    ) -> None:
+        self.leaf = self.values = leaf.requires_grad_()
+        self._place = module, name
+        self._dtype = dtype
+        self._mask = (leaf != 0) if masked else None
+
+    def slope(self, gradient: torch.Tensor) -> torch.Tensor:
+        """As in :class:`Trained`."""
+        return gradient if self._mask is None else gradient.mul_(self._mask)
+
+    def spread(self) -> None:
+        """As in :class:`Trained`: they are one."""
+
+    def rounded(self) -> torch.Tensor:
+        """As in :class:`Trained`."""
+        return self.values.detach().to(self._dtype).float()
+
+    def write(self, values: torch.Tensor) -> None:
+        """As in :class:`Trained`."""
+        update_offload_parameter(*self._place, values.to(self._dtype))
+
+
 class Training:
     """A module that computes, within this context, with float32 copies of its parameters.
 
@@ -45,31 +103,32 @@ class Training:
 
     :param whole: the module that computes
     :param parts: modules within it whose norms and biases are trained
-    :param pruned: Linears whose surviving weights are trained
+    :param weights: of each Linear whose weight is trained too, what makes of its float32 copy
+        what is trained
     """
 
     def __init__(
-        self, whole: Module, parts: Collection[Module], pruned: Collection[Module]
+        self,
+        whole: Module,
+        parts: Collection[Module],
+        weights: Mapping[Module, Callable[[torch.Tensor], Trained]],
     ) -> None:
         self._copies: dict[Module, dict[str, torch.Tensor | None]] = {}
-        self._places: list[tuple[Module, str]] = []
-        self._dtypes: list[torch.dtype] = []
-        self._weights: list[torch.Tensor] = []
-        self._masks: list[torch.Tensor | None] = []
+        self._trained: list[Trained] = []
         self._patched = ExitStack()
         for module in whole.modules():
             with align_module_device(module):
                 own = dict(module.named_parameters(recurse=False))
                 copies = {name: p.detach().to(torch.float32, copy=True) for name, p in own.items()}
             self._copies[module] = {**dict.fromkeys(module._parameters), **copies}
+            quantized = is_module_quantized(module)  # which has scales and more beside its bias
             for name, copy in copies.items():
-                weight = module in pruned and name == "weight"
-                if weight or (copy.ndim <= 1 and module in parts):
-                    self._places.append((module, name))
-                    self._dtypes.append(own[name].dtype)
-                    self._weights.append(copy.requires_grad_())
-                    self._masks.append((copy != 0) if weight else None)
-        self._adam = torch.optim.Adam(self._weights, fused=True)
+                if module in weights and name == "weight":
+                    self._trained.append(weights[module](copy))
+                elif copy.ndim <= 1 and module in parts and not (quantized and name != "bias"):
+                    entries = Entries(module, name, own[name].dtype, copy, masked=False)
+                    self._trained.append(entries)
+        self._adam = self._optimizer()
         self._kept = self._copied()
 
     def __enter__(self) -> Training:
@@ -95,55 +154,75 @@ class Training:
         :param order: draws the order of the samples
         """
         steps = _least_of_all(len(samples))
+        leaves = [each.leaf for each in self._trained]
         for step, place in enumerate(torch.randperm(len(samples), generator=order)[:steps]):
             with torch.enable_grad():
-                found = gradients(samples[int(place)], self._weights)
+                found = gradients(samples[int(place)], leaves)
             self._set_gradients(found)
             self._adam.param_groups[0]["lr"] = first + (last - first) * step / steps
             self._adam.step()
+            with torch.no_grad():
+                for each in self._trained:
+                    each.spread()
 
     def _set_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Set the gradients, none where a weight is pruned, mean over all processes."""
-        for weight, mask, gradient in zip(self._weights, self._masks, gradients, strict=True):
-            found = torch.zeros_like(weight) if gradient is None else gradient
+        """Set the gradients, mean over all processes."""
+        for each, gradient in zip(self._trained, gradients, strict=True):
+            found = torch.zeros_like(each.leaf) if gradient is None else gradient
             if is_distributed():
                 dist.all_reduce(found)
                 found /= dist.get_world_size()
-            weight.grad = found if mask is None else found.mul_(mask)
+            each.values.grad = each.slope(found)
 
     @contextmanager
     def rounded(self) -> Iterator[None]:
-        """Compute with weights as they would be written."""
+        """Compute with values as they would be written."""
         exact = self._copied()
-        self._set(weight.to(dtype) for weight, dtype in zip(exact, self._dtypes, strict=True))
+        self._set([each.rounded() for each in self._trained])
         yield
         self._set(exact)
 
     def keep(self) -> None:
-        """Remember the weights as they are."""
+        """Remember the values as they are."""
         self._kept = self._copied()
 
     def restart(self) -> None:
         """Go back to what was kept last, or to the start."""
         self._set(self._kept)
-        self._adam = torch.optim.Adam(self._weights, fused=True)
+        self._adam = self._optimizer()
 
     def write(self) -> None:
         """Give the module what was kept last."""
-        for (module, name), weight, dtype in zip(
-            self._places, self._kept, self._dtypes, strict=True
-        ):
-            update_offload_parameter(module, name, weight.to(dtype))
+        for each, values in zip(self._trained, self._kept, strict=True):
+            each.write(values)
         if is_distributed():
             dist.barrier()  # what the processes share may be written by one of them
 
+    def _optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam([each.values for each in self._trained], fused=True)
+
     def _copied(self) -> list[torch.Tensor]:
-        return [weight.detach().clone() for weight in self._weights]
+        return [each.values.detach().clone() for each in self._trained]
 
     def _set(self, values: Iterable[torch.Tensor]) -> None:
         with torch.no_grad():
-            for weight, value in zip(self._weights, values, strict=True):
-                weight.copy_(value)
+            for each, value in zip(self._trained, values, strict=True):
+                each.values.copy_(value)
+                each.spread()
+
+
+def check_number(state: State, what: str) -> None:
+    """Make sure that there is a batch to train on beside the one that is kept.
+
+    :param state: of the run
+    :param what: what trains, for the error
+    :raises ValueError: if there is only one
+    """
+    if len(state.data.calib or ()) < 2:
+        raise ValueError(
+            f"{what} holds out one of eight batches, and there is only one: give more samples, or "
+            "leave it out"
+        )
 
 
 def train(
@@ -187,12 +266,18 @@ def train(
     return Result(start, least)
 
 
-def with_zeros(modules: Iterable[Module]) -> set[Module]:
-    """The modules some of whose weights are zero.
+def survivors(modules: Iterable[Module]) -> dict[Module, Callable[[torch.Tensor], Trained]]:
+    """What is trained of pruned modules: the entries of their weights that are not zero.
 
-    :param modules: that have a weight
+    :param modules: that have a weight; those without a zero in it are left out
     """
-    return {module for module in modules if _has_zeros(module)}
+    pruned = [module for module in modules if _has_zeros(module)]
+    return {module: partial(_surviving, module) for module in pruned}
+
+
+def _surviving(module: Module, leaf: torch.Tensor) -> Entries:
+    dtype = module.get_parameter("weight").dtype
+    return Entries(module, "weight", dtype, leaf, masked=True)
 
 
 def _has_zeros(module: Module) -> bool:

@@ -34,8 +34,9 @@ from dlp_plugin import (
     OneShotMagnitudeModifier,
     WandaPruningModifier,
 )
-from dlp_plugin.pruning.distillation import RATE, Distillation
-from dlp_plugin.pruning.training import SEED
+from dlp_plugin.pruning.base import DISTILLING
+from dlp_plugin.pruning.distillation import Distillation
+from dlp_plugin.pruning.training import SEED, survivors
 
 MANY = random_samples(32, 64)
 SAMPLES = torch.tensor(MANY["input_ids"])
@@ -91,7 +92,8 @@ class TestTraining:
             for each in (model, twin):
                 for linear in linears_of(each.model.layers).values():
                     linear.weight[linear.weight.abs() < 0.02] = 0
-        distillation.train(model.model.layers, linears_of(model.model.layers).values())
+        weights = survivors(linears_of(model.model.layers).values())
+        distillation.train(model.model.layers, weights, DISTILLING)
 
         weights = list(twin.model.layers.parameters())
         seen = [place for place in range(16) if place % 8 != 7]
@@ -106,7 +108,7 @@ class TestTraining:
             (loss / sample.numel()).backward()
             for weight, mask in zip(weights, alive, strict=True):
                 weight.grad *= mask
-            adam.param_groups[0]["lr"] = RATE * (1 - step / len(order))
+            adam.param_groups[0]["lr"] = DISTILLING * (1 - step / len(order))
             adam.step()
         assert divergence(model, dense) == pytest.approx(divergence(twin, dense), rel=1e-4)
         for name, value in weights_of(twin).items():
@@ -137,7 +139,7 @@ class TestTraining:
         plain = run(sharp(), [DLPModifier(), stage()], MANY)
         first = run(sharp(), [DLPModifier(), stage(distill=2)], MANY)
         (told,) = [m for m in logged() if m.startswith("distilled")]
-        start, least = (float(one.split()[0]) for one in told.partition("model ")[2].split("->"))
+        start, least = (float(one.split()[0]) for one in told.partition("before ")[2].split("->"))
         assert least < start
         assert divergence(first, sharp()) < divergence(plain, sharp())
         again = run(sharp(), [DLPModifier(), stage(distill=2)], MANY)
@@ -159,7 +161,7 @@ class TestTraining:
     def test_a_model_that_gains_nothing_is_left_as_it_is(
         self, sharp: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("dlp_plugin.pruning.distillation.RATE", 1e3)
+        monkeypatch.setattr("dlp_plugin.pruning.base.DISTILLING", 1e3)
         plain = run(sharp(), [WandaPruningModifier(sparsity=0.5, **EVERY)], MANY)
         spoilt = run(sharp(), [WandaPruningModifier(sparsity=0.5, distill=1, **EVERY)], MANY)
         assert_same(weights_of(spoilt), weights_of(plain))
