@@ -17,6 +17,7 @@ from dlp_plugin.pruning.base import PruningStage, declared
 from dlp_plugin.search.decide import Search, search_offset, where_to_search
 
 __all__ = [
+    "DISTILLING",
     "EVERY",
     "FEWEST",
     "Contender",
@@ -34,11 +35,14 @@ __all__ = [
 FEWEST = 4
 """Smallest number of bits for pruned models; below it only the dense model is measured."""
 
+DISTILLING = 2
+"""Epochs of distillation, of pruned and of quantized models."""
+
 # Suffixes of a pruner's name to the fields that they set.
 _REPAIRS: dict[str, dict[str, Any]] = {
     "-polished": {"polish": True},
     "-reconstructed": {"reconstruct": 2},
-    "-distilled": {"distill": 2},
+    "-distilled": {"distill": DISTILLING},
 }
 
 

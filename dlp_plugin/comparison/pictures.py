@@ -66,9 +66,10 @@ def _bytes(found: Comparison, axes: Any, pruner: str) -> None:
     for cells, style in _lines(found, pruner):
         points = [((cell.bytes or 0) / 1e6, cell.perplexity) for cell in cells if cell.bytes]
         axes.plot([size for size, _ in points], [value for _, value in points], **style)
-    for bits, plain in found.plain.items():
-        style = {"color": "black", "linestyle": "", "marker": _MARKS[bits], "markersize": 9}
-        label = _named("dense", bits)
+    for name, bits, plain in found.unpruned:
+        color = "black" if name == "dense" else "gray"
+        style = {"color": color, "linestyle": "", "marker": _MARKS[bits], "markersize": 9}
+        label = _named(name, bits)
         axes.plot([plain.bytes / 1e6], [plain.perplexity], label=label, zorder=3, **style)
     best = [(size / 1e6, value) for size, value in found.frontier()]
     drawn = {"color": "lightgray", "linewidth": 6, "zorder": 0, "drawstyle": "steps-post"}

@@ -35,6 +35,8 @@ def recipe_of(
 ) -> str:
     """Write the recipe that prunes by a plan, and quantizes if ``bits`` is below 16.
 
+    With a pruner that is distilled the quantized model is distilled too.
+
     :param plan: becomes a part of the recipe
     :param pruner: as :func:`~dlp_plugin.comparison.names.pruner_named` takes it
     :param bits: as :func:`~dlp_plugin.comparison.names.bits_named` returns them
@@ -55,11 +57,12 @@ def recipe_of(
     modifiers = {METHODS[plan.method].modifier: given, chosen.modifier: stage}
     stages = {"pruning_modifiers": modifiers}
     if bits < 16:
-        stages["quantization_modifiers"] = _quantizers(bits, group_size, scope)
+        distill = chosen.fields.get("distill", 0)
+        stages["quantization_modifiers"] = _quantizers(bits, group_size, scope, distill)
     return _yaml({"pruning_stage": stages})
 
 
-def quantizing(bits: int, group_size: int, scope: Scope = EVERY) -> str:
+def quantizing(bits: int, group_size: int, scope: Scope = EVERY, distill: int = 0) -> str:
     """Write the recipe that quantizes the dense model.
 
     Below 4 bits weights have groups of 32, zero points, and scales with the least squared error.
@@ -67,20 +70,22 @@ def quantizing(bits: int, group_size: int, scope: Scope = EVERY) -> str:
     :param bits: as in :func:`recipe_of`
     :param group_size: as in :func:`recipe_of`
     :param scope: as in :func:`recipe_of`
+    :param distill: epochs of distillation
     :return: YAML
     """
-    modifiers = _quantizers(bits, group_size, scope)
+    modifiers = _quantizers(bits, group_size, scope, distill)
     return _yaml({"quantization_stage": {"quantization_modifiers": modifiers}})
 
 
-def _quantizers(bits: int, group_size: int, scope: Scope) -> dict[str, Any]:
+def _quantizers(bits: int, group_size: int, scope: Scope, distill: int) -> dict[str, Any]:
     weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": group_size}
     if bits < FEWEST:  # a model does not survive 2 or 3 bits with the settings of 4
         weights |= {"group_size": 32, "symmetric": False, "observer": "mse"}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     preset = {"scheme": f"W{bits}A16", "targets": ["Linear"]}
     chosen = preset if group_size == 128 and bits >= FEWEST else {"config_groups": groups}
-    return {"MaskedGPTQModifier": {**chosen, "ignore": [*_HEAD, *scope.ignore]}}
+    fields = {**chosen, "ignore": [*_HEAD, *scope.ignore]}
+    return {"MaskedGPTQModifier": {**fields, "distill": distill} if distill else fields}
 
 
 def _yaml(recipe: dict[str, Any]) -> str:
@@ -161,6 +166,8 @@ class Comparison(BaseModel):
     :param decided: name of a plan to target to the seconds it took, without scoring the blocks
     :param cells: one per method, target, pruner and bits
     :param plain: bits to the results of the dense model
+    :param distilled: bits to the results of the dense model that is quantized and distilled;
+        measured where a pruner is distilled
     :param group_size: columns that share a scale when weights are quantized
     :param scope: which modules are pruned
     """
@@ -175,6 +182,7 @@ class Comparison(BaseModel):
     decided: dict[str, dict[str, float]] = Field(default_factory=dict)
     cells: list[Cell] = Field(default_factory=list)
     plain: dict[int, Plain] = Field(default_factory=dict)
+    distilled: dict[int, Plain] = Field(default_factory=dict)
     group_size: int = 128
     scope: Scope = EVERY
 
@@ -209,8 +217,16 @@ class Comparison(BaseModel):
         bits = list(bits)
         asked = [self.cell(m, t, p, b) for p, b, t, m in product(pruners, bits, targets, methods)]
         plain = {each: self.plain[each] for each in bits if each in self.plain}
+        distilled = {each: self.distilled[each] for each in bits if each in self.distilled}
         cells = [cell for cell in asked if cell is not None]
-        return self.model_copy(update={"cells": cells, "plain": plain})
+        update = {"cells": cells, "plain": plain, "distilled": distilled}
+        return self.model_copy(update=update)
+
+    @property
+    def unpruned(self) -> list[tuple[str, int, Plain]]:
+        """Name, bits and results of the models that are not pruned."""
+        named = ("dense", self.plain), ("dense, distilled", self.distilled)
+        return [(name, bits, one) for name, found in named for bits, one in found.items()]
 
     def best(
         self, target: str | None = None, pruner: str | None = None, bits: int | None = None
@@ -245,7 +261,7 @@ class Comparison(BaseModel):
 
     def frontier(self) -> list[tuple[int, float]]:
         """Return bytes and perplexity of the models on the Pareto front, sorted by bytes."""
-        sized: list[Cell | Plain] = [*self.cells, *self.plain.values()]
+        sized: list[Cell | Plain] = [*self.cells, *(one for _, _, one in self.unpruned)]
         points = [(one.bytes, one.perplexity) for one in sized if one.bytes is not None]
         best: list[tuple[int, float]] = []
         for size, value in sorted(points):

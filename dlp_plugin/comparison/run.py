@@ -34,6 +34,7 @@ from dlp_plugin.checkpoints.loading import (
 from dlp_plugin.checkpoints.placing import let_go, placed
 from dlp_plugin.comparison.memory import peak, reset_peak
 from dlp_plugin.comparison.names import (
+    DISTILLING,
     EVERY,
     FEWEST,
     Contender,
@@ -109,6 +110,7 @@ def compare(
     targets = _targets(sparsities)
     widths = list(dict.fromkeys(bits_named(each) for each in bits))
     ways = {pruner_named(pruner).way for pruner in pruners}
+    distills = any("distill" in pruner_named(pruner).fields for pruner in pruners)
     path = Path(folder) / "results.json"
     check_prunable(model)
     tasks = yardstick.names()
@@ -141,6 +143,9 @@ def compare(
         for width in widths:
             if bench.sizes and bench.lacks(found.plain.get(width)):
                 found.plain[width] = bench.plain(found, width)
+                found.save(path)
+            if width < 16 and distills and bench.lacks(found.distilled.get(width)):
+                found.distilled[width] = bench.plain(found, width, DISTILLING)
                 found.save(path)
             if width < FEWEST:
                 continue
@@ -230,10 +235,11 @@ class _Bench:
             memory=peak(),
         )
 
-    def plain(self, found: Comparison, bits: int) -> Plain:
-        """Measure the dense model."""
+    def plain(self, found: Comparison, bits: int, distill: int = 0) -> Plain:
+        """Measure the dense model; below 16 bits it may be distilled."""
         if bits < 16:
-            measured, size = self._stored(quantizing(bits, found.group_size, found.scope))
+            recipe = quantizing(bits, found.group_size, found.scope, distill)
+            measured, size = self._stored(recipe)
             del measured["achieved"]
             return Plain(**measured, bytes=size)
         with TemporaryDirectory() as folder:

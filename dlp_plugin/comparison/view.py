@@ -98,12 +98,13 @@ def markdown(found: Comparison) -> str:
     rows += [
         {
             "bits": str(bits),
+            "method": name,
             "perplexity": f"{plain.perplexity:.4f}",
             "ratio": f"{found.ratio(plain):.3f}",
             "MB": _megabytes(plain),
             **_accuracies(found, plain.accuracy),
         }
-        for bits, plain in found.plain.items()
+        for name, bits, plain in found.unpruned
         if bits < 16
     ]
     rows = [{"target": "0", "bits": "16", "method": "dense"} | row for row in rows]
@@ -142,12 +143,12 @@ def verdicts(found: Comparison) -> list[str]:
     """
     cells = [cell for cell in found.cells if cell.bytes is not None]
     sentences = []
-    for bits, plain in found.plain.items():
+    for name, bits, plain in found.unpruned:
         if bits == 16 or not cells:
             continue
         fits = [cell for cell in cells if (cell.bytes or 0) <= plain.bytes]
         worse = [c for c in cells if c not in fits and not c.perplexity < plain.perplexity]
-        text = f"Plain {bits} bits: {_figures(plain)}. "
+        text = f"Plain {bits} bits{name.removeprefix('dense')}: {_figures(plain)}. "
         if best := best_of(fits):
             share = best.perplexity / plain.perplexity
             text += (

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import TASK, VOCABULARY, command, random_samples, word_tokenizer
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -108,6 +109,34 @@ def test_every_model_is_asked(
     assert f"| {share:.3f} |" in lines[2]
     assert {line.count("|") for line in lines[:7]} == {lines[0].count("|")}
     assert f"the dense model's is {share:.3f}" in str(table(found).caption)
+
+
+def test_with_a_distilled_pruner_all_that_is_quantized_is_distilled(
+    model: str, calibration: dict[str, Any], tmp_path: Path
+) -> None:
+    yardstick = Yardstick(WINDOWS)
+    found = compared(
+        model, calibration, tmp_path, yardstick, pruners=["wanda-distilled"], bits=[16, 4, 2]
+    )
+    assert [list(rows) for rows in (found.plain, found.distilled)] == [[16, 4, 2], [4, 2]]
+    for bits, one in found.distilled.items():
+        assert one.perplexity != found.plain[bits].perplexity
+        assert one.bytes == found.plain[bits].bytes
+    stages = yaml.safe_load(found.only(["uniform"], ["0.5"], ["wanda-distilled"], [4]).recipe())
+    modifiers = stages["pruning_stage"]
+    assert modifiers["pruning_modifiers"]["WandaPruningModifier"]["distill"] == 2
+    assert modifiers["quantization_modifiers"]["MaskedGPTQModifier"]["distill"] == 2
+    lines = markdown(found).splitlines()
+    assert [line.split(" | ")[2:4] for line in lines[2:7]] == [
+        ["16", "dense"],
+        ["4", "dense"],
+        ["2", "dense"],
+        ["4", "dense, distilled"],
+        ["2", "dense, distilled"],
+    ]
+    assert any("Plain 2 bits, distilled: " in line for line in lines)
+    again = compared(model, calibration, tmp_path, yardstick, pruners=["wanda"], bits=[4])
+    assert (list(again.plain), again.distilled) == ([4], {4: found.distilled[4]})
 
 
 def test_fewer_than_four_bits_are_for_the_model_that_is_not_pruned(
