@@ -44,7 +44,7 @@ from dlp_plugin.planning.view import table as plan_table
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 SAMPLES = 128
-BEST = "dlp_admm_reconstructed_w4a16.yaml"
+BEST = "dlp_admm_distilled_w4a16.yaml"
 
 
 def grouped(recipe: str, columns: int) -> str:

@@ -25,7 +25,7 @@ ROWS = {
     "DLP, alpha auto, refined": "DLP, alpha auto, refined",
     "the same, loaded": "the same, saved and loaded with plain transformers",
     "the same + W4A16, loaded": "the same + W4A16 that keeps zeros, saved and loaded",
-    "the best, loaded": "refined, ADMM, reconstructed, W4A16, saved and loaded",
+    "the best, loaded": "refined, ADMM, reconstructed, distilled, W4A16, loaded",
 }
 SIZES = {"refined": "pruned, in bf16", "refined + W4A16": "at 4 bits"}
 
