@@ -78,7 +78,7 @@ def distillation(state: State, epochs: int, field: str) -> Distillation:
             "modifiers at once: call oneshot() with pipeline='independent', its default"
         )
     batches = scoring_batches(state.data.calib or ())
-    check_tokens(state.model, (batch["input_ids"] for batch in batches))
+    check_tokens(state.model, (each["input_ids"] for each in batches if "input_ids" in each))
     return Distillation(state.model, batches, epochs)
 
 

@@ -11,6 +11,7 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
+from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 
 from dlp_plugin.pruning.training import Trained
@@ -50,11 +51,12 @@ def check_scheme(scheme: QuantizationScheme, what: str) -> None:
 def scales_of(
     modules: Iterable[torch.nn.Module],
 ) -> dict[torch.nn.Module, Callable[[torch.Tensor], Trained]]:
-    """What is trained of quantized modules.
+    """What is trained of quantized Linears; other modules are left out.
 
     :param modules: whose weights are quantized, and have the values that their integers stand for
     """
-    return {module: partial(Scales, module) for module in modules}
+    linears = [module for module in modules if isinstance(module, torch.nn.Linear)]
+    return {linear: partial(Scales, linear) for linear in linears if is_module_quantized(linear)}
 
 
 class Scales:

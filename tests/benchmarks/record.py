@@ -127,7 +127,7 @@ def slimmed(comparison: dict[str, Any]) -> dict[str, Any]:
         for method, plans in comparison["plans"].items()
         if any(plan["search"] for plan in plans.values())
     }
-    measured = ("subject", "dense", "accuracy", "questions", "plain", "cells")
+    measured = ("subject", "dense", "accuracy", "questions", "plain", "distilled", "cells")
     kept = {key: comparison[key] for key in measured if key in comparison}
     decided = comparison.get("decided", {})
     return kept | {"strengths": strengths, "searches": searches, "decided": decided}
@@ -145,8 +145,8 @@ def merged(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"comparisons of different {key}: {found[key]}, {other[key]}")
         have = {_place(cell) for cell in found["cells"]}
         found["cells"] += [cell for cell in other["cells"] if _place(cell) not in have]
-        for key in ("plain", "accuracy"):
-            found[key] = other[key] | found[key]
+        for key in ("plain", "distilled", "accuracy"):
+            found[key] = other.get(key, {}) | found.get(key, {})
         for key in ("plans", "decided"):
             for method, targets in other[key].items():
                 found[key][method] = targets | found[key].get(method, {})

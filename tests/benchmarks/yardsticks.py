@@ -116,8 +116,12 @@ def _speeds(parts: Parts) -> str:
 
 def _plain(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The models that are not pruned, by name: of 16 bits, and of ever fewer."""
-    bits = sorted(found["plain"], key=int, reverse=True)
-    return [("dense" if b == "16" else f"dense, {b} bits", found["plain"][b]) for b in bits]
+    rows = []
+    for bits in sorted(found["plain"], key=int, reverse=True):
+        rows.append(("dense" if bits == "16" else f"dense, {bits} bits", found["plain"][bits]))
+        if distilled := found.get("distilled", {}).get(bits):
+            rows.append((f"dense, {bits} bits, distilled", distilled))
+    return rows
 
 
 def _asked(found: dict[str, Any]) -> Iterator[str]:

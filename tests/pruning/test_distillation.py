@@ -188,6 +188,16 @@ class TestTraining:
         assert all(parameter.grad is None for parameter in model.parameters())
         assert not any(module._forward_hooks for module in model.modules())
 
+    def test_a_pipeline_that_runs_the_model_whole(self, sharp: Callable[[], Model]) -> None:
+        """``pipeline="basic"`` runs with gradients on, and with caches."""
+        stage = {"sparsity": 0.6, **EVERY}
+        plain = run(sharp(), [WandaPruningModifier(**stage)], MANY, pipeline="basic")
+        stages = [WandaPruningModifier(distill=1, **stage)]
+        distilled = run(sharp(), stages, MANY, pipeline="basic")
+        assert_same(masks(distilled), masks(plain))
+        assert divergence(distilled, sharp()) < divergence(plain, sharp())
+        assert all(parameter.grad is None for parameter in distilled.parameters())
+
 
 class TestModels:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,6 +12,7 @@ from helpers import (
     MakeModel,
     as_if_loaded,
     assert_same,
+    kept_on_disk,
     linears_of,
     prune,
     random_samples,
@@ -19,7 +20,13 @@ from helpers import (
     run,
     weights_of,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from dlp_plugin import MaskedGPTQModifier, WandaPruningModifier
 from dlp_plugin.pruning.scales import Scales
@@ -107,6 +114,36 @@ def test_what_is_trained(make_model: MakeModel) -> None:
     scales = {f"{kind}.{part}" for kind in kinds for part in ("weight", "weight_scale")}
     norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
     assert changed == {f"model.layers.{n}.{kind}" for n in range(3) for kind in scales | norms}
+
+
+def test_experts_that_saw_no_token(tmp_path: Path) -> None:
+    """They are rounded to nearest, and their scales stay."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 256}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=8, num_experts_per_tok=1)
+
+    def quantized_on_little(**fields: object) -> Model:
+        torch.manual_seed(0)
+        model = as_if_loaded(MixtralForCausalLM(config), tmp_path / "mixture")
+        stage = quantizer(**fields)
+        stage.ignore = [*EVERY["ignore"], "re:.*gate$"]
+        return run(model, [stage], random_samples(2, 6), moe_calibrate_all_experts=False)
+
+    model, plain = quantized_on_little(distill=1), quantized_on_little()
+    assert_same(integers(model), integers(plain))
+    scales = {n: v for n, v in weights_of(model).items() if n.endswith("weight_scale")}
+    changed = {n for n, v in scales.items() if not torch.equal(v, weights_of(plain)[n])}
+    assert all(torch.isfinite(scale).all() for scale in scales.values())
+    assert 0 < len([n for n in changed if "experts" in n]) < 2 * 8 * 3
+
+
+def test_a_model_on_disk(make_model: MakeModel, tmp_path: Path) -> None:
+    """The same scales as of one in memory."""
+    on_disk = quantized(kept_on_disk(sharp(make_model), tmp_path), distill=1)
+    in_memory = quantized(LlamaForCausalLM.from_pretrained(tmp_path / "source"), distill=1)
+    for name, value in weights_of(in_memory).items():
+        torch.testing.assert_close(weights_of(on_disk)[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_zeros_stay_and_the_pruned_model_is_the_teacher(make_model: MakeModel) -> None:
