@@ -14,6 +14,7 @@ attention computed by another implementation, named in the model's configuration
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -21,9 +22,11 @@ from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_distributed
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import patch_attr
 from llmcompressor.core import State
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.utils.dev import get_main_device
 from llmcompressor.utils.helpers import DisableQuantization, eval_context
 from loguru import logger
 from torch import distributed as dist
@@ -48,20 +51,42 @@ __all__ = ["Distillation", "check_distillable", "distillation"]
 
 Module = torch.nn.Module
 
+# Bytes per weight: float32 copies of what is trained, kept and rounded, its gradient, the two
+# states of Adam, and the mask.
+NEEDED = 25
+
 # Where a model's configuration names how attention is computed.
 ATTENTION = "_attn_implementation"
 _Sample = tuple[Batch, Predictions]
 
 
 def check_distillable(state: State, field: str) -> None:
-    """Check that there are samples to train on, and a model that predicts tokens.
+    """Check that there are samples to train on, a model that predicts tokens, and memory.
 
     :param state: of the run
     :param field: that asks for distillation, for the errors
     :raises ValueError: naming the field
     """
     check_number(state, field)
+    _check_memory(state.model, field)
     check_causal(state.model, f"{field} trains on what the model predicts")
+
+
+def _check_memory(model: Module, field: str) -> None:
+    device = get_main_device()
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu":
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    with disable_onloading():
+        needed = NEEDED * sum(parameter.numel() for parameter in model.parameters())
+    if needed > has:
+        raise ValueError(
+            f"{field} needs {needed / 1e9:,.0f} GB on one device, {NEEDED} bytes per weight, and "
+            f"{device} has {has / 1e9:,.0f} GB: leave it out"
+        )
 
 
 def distillation(state: State, epochs: int, field: str) -> Distillation:

@@ -294,6 +294,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="distill needs calibration samples.*dataset="):
             run(make_model(), [stage], None)
 
+    def test_too_little_memory(
+        self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dlp_plugin.pruning.distillation.NEEDED", 10**12)
+        stage = WandaPruningModifier(sparsity=0.5, distill=1, **EVERY)
+        refuses(make_model(), "WandaPruningModifier.distill needs .* GB on one device", stage)
+
     def test_a_negative_number_of_epochs(self) -> None:
         with pytest.raises(ValueError, match="distill"):
             WandaPruningModifier(sparsity=0.5, distill=-1)
