@@ -81,7 +81,7 @@ class TestTraining:
         plain = run(sharp(), [stage(sparsity=0.6, **EVERY)], MANY)
         distilled = run(sharp(), [stage(sparsity=0.6, distill=2, **EVERY)], MANY)
         assert_same(masks(distilled), masks(plain))
-        assert divergence(distilled, sharp()) < 0.8 * divergence(plain, sharp())
+        assert divergence(distilled, sharp()) < 0.9 * divergence(plain, sharp())
 
     def test_it_is_adam_on_the_divergence(self, sharp: Callable[[], Model]) -> None:
         """Written out: a step a sample, every eighth from the last one kept to measure on."""
