@@ -183,6 +183,20 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone().cpu() for name, value in model.state_dict().items()}
 
 
+def sharpened(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same model, whose predictions differ from token to token, as a trained one's do."""
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    return model
+
+
+@torch.no_grad()
+def divergence(model: torch.nn.Module, other: torch.nn.Module, samples: torch.Tensor) -> float:
+    """Kullback-Leibler divergence per token from what the other one predicts."""
+    wanted, found = (each(samples).logits.float().log_softmax(-1) for each in (other, model))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
 def assert_same(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     """The same names, and tensors of the same dtype, shape and values; NaN equals NaN."""
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
