@@ -50,9 +50,10 @@ BEST = "dlp_admm_distilled_w4a16.yaml"
 def grouped(recipe: str, columns: int) -> str:
     """A recipe of this repository, its 4 bits, if any, in groups of so many columns."""
     stages = yaml.safe_load((RECIPES / recipe).read_text())
-    quantizers = yaml.safe_load(quantizing(4, columns))["quantization_stage"]
     for stage in stages.values():
-        stage.update({kind: found for kind, found in quantizers.items() if kind in stage})
+        for quantizer in stage.get("quantization_modifiers", {}).values():
+            written = quantizing(4, columns, distill=quantizer.get("distill", 0))
+            stage.update(yaml.safe_load(written)["quantization_stage"])
     return yaml.safe_dump(stages, sort_keys=False)
 
 
@@ -119,11 +120,15 @@ def main() -> None:
     }
     console = Console()
     table = Table("", "zeros", "perplexity", "ratio to dense", "seconds", title="perplexity")
-    dense = 0.0
+    dense, plan, failed = 0.0, None, ""
     for number, (name, step) in enumerate(steps.items(), 1):
         console.print(f"{number} of {len(steps)}: {name}", highlight=False)
         started = time.time()
-        model = step()
+        try:
+            model = step()
+        except ValueError as error:  # such as a model that distillation has no memory for
+            failed = f"{name}: {error}"
+            break
         seconds = time.time() - started
         value = perplexity(model, windows)
         dense = dense or value
@@ -136,7 +141,11 @@ def main() -> None:
             plan.save(arguments.output / "plan.json")
             plot(plan, arguments.output / "plan.png")
 
-    console.print(plan_table(plan), table)
+    if plan is not None:
+        console.print(plan_table(plan))
+    console.print(table)
+    if failed:
+        raise SystemExit(failed)
     sizes = Table("", "MB on disk", "under zstd", "packed", title="sizes")
     folders = {"refined": pruned, "refined + W4A16": quantized, "best": best}
     for name, folder in folders.items():

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import yaml
 from helpers import CALIBRATION_TEXT, ROOT, SHIPPED, TEST_TEXT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -78,23 +79,47 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
     return found
 
 
-def test_the_same_on_a_model_that_groups_of_128_do_not_fit(
-    example: Callable[..., str],
-    few: list[str],
-    tmp_path: Path,
-    one_at_a_time: list[PreTrainedModel],
-) -> None:
+@pytest.fixture
+def narrow(tmp_path: Path) -> str:
+    """The folder of a model whose columns groups of 128 do not divide."""
     config = AutoConfig.from_pretrained(SHIPPED)
     config.update({"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2})
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "model")
-    output = example("prune_and_compare.py", str(tmp_path / "model"), *few)
+    return str(tmp_path / "model")
+
+
+def test_the_same_on_a_model_that_groups_of_128_do_not_fit(
+    example: Callable[..., str],
+    few: list[str],
+    narrow: str,
+    tmp_path: Path,
+    one_at_a_time: list[PreTrainedModel],
+) -> None:
+    output = example("prune_and_compare.py", narrow, *few)
     assert len(one_at_a_time) == 9
     assert "pruned weights that came back with 4 bits: 0" in output
     for folder in ("w4a16", "best"):
         saved = AutoConfig.from_pretrained(tmp_path / "out" / folder).quantization_config
         (group,) = saved["config_groups"].values()
         assert group["weights"]["group_size"] == 32
+    recipe = yaml.safe_load((tmp_path / "out" / "best" / "recipe.yaml").read_text())
+    modifiers = recipe["pruning_stage"]
+    assert modifiers["pruning_modifiers"]["ADMMPruningModifier"]["distill"] == 2
+    assert modifiers["quantization_modifiers"]["MaskedGPTQModifier"]["distill"] == 2
+
+
+def test_the_job_shows_what_it_has_where_distillation_has_no_memory(
+    example: Callable[..., str],
+    few: list[str],
+    narrow: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dlp_plugin.pruning.distillation.NEEDED", 10**12)
+    with pytest.raises(SystemExit, match=r"best: ADMM .* W4A16: .*distill needs .* GB"):
+        example("prune_and_compare.py", narrow, *few)
+    assert "the same + W4A16, loaded" in capsys.readouterr().out
 
 
 def test_recovery(example: Callable[..., str], few: list[str]) -> None:
