@@ -206,7 +206,7 @@ def test_what_the_readme_says_of_the_real_model_was_measured(page: ModuleType) -
         wins = loss(target, "wanda", DLP) < loss(target, "wanda", UNIFORM)
         assert wins == (target != "0.5")
         others = [c["perplexity"] for c in found["cells"] if c["target"] == target]
-        assert loss(target, "admm-reconstructed", REFINED) == min(others)
+        assert loss(target, "admm-reconstructed-distilled", REFINED) == min(others)
     plain = {bits: one["perplexity"] for bits, one in found["plain"].items()}
     assert plain["3"] < loss("0.5", "admm-reconstructed", REFINED, 4)
     assert loss("0.6", "admm-reconstructed", REFINED, 4) < plain["2"] / 2
