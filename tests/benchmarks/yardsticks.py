@@ -74,7 +74,6 @@ ROWS = (
     ("0.6", "wanda", "uniform", 16),
     ("0.6", "wanda", "dlp:0.15", 16),
     ("0.6", "wanda", "dlp:0.15 refined 16", 16),
-    ("0.6", "admm-reconstructed", "dlp:0.15 refined 16", 16),
     ("0.6", "admm-reconstructed-distilled", "dlp:0.15 refined 16", 16),
     ("0.6", "admm-reconstructed", "dlp:0.15 refined 16", 4),
     ("0.5", "admm-reconstructed", "dlp:0.15 refined 16", 4),
