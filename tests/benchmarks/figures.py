@@ -287,9 +287,8 @@ def recovery(parts: Parts) -> dict[str, str]:
     rows = []
     for row in parts.results("recovery"):
         lost = "" if row["lost"] is None else f"{row['lost']:,}"
-        rows.append([row["name"], number(row["shipped text"]), number(row["training text"]), lost])
-    columns = ["", "shipped text", "training text", "pruned weights lost"]
-    return {"recovery table": table(columns, rows)}
+        rows.append([row["name"], number(row["perplexity"]), lost])
+    return {"recovery table": table(["", "perplexity", "pruned weights lost"], rows)}
 
 
 def recovery_by_pruner(parts: Parts) -> dict[str, str]:
