@@ -183,6 +183,11 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone().cpu() for name, value in model.state_dict().items()}
 
 
+def masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Which weights of every Linear are not zero."""
+    return {name: linear.weight != 0 for name, linear in linears_of(model).items()}
+
+
 def sharpened(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """The same model, whose predictions differ from token to token, as a trained one's do."""
     with torch.no_grad():

@@ -12,7 +12,7 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 from compressed_tensors.quantization.utils import is_module_quantized
-from compressed_tensors.utils import align_module_device, update_offload_parameter
+from compressed_tensors.utils import update_offload_parameter
 
 from dlp_plugin.pruning.training import Trained
 
@@ -62,17 +62,16 @@ def scales_of(
 class Scales:
     """The scales of a quantized weight, as factors of what they are; see ``Trained``.
 
-    :param module: that has the weight
+    :param module: that has the weight, onloaded
     :param leaf: its float32 copy
     """
 
     def __init__(self, module: torch.nn.Module, leaf: torch.Tensor) -> None:
         self.leaf = leaf.requires_grad_()
         self._module = module
-        with align_module_device(module):
-            scale = module.get_parameter("weight_scale").detach()
-            self._scale = scale.to(leaf.device, torch.float32, copy=True)
-        self._dtype = scale.dtype
+        scale = module.get_parameter("weight_scale").detach()
+        self._scale = scale.to(leaf.device, torch.float32, copy=True)
+        self._dtype, self._weight_dtype = scale.dtype, module.get_parameter("weight").dtype
         self.values = torch.ones_like(self._scale)
         self._integers = (leaf.detach() / self._over_entries(self._scale)).round()
 
@@ -97,9 +96,8 @@ class Scales:
         """As in :class:`Trained`."""
         scale = (self._scale * values).to(self._dtype)
         weight = self._integers * self._over_entries(scale.float())
-        dtype = self._module.get_parameter("weight").dtype
         update_offload_parameter(self._module, "weight_scale", scale)
-        update_offload_parameter(self._module, "weight", weight.to(dtype))
+        update_offload_parameter(self._module, "weight", weight.to(self._weight_dtype))
 
     def _over_entries(self, scale: torch.Tensor) -> torch.Tensor:
         """The scale of every entry of the weight; a matrix's one scale as it is."""

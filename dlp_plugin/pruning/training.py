@@ -1,4 +1,4 @@
-"""Training what is left of pruned modules, with their masks held."""
+"""Training what can still change in compressed modules, with masks or integers held."""
 
 from __future__ import annotations
 
@@ -64,19 +64,16 @@ class Trained(Protocol):
 class Entries:
     """A norm, a bias, or the surviving entries of a weight.
 
-    :param module: that has the parameter
+    :param module: that has the parameter, onloaded
     :param name: of the parameter
-    :param dtype: in which it is stored
     :param leaf: its float32 copy
     :param masked: whether its zeros stay
     """
 
-    def __init__(
-        self, module: Module, name: str, dtype: torch.dtype, leaf: torch.Tensor, *, masked: bool
-    ) -> None:
+    def __init__(self, module: Module, name: str, leaf: torch.Tensor, *, masked: bool) -> None:
         self.leaf = self.values = leaf.requires_grad_()
         self._place = module, name
-        self._dtype = dtype
+        self._dtype = module.get_parameter(name).dtype
         self._mask = (leaf != 0) if masked else None
 
     def slope(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -117,17 +114,18 @@ class Training:
         self._trained: list[Trained] = []
         self._patched = ExitStack()
         for module in whole.modules():
-            with align_module_device(module):
-                own = dict(module.named_parameters(recurse=False))
-                copies = {name: p.detach().to(torch.float32, copy=True) for name, p in own.items()}
-            self._copies[module] = {**dict.fromkeys(module._parameters), **copies}
             quantized = is_module_quantized(module)  # which has scales and more beside its bias
-            for name, copy in copies.items():
-                if module in weights and name == "weight":
-                    self._trained.append(weights[module](copy))
-                elif copy.ndim <= 1 and module in parts and not (quantized and name != "bias"):
-                    entries = Entries(module, name, own[name].dtype, copy, masked=False)
-                    self._trained.append(entries)
+            with align_module_device(module):
+                copies = {
+                    name: parameter.detach().to(torch.float32, copy=True)
+                    for name, parameter in module.named_parameters(recurse=False)
+                }
+                for name, copy in copies.items():
+                    if module in weights and name == "weight":
+                        self._trained.append(weights[module](copy))
+                    elif copy.ndim <= 1 and module in parts and not (quantized and name != "bias"):
+                        self._trained.append(Entries(module, name, copy, masked=False))
+            self._copies[module] = {**dict.fromkeys(module._parameters), **copies}
         self._adam = self._optimizer()
         self._kept = self._copied()
 
@@ -272,12 +270,7 @@ def survivors(modules: Iterable[Module]) -> dict[Module, Callable[[torch.Tensor]
     :param modules: that have a weight; those without a zero in it are left out
     """
     pruned = [module for module in modules if _has_zeros(module)]
-    return {module: partial(_surviving, module) for module in pruned}
-
-
-def _surviving(module: Module, leaf: torch.Tensor) -> Entries:
-    dtype = module.get_parameter("weight").dtype
-    return Entries(module, "weight", dtype, leaf, masked=True)
+    return {module: partial(Entries, module, "weight", masked=True) for module in pruned}
 
 
 def _has_zeros(module: Module) -> bool:

@@ -20,6 +20,7 @@ from helpers import (
     divergence,
     kept_on_disk,
     linears_of,
+    masks,
     random_samples,
     refuses,
     run,
@@ -55,10 +56,6 @@ def sharp(make_model: MakeModel) -> Callable[[], Model]:
 
 def logs(model: Model, samples: torch.Tensor = SAMPLES) -> torch.Tensor:
     return model(samples).logits.float().log_softmax(-1)
-
-
-def masks(model: Model) -> dict[str, torch.Tensor]:
-    return {name: linear.weight != 0 for name, linear in linears_of(model).items()}
 
 
 class TestTraining:

@@ -18,6 +18,7 @@ from helpers import (
     assert_same,
     kept_on_disk,
     linears_of,
+    masks,
     prune,
     random_samples,
     refuses,
@@ -46,10 +47,6 @@ def error(model: torch.nn.Module, dense: torch.nn.Module) -> float:
     """Of the last block's outputs, on the calibration samples."""
     found, wanted = (each.model(SAMPLES).last_hidden_state for each in (model, dense))
     return float((found - wanted).square().mean())
-
-
-def masks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: linear.weight != 0 for name, linear in linears_of(model).items()}
 
 
 def without_later_blocks(stage: type, **fields: object) -> object:
